@@ -1,0 +1,180 @@
+"""Where each model family keeps its blocks, linears and output projections. The only place that knows such paths."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from flexigpt.errors import InputError
+from flexigpt.modeling_flexigpt import linear_size
+from flexigpt.plan import ModelShape
+
+ADDING_PAGE = "docs/architectures.md"
+
+
+def _gather_layer_types(settings: dict[str, Any], source_blocks: Sequence[int]) -> None:
+    if settings.get("layer_types") is not None:
+        settings["layer_types"] = [settings["layer_types"][block] for block in source_blocks]
+
+
+def _gather_attention_types(settings: dict[str, Any], source_blocks: Sequence[int]) -> None:
+    layers = settings.pop("attention_layers")
+    settings["attention_types"] = [[[layers[block] for block in source_blocks], 1]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One row of the table.
+
+    Attributes:
+        blocks: path of the list of blocks within the causal language model.
+        linears: paths of a block's linears within the block.
+        output_norms: paths within the block of the modules that an output norm follows: the last ones of attention
+            and MLP before the residual addition. The output projections, or, where the family normalises a
+            sublayer's output itself (Gemma, OLMo 2), that norm: before it, it would undo the output norm's scale.
+        gather: makes the per-block lists of a configuration those of the given blocks, in place.
+        block_returns_tuple: whether a block returns (hidden states, ...) instead of the hidden states alone.
+    """
+
+    blocks: str
+    linears: tuple[str, ...]
+    output_norms: tuple[str, str]
+    gather: Callable[[dict[str, Any], Sequence[int]], None] = _gather_layer_types
+    block_returns_tuple: bool = False
+
+
+_SPLIT_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_LLAMA = Architecture(
+    blocks="model.layers",
+    linears=(*_SPLIT_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    output_norms=("self_attn.o_proj", "mlp.down_proj"),
+)
+_SANDWICH = Architecture(
+    blocks=_LLAMA.blocks,
+    linears=_LLAMA.linears,
+    output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+)
+
+# By the model type in the source's config.json.
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "granite": _LLAMA,
+    "gemma2": _SANDWICH,
+    "gemma3_text": _SANDWICH,
+    "olmo2": _SANDWICH,
+    "phi3": Architecture(
+        blocks="model.layers",
+        linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+        output_norms=("self_attn.o_proj", "mlp.down_proj"),
+    ),
+    "opt": Architecture(
+        blocks="model.decoder.layers",
+        linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),
+        output_norms=("self_attn.out_proj", "fc2"),
+    ),
+    "gpt_neox": Architecture(
+        blocks="gpt_neox.layers",
+        linears=("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        output_norms=("attention.dense", "mlp.dense_4h_to_h"),
+    ),
+    "gpt_neo": Architecture(
+        blocks="transformer.h",
+        linears=(
+            *(f"attn.attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
+            "mlp.c_fc",
+            "mlp.c_proj",
+        ),
+        output_norms=("attn.attention.out_proj", "mlp.c_proj"),
+        gather=_gather_attention_types,
+        block_returns_tuple=True,
+    ),
+    "gpt2": Architecture(
+        blocks="transformer.h",
+        linears=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+        output_norms=("attn.c_proj", "mlp.c_proj"),
+    ),
+}
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_ATTENTION_TYPES = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
+_RECURRENT_SETTINGS = ("mamba_d_state", "ssm_state_size", "state_size", "lru_width", "attn_layer_period")
+
+
+def find_architecture(config: PreTrainedConfig) -> Architecture:
+    """The row of a source's model type.
+
+    Raises:
+        InputError: a compact model, a mixture of experts, a model that mixes attention with recurrent layers, or a
+            type that is not in the table; each by name.
+    """
+    name = config.model_type
+    if name == "flexigpt":
+        raise InputError("the source is a compact model already: prune the source model that it was made from")
+    text_config = config.get_text_config()
+    supported = f"supported are {', '.join(sorted(ARCHITECTURES))}"
+    for setting in _EXPERT_COUNTS:
+        if getattr(text_config, setting, None):
+            raise InputError(
+                f"{name} is a mixture of experts ({setting} = {getattr(text_config, setting)}), which flexigpt "
+                f"cannot share: {supported}"
+            )
+    other_types = set(getattr(text_config, "layer_types", None) or ()) - _ATTENTION_TYPES
+    recurrent = [setting for setting in _RECURRENT_SETTINGS if getattr(text_config, setting, None)]
+    if other_types or recurrent:
+        found = ", ".join(sorted(other_types) or recurrent)
+        raise InputError(f"{name} has linear-attention or recurrent blocks ({found}), which flexigpt cannot share: {supported}")
+    if name not in ARCHITECTURES:
+        raise InputError(f"model type {name} is not supported: {supported}; {ADDING_PAGE} says how to add one")
+    if getattr(config, "is_heterogeneous", False):
+        raise InputError(f"this {name} has blocks of different shapes (per_layer_config), which cannot share linears")
+    return ARCHITECTURES[name]
+
+
+def num_blocks(config: PreTrainedConfig) -> int:
+    """Blocks of a source model."""
+    return int(config.num_hidden_layers)
+
+
+def config_with_blocks(config: PreTrainedConfig, source_blocks: Sequence[int]) -> PreTrainedConfig:
+    """The configuration of the model that consists of these blocks of the source, in this order; repeats allowed.
+
+    Depth and per-block lists (such as `layer_types`) follow, so that what is built from it loads and generates.
+    """
+    settings = copy.deepcopy(config.to_dict())
+    find_architecture(config).gather(settings, source_blocks)
+    settings[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(source_blocks)
+    for key in ("model_type", "transformers_version", "architectures"):
+        settings.pop(key, None)
+    shortened = type(config)(**settings)
+    shortened.architectures = config.architectures
+    return shortened
+
+
+def block_list(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of a source model, in order."""
+    return model.get_submodule(find_architecture(model.config).blocks)
+
+
+def weight_matrix(linear: nn.Module) -> "nn.Parameter":
+    """The weight as (outputs, inputs); GPT-2's `Conv1D` stores it transposed."""
+    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+
+
+def model_shape(model: PreTrainedModel, output_norm: bool = True) -> ModelShape:
+    """The sizes that accounting needs, read off a source model; the meta device will do."""
+    architecture = find_architecture(model.config)
+    block = block_list(model)[0]
+    return ModelShape(
+        parameters=model.num_parameters(),
+        block_parameters=sum(parameter.numel() for parameter in block.parameters()),
+        linears={path: linear_size(block.get_submodule(path)) for path in architecture.linears},
+        hidden_size=model.config.hidden_size,
+        num_output_norms=len(architecture.output_norms) if output_norm else 0,
+    )

@@ -1,0 +1,91 @@
+"""Adapters and output norms of a new replica."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from flexigpt.architecture import block_list, weight_matrix
+from flexigpt.factorization import truncated_svd
+from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM, NormedOutput, SharedLinear
+from flexigpt.plan import Plan, Replica
+from flexigpt.progress import Track, silent
+
+AdapterInit = Callable[[torch.Tensor, torch.Tensor, int, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
+
+
+def svd_adapter(
+    pruned: torch.Tensor, base: torch.Tensor, rank: int, generator: torch.Generator  # noqa: ARG001
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best rank-r approximation of W_i - W_j (eq. 7-8): A = V_r^T, B = U_r S_r."""
+    difference = truncated_svd(pruned.double() - base.double(), rank)
+    return difference.right.T, difference.left * difference.values
+
+
+def zero_adapter(
+    pruned: torch.Tensor, base: torch.Tensor, rank: int, generator: torch.Generator  # noqa: ARG001
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """B = 0 and A random with variance 1 / inputs, as LoRA starts: the replica computes what its base does."""
+    outputs, inputs = base.shape
+    adapter = torch.randn(rank, inputs, generator=generator) * inputs**-0.5
+    return adapter, torch.zeros(outputs, rank)
+
+
+# (pruned block's weight, base's weight, rank, random generator) -> A (rank, inputs), B (outputs, rank).
+ADAPTER_INITS: dict[str, AdapterInit] = {"svd": svd_adapter, "zero": zero_adapter}
+
+
+@torch.no_grad()
+def initialize_replicas(
+    model: FlexiGPTForCausalLM,
+    source: PreTrainedModel,
+    plan: Plan,
+    *,
+    adapter_init: str,
+    norm_init: float,
+    seed: int,
+    track: Track = silent,
+) -> None:
+    """Fills what is the replicas' own: adapters, output norms and bias differences.
+
+    Args:
+        model: the compact model; its replicas' own tensors may still be on the meta device.
+        source: the model that the blocks come from, same numbering.
+        plan: the model's plan.
+        adapter_init: a key of ADAPTER_INITS.
+        norm_init: the constant that the output norms' gamma starts at.
+        seed: for random adapters.
+        track: told of each replica.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    own_blocks, source_blocks = model.block_list, block_list(source)
+    for replica in track(plan.replicas, "initialising replicas", len(plan.replicas)):
+        for path, module in own_blocks[replica.block].named_modules():
+            if isinstance(module, SharedLinear):
+                linear_path = path.removesuffix(".inner")
+                linears = [source_blocks[i].get_submodule(linear_path) for i in (replica.block, replica.base)]
+                _fill_linear(module, linears[0], linears[1], replica, ADAPTER_INITS[adapter_init], generator)
+            elif isinstance(module, NormedOutput):
+                like = next(source.parameters())
+                module.output_norm.weight = _parameter(torch.full(module.output_norm.normalized_shape, norm_init), like)
+
+
+def _fill_linear(
+    shared: SharedLinear,
+    own: nn.Module,
+    base: nn.Module,
+    replica: Replica,
+    init: AdapterInit,
+    generator: torch.Generator,
+) -> None:
+    weight = weight_matrix(own)
+    shared.adapter_A, shared.adapter_B = (
+        _parameter(factor, own.weight) for factor in init(weight, weight_matrix(base), replica.rank, generator)
+    )
+    if shared.bias_difference is not None:
+        shared.bias_difference = _parameter(own.bias - base.bias, own.bias)
+
+
+def _parameter(values: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(values.to(device=like.device, dtype=like.dtype).contiguous())

@@ -1,0 +1,157 @@
+"""The compact model. Travels with every checkpoint, so it imports nothing but torch and transformers.
+
+A replica is a decoder layer of the source's own class: own layer index, cache slot, input norms and biases. Only its
+linears are exchanged: each computes with the base's weight, to which it adds its own adapter. The base is looked up when
+the layer runs and is not registered a second time, so every tensor exists once in the module tree and once on disk.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
+
+from .configuration_flexigpt import FlexiGPTConfig
+
+
+def linear_size(linear: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of a linear; GPT-2's `Conv1D` stores its weight transposed."""
+    if isinstance(linear, Conv1D):
+        return linear.nf, linear.nx
+    return linear.out_features, linear.in_features
+
+
+class SharedLinear(nn.Module):
+    """A replica's linear: y = base(x) + (x A^T) B^T [+ bias difference] (FlexiGPT, section 3.4).
+
+    Args:
+        base_parent: the module that holds the base's linear. The linear is looked up in it by name at each call:
+            quantisers, PEFT and offload hooks exchange modules, and a reference to the linear would go stale.
+        base_name: the linear's name in that module.
+        rank: r, the adapter's rank.
+        bias: whether the source's linear has a bias; the replica stores its own minus the base's.
+    """
+
+    def __init__(self, base_parent: nn.Module, base_name: str, rank: int, bias: bool) -> None:
+        super().__init__()
+        # Past nn.Module's registration: the base's tensors must appear once in state_dict() and parameters().
+        object.__setattr__(self, "_base_parent", base_parent)
+        self._base_name = base_name
+        self.out_features, self.in_features = linear_size(self.base)
+        self.adapter_A = nn.Parameter(torch.randn(rank, self.in_features) * self.in_features**-0.5)
+        self.adapter_B = nn.Parameter(torch.zeros(self.out_features, rank))
+        self.bias_difference = nn.Parameter(torch.zeros(self.out_features)) if bias else None
+
+    @property
+    def base(self) -> nn.Module:
+        """The base's linear, as it is now."""
+        return self._base_parent._modules[self._base_name]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        y = self.base(x) + F.linear(F.linear(x, self.adapter_A), self.adapter_B)
+        return y if self.bias_difference is None else y + self.bias_difference
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.adapter_A.shape[0]}"
+
+
+class NormedOutput(nn.Module):
+    """The last module of a replica's attention or MLP, followed by the replica's output norm (eq. 6)."""
+
+    def __init__(self, inner: nn.Module, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.inner = inner
+        self.output_norm = nn.LayerNorm(hidden_size, eps=eps, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) -> (..., hidden_size)."""
+        return self.output_norm(self.inner(x))
+
+
+class FlexiGPTForCausalLM(PreTrainedModel, GenerationMixin):
+    """The source's architecture, built by transformers from its own configuration, with replicas in it."""
+
+    config_class = FlexiGPTConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _auto_class = "AutoModelForCausalLM"
+
+    def __init__(self, config: FlexiGPTConfig) -> None:
+        source_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]
+        for flag in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend"):
+            object.__setattr__(self, flag, getattr(source_class, flag))
+        super().__init__(config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
+        for replica in config.replicas:
+            self._share(**replica)
+        self.post_init()
+
+    @property
+    def block_list(self) -> nn.ModuleList:
+        """The logical blocks, in order."""
+        return self.language_model.get_submodule(self.config.blocks)
+
+    def _share(self, block: int, base: int, rank: int) -> None:
+        """Turns one block into a replica of another."""
+        for path in self.config.linears:
+            base_parent, name = _parent(self.block_list[base], path)
+            own_parent, _ = _parent(self.block_list[block], path)
+            has_bias = getattr(own_parent, name).bias is not None
+            setattr(own_parent, name, SharedLinear(base_parent, name, rank, has_bias))
+        for path in self.config.output_norms:
+            parent, name = _parent(self.block_list[block], path)
+            inner = getattr(parent, name)
+            setattr(
+                parent, name, NormedOutput(inner, self.config.text_config.hidden_size, self.config.output_norm_eps)
+            )
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As the source's own: (batch, tokens) ids -> (batch, tokens, vocabulary) logits, and the loss for labels."""
+        return self.language_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+
+def _parent(block: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds the one at `path` within a block, and that one's name."""
+    parent, _, name = path.rpartition(".")
+    return block.get_submodule(parent), name
