@@ -7,7 +7,17 @@ from transformers import AutoConfig as _AutoConfig
 from transformers import AutoModelForCausalLM as _AutoModelForCausalLM
 
 from flexigpt.configuration_flexigpt import FlexiGPTConfig as FlexiGPTConfig
+from flexigpt.errors import InputError as InputError
+from flexigpt.evaluate import EvalOptions as EvalOptions
+from flexigpt.evaluate import evaluate as evaluate
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM as FlexiGPTForCausalLM
+from flexigpt.plan import Plan as Plan
+from flexigpt.plan import Replica as Replica
+from flexigpt.prune import PruneOptions as PruneOptions
+from flexigpt.prune import plan_only as plan_only
+from flexigpt.prune import prune as prune
+from flexigpt.report import inspect_model as inspect_model
+from flexigpt.writing import write_checkpoint as write_checkpoint
 
 _AutoConfig.register(FlexiGPTConfig.model_type, FlexiGPTConfig)
 _AutoModelForCausalLM.register(FlexiGPTConfig, FlexiGPTForCausalLM)

@@ -3,8 +3,9 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -129,7 +130,9 @@ def find_architecture(config: PreTrainedConfig) -> Architecture:
     recurrent = [setting for setting in _RECURRENT_SETTINGS if getattr(text_config, setting, None)]
     if other_types or recurrent:
         found = ", ".join(sorted(other_types) or recurrent)
-        raise InputError(f"{name} has linear-attention or recurrent blocks ({found}), which flexigpt cannot share: {supported}")
+        raise InputError(
+            f"{name} has linear-attention or recurrent blocks ({found}), which flexigpt cannot share: {supported}"
+        )
     if name not in ARCHITECTURES:
         raise InputError(f"model type {name} is not supported: {supported}; {ADDING_PAGE} says how to add one")
     if getattr(config, "is_heterogeneous", False):
@@ -159,12 +162,13 @@ def config_with_blocks(config: PreTrainedConfig, source_blocks: Sequence[int]) -
 
 def block_list(model: PreTrainedModel) -> nn.ModuleList:
     """The blocks of a source model, in order."""
-    return model.get_submodule(find_architecture(model.config).blocks)
+    return cast(nn.ModuleList, model.get_submodule(find_architecture(model.config).blocks))
 
 
-def weight_matrix(linear: nn.Module) -> "nn.Parameter":
+def weight_matrix(linear: nn.Module) -> torch.Tensor:
     """The weight as (outputs, inputs); GPT-2's `Conv1D` stores it transposed."""
-    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+    weight = cast(torch.Tensor, linear.weight)
+    return weight.T if isinstance(linear, Conv1D) else weight
 
 
 def model_shape(model: PreTrainedModel, output_norm: bool = True) -> ModelShape:

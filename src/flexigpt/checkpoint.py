@@ -1,17 +1,14 @@
-"""Opening models and writing compact checkpoints."""
+"""Opening source and compact models, and building the compact model of a source."""
 
-import contextlib
-import errno
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -61,7 +58,7 @@ def read_config(model: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"the model {model} cannot be opened: {_one_line(error)}") from error
+        raise InputError(f"the model {model} cannot be opened: {one_line(error)}") from error
 
 
 def load_model(model: str, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
@@ -75,15 +72,23 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto") -> PreTrai
     where = find_device(device)
     read_config(model)
     try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
+        # With the report it returns a pair, which its annotation does not say.
+        opened: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
     except SafetensorError as error:
         raise InputError(f"the weights of {model} are damaged ({error}): copy or download them again") from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"the model {model} cannot be opened: {_one_line(error)}") from error
-    missing = sorted(report["missing_keys"])
+        raise InputError(f"the model {model} cannot be opened: {one_line(error)}") from error
+    loaded: PreTrainedModel = opened[0]
+    missing = sorted(opened[1]["missing_keys"])
     if missing:
         raise InputError(f"the weights of {model} lack {len(missing)} tensors, {missing[0]} among them: get them again")
-    return loaded.eval().to(where)
+    return move(loaded.eval(), where)
+
+
+def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The model on that device. (`PreTrainedModel.to` loses nn.Module.to's types.)"""
+    nn.Module.to(model, device)
+    return model
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -95,7 +100,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(model)
     except Exception as error:  # tokenizers raise bare Exceptions
-        raise InputError(f"the tokenizer of {model} cannot be opened: {_one_line(error)}") from error
+        raise InputError(f"the tokenizer of {model} cannot be opened: {one_line(error)}") from error
 
 
 def check_finite(model: PreTrainedModel, track: Track = silent) -> None:
@@ -131,15 +136,24 @@ def compact_config(config: PreTrainedConfig, plan: Plan, output_norm: bool = Tru
     )
 
 
-def plan_of(config: FlexiGPTConfig) -> Plan:
+def plan_of(config: PreTrainedConfig) -> Plan:
     """The plan of a compact model."""
+    assert isinstance(config, FlexiGPTConfig)
     return Plan.from_dict({"format_version": 1, "num_blocks": config.num_hidden_layers, "replicas": config.replicas})
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A source or compact model of that configuration with parameters on the meta device: no memory, all shapes."""
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=config_dtype(config))
+    model.tie_weights()
+    return model.eval()
+
+
+def config_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype of the weights that a configuration names; float32 where it names none."""
+    dtype = config.dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def fill_model(empty: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -151,10 +165,11 @@ def fill_model(empty: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> N
 
 def compact_of(source: PreTrainedModel, plan: Plan, output_norm: bool = True) -> FlexiGPTForCausalLM:
     """The compact model that shares the source's tensors; what is the replicas' own is still on the meta device."""
-    # from_config writes into the configuration it is given.
-    config = compact_config(type(source.config).from_dict(source.config.to_dict()), plan, output_norm)
-    config.dtype = source.dtype
-    model = empty_model(config)
+    text_config = copy.deepcopy(source.config)  # from_config writes into what it is given
+    text_config._name_or_path = ""  # a local path is nobody else's business
+    text_config.dtype = source.dtype
+    config = compact_config(text_config, plan, output_norm)
+    model = cast(FlexiGPTForCausalLM, empty_model(config))
     fill_model(model, {f"language_model.{name}": tensor for name, tensor in source.state_dict().items()})
     model.generation_config = source.generation_config
     return model
@@ -165,80 +180,6 @@ def stored_bytes(model: PreTrainedModel) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def check_output(out: str | Path, source: str, overwrite: bool) -> None:
-    """Refuses an output folder before the work begins.
-
-    Raises:
-        InputError: a folder that is not empty (without `overwrite`), that holds no checkpoint or plan (with it), or in
-            which the source lies.
-    """
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file: give a folder to write to")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if Path(source).exists() and Path(source).resolve().is_relative_to(out.resolve()):
-        raise InputError(f"the source lies in {out}: give another folder to write to")
-    if not overwrite:
-        raise InputError(f"{out} is not empty: give another folder, or --overwrite to replace it")
-    if not any((out / name).is_file() for name in ("config.json", "plan.json")):
-        raise InputError(f"{out} holds no checkpoint that --overwrite could replace: give another folder")
-
-
-@contextlib.contextmanager
-def replaced_folder(out: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place when the block ends without an error, or vanishes.
-
-    Raises:
-        InputError: a disk that is full or cannot be written to.
-    """
-    out = Path(out).absolute()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror}") from error
-    try:
-        content = temporary / "new"
-        content.mkdir()
-        yield content
-        if out.exists():
-            out.rename(temporary / "old")
-        content.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise _write_error(out, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _write_error(out: Path, error: Exception) -> InputError:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if full or any(sign in str(error) for sign in ("No space left", "File too large", "StorageFull")):
-        return InputError(f"the disk of {out.parent} is full: nothing was written; free space or give another folder")
-    return InputError(f"{out} cannot be written: {_one_line(error)}")
-
-
-def check_space(out: str | Path, num_bytes: int) -> None:
-    """Raises InputError where the disk that `out` will lie on has less free space than a checkpoint needs."""
-    folder = next(folder for folder in Path(out).absolute().parents if folder.exists())
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise InputError(
-            f"the disk of {folder} has {free / 1e6:,.0f} MB free, the checkpoint needs {num_bytes / 1e6:,.0f} MB: "
-            "free space or give another folder"
-        )
-
-
-def write_model(
-    folder: Path, model: FlexiGPTForCausalLM, tokenizer: PreTrainedTokenizerBase | None, max_shard_size: str
-) -> None:
-    """Weights, configuration, remote code and tokenizer into an existing folder."""
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    for file in folder.iterdir():
-        os.chmod(file, 0o644)
-
-
-def _one_line(error: Any) -> str:
+def one_line(error: Any) -> str:
+    """A library's error message without its line breaks."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -78,6 +78,6 @@ class FlexiGPTConfig(PreTrainedConfig):
             return getattr(self.text_config, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:  # noqa: ARG002
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The source's configuration: `generate` sizes its cache by it."""
         return self if self.text_config is None else self.text_config

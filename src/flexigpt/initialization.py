@@ -1,6 +1,7 @@
 """Adapters and output norms of a new replica."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -16,7 +17,10 @@ AdapterInit = Callable[[torch.Tensor, torch.Tensor, int, torch.Generator], tuple
 
 
 def svd_adapter(
-    pruned: torch.Tensor, base: torch.Tensor, rank: int, generator: torch.Generator  # noqa: ARG001
+    pruned: torch.Tensor,
+    base: torch.Tensor,
+    rank: int,
+    generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best rank-r approximation of W_i - W_j (eq. 7-8): A = V_r^T, B = U_r S_r."""
     difference = truncated_svd(pruned.double() - base.double(), rank)
@@ -24,7 +28,10 @@ def svd_adapter(
 
 
 def zero_adapter(
-    pruned: torch.Tensor, base: torch.Tensor, rank: int, generator: torch.Generator  # noqa: ARG001
+    pruned: torch.Tensor,
+    base: torch.Tensor,
+    rank: int,
+    generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """B = 0 and A random with variance 1 / inputs, as LoRA starts: the replica computes what its base does."""
     outputs, inputs = base.shape
@@ -64,8 +71,10 @@ def initialize_replicas(
         for path, module in own_blocks[replica.block].named_modules():
             if isinstance(module, SharedLinear):
                 linear_path = path.removesuffix(".inner")
-                linears = [source_blocks[i].get_submodule(linear_path) for i in (replica.block, replica.base)]
-                _fill_linear(module, linears[0], linears[1], replica, ADAPTER_INITS[adapter_init], generator)
+                own, base = (
+                    cast(nn.Linear, source_blocks[i].get_submodule(linear_path)) for i in (replica.block, replica.base)
+                )
+                _fill_linear(module, own, base, replica, ADAPTER_INITS[adapter_init], generator)
             elif isinstance(module, NormedOutput):
                 like = next(source.parameters())
                 module.output_norm.weight = _parameter(torch.full(module.output_norm.normalized_shape, norm_init), like)
@@ -73,8 +82,8 @@ def initialize_replicas(
 
 def _fill_linear(
     shared: SharedLinear,
-    own: nn.Module,
-    base: nn.Module,
+    own: nn.Linear,
+    base: nn.Linear,
     replica: Replica,
     init: AdapterInit,
     generator: torch.Generator,

@@ -1,8 +1,8 @@
 """The compact model. Travels with every checkpoint, so it imports nothing but torch and transformers.
 
 A replica is a decoder layer of the source's own class: own layer index, cache slot, input norms and biases. Only its
-linears are exchanged: each computes with the base's weight, to which it adds its own adapter. The base is looked up when
-the layer runs and is not registered a second time, so every tensor exists once in the module tree and once on disk.
+linears are exchanged: each computes with the base's weight, to which it adds its own adapter. The base is looked up
+when the layer runs and is not registered a second time, so every tensor exists once in the module tree and on disk.
 """
 
 from typing import Any
@@ -20,9 +20,8 @@ from .configuration_flexigpt import FlexiGPTConfig
 
 def linear_size(linear: nn.Module) -> tuple[int, int]:
     """(outputs, inputs) of a linear; GPT-2's `Conv1D` stores its weight transposed."""
-    if isinstance(linear, Conv1D):
-        return linear.nf, linear.nx
-    return linear.out_features, linear.in_features
+    names = ("nf", "nx") if isinstance(linear, Conv1D) else ("out_features", "in_features")
+    return int(getattr(linear, names[0])), int(getattr(linear, names[1]))
 
 
 class SharedLinear(nn.Module):
@@ -39,7 +38,7 @@ class SharedLinear(nn.Module):
     def __init__(self, base_parent: nn.Module, base_name: str, rank: int, bias: bool) -> None:
         super().__init__()
         # Past nn.Module's registration: the base's tensors must appear once in state_dict() and parameters().
-        object.__setattr__(self, "_base_parent", base_parent)
+        self.__dict__["_base_parent"] = base_parent
         self._base_name = base_name
         self.out_features, self.in_features = linear_size(self.base)
         self.adapter_A = nn.Parameter(torch.randn(rank, self.in_features) * self.in_features**-0.5)
@@ -49,7 +48,8 @@ class SharedLinear(nn.Module):
     @property
     def base(self) -> nn.Module:
         """The base's linear, as it is now."""
-        return self._base_parent._modules[self._base_name]
+        parent: nn.Module = self.__dict__["_base_parent"]
+        return getattr(parent, self._base_name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
@@ -82,6 +82,8 @@ class FlexiGPTForCausalLM(PreTrainedModel, GenerationMixin):
     _auto_class = "AutoModelForCausalLM"
 
     def __init__(self, config: FlexiGPTConfig) -> None:
+        if config.text_config is None:
+            raise ValueError("a compact model needs text_config, the source's configuration: it was given none")
         source_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]
         for flag in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend"):
             object.__setattr__(self, flag, getattr(source_class, flag))
@@ -106,9 +108,7 @@ class FlexiGPTForCausalLM(PreTrainedModel, GenerationMixin):
         for path in self.config.output_norms:
             parent, name = _parent(self.block_list[block], path)
             inner = getattr(parent, name)
-            setattr(
-                parent, name, NormedOutput(inner, self.config.text_config.hidden_size, self.config.output_norm_eps)
-            )
+            setattr(parent, name, NormedOutput(inner, self.config.text_config.hidden_size, self.config.output_norm_eps))
 
     def forward(
         self,

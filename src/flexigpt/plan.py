@@ -1,6 +1,7 @@
 """The plan (which logical block is a replica of which base, with which rank) and parameter accounting. No torch."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 from flexigpt.errors import InputError
 
 PLAN_FORMAT_VERSION = 1
+_COUNTS = {"K": 10**3, "M": 10**6, "B": 10**9}
+_BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,10 @@ class Plan:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise InputError(f"the plan {path} cannot be read ({error.strerror}): give a file that --plan-only wrote")
+            reason = error.strerror
+            raise InputError(
+                f"the plan {path} cannot be read ({reason}): give a file that --plan-only wrote"
+            ) from error
         except ValueError as error:
             raise InputError(f"the plan {path} is not JSON ({error}): give a file that --plan-only wrote") from error
         return cls.from_dict(data)
@@ -196,3 +202,22 @@ class ModelShape:
             f"the target of {target_parameters:,} parameters is out of reach: at rank {rank} the least is {least:,}; "
             "give a larger --target-size or a lower --rank"
         )
+
+
+def parse_size(size: str, itemsize: int) -> int:
+    """Parameters in a size that people write: a number of parameters (4.8B, 350M) or of bytes (3.2GB, 900MiB).
+
+    Args:
+        size: the size.
+        itemsize: bytes of one parameter.
+
+    Raises:
+        InputError: a size that cannot be read.
+    """
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Z]+)", size.strip().upper())
+    number, unit = (float(match[1]), match[2]) if match else (0.0, "")
+    if unit in _COUNTS and number > 0:
+        return int(number * _COUNTS[unit])
+    if unit in _BYTES and number > 0:
+        return int(number * _BYTES[unit]) // itemsize
+    raise InputError(f"size {size!r} cannot be read: give parameters (4.8B, 350M) or bytes (3.2GB, 900MiB)")

@@ -14,6 +14,6 @@ class Track(Protocol):
         ...
 
 
-def silent(items: Iterable[T], stage: str, total: int) -> Iterator[T]:  # noqa: ARG001
+def silent(items: Iterable[T], stage: str, total: int) -> Iterator[T]:
     """Tracks nothing: the default of the Python API."""
     return iter(items)

@@ -56,17 +56,17 @@ BASE_DISTANCES: dict[str, BaseDistance] = {
     # The method (eq. 2-4): what an adapter cannot mend between the low-rank cores of the two.
     "low-rank": BaseDistance(
         prepare=truncated_svd,
-        between=lambda pruned, candidate, rank: unmended(pruned, candidate),  # noqa: ARG005
+        between=lambda pruned, candidate, rank: unmended(pruned, candidate),
     ),
     # Figure 4 (b): without the high-rank elimination.
     "full-rank": BaseDistance(
-        prepare=lambda weight, rank: weight,  # noqa: ARG005
+        prepare=lambda weight, rank: weight,
         between=lambda pruned, candidate, rank: tail_norm(pruned.double() - candidate.double(), rank),
     ),
     # Figure 4 (c): plain |W_i - W_j|_F.
     "frobenius": BaseDistance(
-        prepare=lambda weight, rank: weight,  # noqa: ARG005
-        between=lambda pruned, candidate, rank: (pruned.double() - candidate.double()).norm(),  # noqa: ARG005
+        prepare=lambda weight, rank: weight,
+        between=lambda pruned, candidate, rank: (pruned.double() - candidate.double()).norm(),
     ),
 }
 
@@ -85,6 +85,21 @@ def num_pruned_at(ratio: float, num_blocks: int) -> int:
             f"ratio {ratio} of {num_blocks} blocks prunes nothing: give at least {math.ceil(1000 / num_blocks) / 1000}"
         )
     return num_pruned
+
+
+def check_blocks(blocks: Sequence[int], num_blocks: int) -> tuple[int, ...]:
+    """Blocks to prune that a user named, ascending.
+
+    Raises:
+        InputError: none, one that does not exist, one named twice, or all of them.
+    """
+    given = ", ".join(map(str, blocks)) or "none"
+    strange = sorted(set(blocks) - set(range(num_blocks)))
+    if not blocks or strange or len(set(blocks)) < len(blocks):
+        raise InputError(f"blocks {given} cannot be pruned: name some of 0 to {num_blocks - 1}, each once")
+    if len(blocks) == num_blocks:
+        raise InputError(f"pruning all {num_blocks} blocks leaves no base: keep at least one")
+    return tuple(sorted(blocks))
 
 
 def lowest(scores: Sequence[float], num_pruned: int) -> tuple[int, ...]:
@@ -112,7 +127,9 @@ def base_distances(
     kept = [block for block in range(len(blocks)) if block not in pruned]
     measure = BASE_DISTANCES[distance]
     totals = {i: dict.fromkeys(kept, 0.0) for i in pruned}
-    steps = track(((path, i) for path in linears for i in range(len(blocks))), "measuring distances", len(linears) * len(blocks))
+    steps = track(
+        ((path, i) for path in linears for i in range(len(blocks))), "measuring distances", len(linears) * len(blocks)
+    )
     prepared: dict[int, Any] = {}
     for path, i in steps:
         prepared[i] = measure.prepare(weight_matrix(blocks[i].get_submodule(path)), rank)

@@ -1,0 +1,246 @@
+"""Commands -> functions; no logic."""
+
+import json
+import logging
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import click
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers.utils import logging as transformers_logging
+
+from flexigpt.errors import InputError
+from flexigpt.evaluate import EvalOptions, evaluate
+from flexigpt.generate import GenerateOptions, generate
+from flexigpt.initialization import ADAPTER_INITS
+from flexigpt.prune import PruneOptions, plan_only, prune
+from flexigpt.report import cost_table, inspect_model, inspection_tables, plan_table
+from flexigpt.selection import BASE_DISTANCES, BLOCK_SCORES
+from flexigpt.writing import check_output, write_checkpoint, write_plan
+
+T = TypeVar("T")
+app = typer.Typer(
+    help="Smaller large language models by sharing blocks.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+stdout = Console(soft_wrap=True)
+
+
+def field_help(options: type) -> dict[str, str]:
+    """The help of each option: the description of the field in the class's docstring."""
+    described = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", options.__doc__ or "", re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in described}
+
+
+_PRUNE, _EVAL, _GENERATE = field_help(PruneOptions), field_help(EvalOptions), field_help(GenerateOptions)
+
+
+class Bars:
+    """Progress bars on stderr, one for each stage, with the time left."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:22}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+
+    def __enter__(self) -> "Bars":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, items: Iterable[T], stage: str, total: int) -> Iterator[T]:
+        return iter(self._progress.track(items, total=total, description=stage))
+
+
+@app.command("prune")
+def prune_command(
+    source: Annotated[str, typer.Argument(help="Folder or hub name of the source model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the compact checkpoint to.")],
+    ratio: Annotated[float | None, typer.Option(help=_PRUNE["ratio"])] = None,
+    blocks: Annotated[str | None, typer.Option(help=_PRUNE["blocks"], metavar="12,13,...")] = None,
+    target_size: Annotated[str | None, typer.Option(help=_PRUNE["target_size"], metavar="4.8B|3.2GB")] = None,
+    plan: Annotated[Path | None, typer.Option(help=_PRUNE["plan"])] = None,
+    plan_only_: Annotated[
+        bool, typer.Option("--plan-only", help="Write only the plan, OUT/plan.json, to look at, edit and apply.")
+    ] = False,
+    rank: Annotated[int | None, typer.Option(help=_PRUNE["rank"])] = None,
+    calibration: Annotated[str | None, typer.Option(help=_PRUNE["calibration"])] = None,
+    text_column: Annotated[str | None, typer.Option(help=_PRUNE["text_column"])] = None,
+    windows: Annotated[int | None, typer.Option(help=_PRUNE["windows"])] = None,
+    window_length: Annotated[int | None, typer.Option(help=_PRUNE["window_length"])] = None,
+    block_score: Annotated[str | None, typer.Option(help=_PRUNE["block_score"], metavar="|".join(BLOCK_SCORES))] = None,
+    base_distance: Annotated[
+        str | None, typer.Option(help=_PRUNE["base_distance"], metavar="|".join(BASE_DISTANCES))
+    ] = None,
+    adapter_init: Annotated[
+        str, typer.Option(help=_PRUNE["adapter_init"], metavar="|".join(ADAPTER_INITS))
+    ] = PruneOptions.adapter_init,
+    norm_init: Annotated[float | None, typer.Option(help=_PRUNE["norm_init"])] = None,
+    output_norm: Annotated[bool, typer.Option(help=_PRUNE["output_norm"])] = PruneOptions.output_norm,
+    perplexity: Annotated[str | None, typer.Option(help=_PRUNE["perplexity"])] = None,
+    dtype: Annotated[str, typer.Option(help=_PRUNE["dtype"])] = PruneOptions.dtype,
+    device: Annotated[str, typer.Option(help=_PRUNE["device"])] = PruneOptions.device,
+    seed: Annotated[int, typer.Option(help=_PRUNE["seed"])] = PruneOptions.seed,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file; larger checkpoints are split.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint or plan in OUT.")] = False,
+) -> None:
+    """Prune a source model into a compact model and write its checkpoint."""
+    options = PruneOptions(
+        ratio=ratio,
+        blocks=None if blocks is None else _block_numbers(blocks),
+        target_size=target_size,
+        plan=plan,
+        rank=rank,
+        calibration=calibration,
+        text_column=text_column,
+        windows=windows,
+        window_length=window_length,
+        block_score=block_score,
+        base_distance=base_distance,
+        adapter_init=adapter_init,
+        norm_init=norm_init,
+        output_norm=output_norm,
+        perplexity=perplexity,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+    )
+    check_output(out, source, overwrite)
+    command = {"command": shlex.join(["flexigpt", *sys.argv[1:]])}
+    if plan_only_:
+        with Bars() as track:
+            decided, record = plan_only(source, options, track)
+        write_plan(out, decided, record | command)
+        stdout.print(plan_table(decided, record))
+        print(f"plan written to {out / 'plan.json'}; apply it with --plan")
+        return
+    with Bars() as track:
+        model, decided, record = prune(source, options, track)
+    write_checkpoint(out, model, record | command, source=source, max_shard_size=max_shard_size)
+    stdout.print(plan_table(decided, record))
+    stdout.print(cost_table(record))
+    print(f"checkpoint written to {out}")
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of a source or compact model.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the plan, stored and effective parameters, and the bytes of each part."""
+    inspection = inspect_model(model)
+    if as_json:
+        _print_json(inspection)
+        return
+    for table in inspection_tables(inspection):
+        stdout.print(table)
+
+
+@app.command("eval")
+def eval_command(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of a source or compact model.")],
+    perplexity: Annotated[str, typer.Option(help=_EVAL["perplexity"])],
+    text_column: Annotated[str, typer.Option(help=_EVAL["text_column"])] = EvalOptions.text_column,
+    window_length: Annotated[int | None, typer.Option(help=_EVAL["window_length"])] = None,
+    stride: Annotated[int | None, typer.Option(help=_EVAL["stride"])] = None,
+    dtype: Annotated[str, typer.Option(help=_EVAL["dtype"])] = EvalOptions.dtype,
+    device: Annotated[str, typer.Option(help=_EVAL["device"])] = EvalOptions.device,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure perplexity per token and bits per byte."""
+    options = EvalOptions(
+        perplexity=perplexity,
+        text_column=text_column,
+        window_length=window_length,
+        stride=stride,
+        dtype=dtype,
+        device=device,
+    )
+    with Bars() as track:
+        measured = evaluate(model, options, track)
+    if as_json:
+        _print_json({"model": model, "text": perplexity, **measured.to_dict()})
+        return
+    print(
+        f"perplexity {measured.perplexity:.4f} per token, {measured.bits_per_byte:.4f} bits per byte "
+        f"({measured.tokens:,} tokens scored, windows of {measured.window_length}, stride {measured.stride})"
+    )
+
+
+@app.command("generate")
+def generate_command(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of a source or compact model.")],
+    prompt: Annotated[str, typer.Option(help=_GENERATE["prompt"])],
+    max_new_tokens: Annotated[int, typer.Option(help=_GENERATE["max_new_tokens"])] = GenerateOptions.max_new_tokens,
+    temperature: Annotated[float | None, typer.Option(help=_GENERATE["temperature"])] = None,
+    top_p: Annotated[float | None, typer.Option(help=_GENERATE["top_p"])] = None,
+    seed: Annotated[int | None, typer.Option(help=_GENERATE["seed"])] = None,
+    dtype: Annotated[str, typer.Option(help=_GENERATE["dtype"])] = GenerateOptions.dtype,
+    device: Annotated[str, typer.Option(help=_GENERATE["device"])] = GenerateOptions.device,
+) -> None:
+    """Continue a prompt; the text appears as it is made."""
+    options = GenerateOptions(
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+    )
+    generate(model, options, lambda piece: print(piece, end="", flush=True))
+    print()
+
+
+def _block_numbers(blocks: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(block) for block in blocks.split(","))
+    except ValueError:
+        raise InputError(f"--blocks {blocks} cannot be read: give numbers with commas between them, as 12,13") from None
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    print(json.dumps(data, indent=2))
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command. Bad input and interruption: one line on stderr and exit code 2."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    try:
+        sys.exit(app(arguments, standalone_mode=False))
+    except InputError as error:
+        _fail(str(error))
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted: nothing was written")
+
+
+def _fail(message: str) -> None:
+    print(f"flexigpt: {message}", file=sys.stderr)
+    sys.exit(2)

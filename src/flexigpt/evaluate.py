@@ -1,0 +1,155 @@
+"""Perplexity of a source or compact model on a text."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flexigpt.checkpoint import load_model, load_tokenizer
+from flexigpt.data import TokenizedText, batch_size_for, check_window_length, tokenize_text
+from flexigpt.errors import InputError
+from flexigpt.progress import Track, silent
+
+# Numbers in one batch's logits: 64 MiB in float32.
+_LOGITS_BUDGET = 2**24
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What to measure, and how.
+
+    Attributes:
+        perplexity: text to measure perplexity on: a .txt, .jsonl, .jsonl.gz or .parquet file, or NAME[:CONFIG][@SPLIT]
+            of a data set on the hub.
+        text_column: column that holds the text.
+        window_length: tokens in a window; None: the model's context, at most 2048.
+        stride: tokens from one window's start to the next's; None: the window length, so that windows do not overlap.
+        dtype: auto (the checkpoint's), float32, bfloat16 or float16.
+        device: auto (a GPU where there is one), cpu, cuda or cuda:N.
+    """
+
+    perplexity: str
+    text_column: str = "text"
+    window_length: int | None = None
+    stride: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """What was measured.
+
+    Attributes:
+        perplexity: per token: exp of the mean negative log-likelihood.
+        bits_per_byte: the text's negative log-likelihood in bits, by its UTF-8 bytes.
+        tokens: tokens scored: all but the first, each once.
+        bytes: UTF-8 bytes of the text.
+        window_length: tokens that a window sees at most.
+        stride: tokens between the starts of two windows.
+    """
+
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    window_length: int
+    stride: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(model: str, options: EvalOptions, track: Track = silent) -> Perplexity:
+    """Perplexity of a local or hub model, source or compact.
+
+    Raises:
+        InputError: a model or a text that cannot be used, or a window that does not fit.
+    """
+    loaded = load_model(model, options.dtype, options.device)
+    tokenizer = load_tokenizer(model)
+    text = read_text(loaded, tokenizer, options)
+    return perplexity(loaded, text, window_length=_window_length(loaded, options), stride=options.stride, track=track)
+
+
+def read_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: EvalOptions) -> TokenizedText:
+    """The text of the options, tokenized; raises InputError where it cannot be."""
+    return tokenize_text(
+        options.perplexity,
+        tokenizer,
+        column=options.text_column,
+        window_length=_window_length(model, options),
+    )
+
+
+def _window_length(model: PreTrainedModel, options: EvalOptions) -> int:
+    return check_window_length(options.window_length, model.config)
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel,
+    text: TokenizedText,
+    *,
+    window_length: int,
+    stride: int | None = None,
+    track: Track = silent,
+) -> Perplexity:
+    """Perplexity over sliding windows.
+
+    A window takes `window_length` tokens in and predicts the token after each. Every token but the first of the text is
+    scored once, with the most context that the windows give it; windows without overlap (stride = window length) are
+    the common, stricter protocol.
+
+    Args:
+        model: in eval mode.
+        text: at least 2 tokens.
+        window_length: tokens in.
+        stride: 1 to window_length; None: window_length.
+        track: told of each batch.
+
+    Raises:
+        InputError: a stride out of range, or logits that are not finite.
+    """
+    stride = window_length if stride is None else stride
+    if not 1 <= stride <= window_length:
+        raise InputError(f"stride {stride} is outside 1 to the window length {window_length}")
+    starts = range(0, max(1, len(text.ids) - 1 - (window_length - stride)), stride)
+    batch_size = batch_size_for(window_length, model.config.get_text_config().vocab_size, _LOGITS_BUDGET)
+    batches = list(_batches(text.ids, starts, window_length, batch_size))
+    total, scored = 0.0, 0
+    for batch, first_scored in track(batches, "measuring perplexity", len(batches)):
+        inputs, targets = batch[:, :-1].to(model.device), batch[:, 1:].to(model.device)
+        logits = model(input_ids=inputs, use_cache=False).logits[:, first_scored:]
+        targets = targets[:, first_scored:]
+        total += F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum").item()
+        scored += targets.numel()
+    if not math.isfinite(total):
+        raise InputError("the model's logits are not finite on this text: give --dtype float32, or check the weights")
+    return Perplexity(
+        perplexity=math.exp(min(total / scored, 700.0)),
+        bits_per_byte=total / math.log(2) / text.num_bytes,
+        tokens=scored,
+        bytes=text.num_bytes,
+        window_length=window_length,
+        stride=stride,
+    )
+
+
+def _batches(ids: torch.Tensor, starts: range, window_length: int, batch_size: int) -> "list[tuple[torch.Tensor, int]]":
+    """(windows, tokens + 1) ids and the first position to score: the overlap has been scored by the window before."""
+    overlap = window_length - starts.step
+    windows = [(ids[start : start + window_length + 1], overlap if start else 0) for start in starts]
+    batches: list[tuple[torch.Tensor, int]] = []
+    group: list[tuple[torch.Tensor, int]] = []
+    for window in windows:
+        alike = group and len(window[0]) == len(group[0][0]) and window[1] == group[0][1]
+        if group and (not alike or len(group) == batch_size):
+            batches.append((torch.stack([ids for ids, _ in group]), group[0][1]))
+            group = []
+        group.append(window)
+    batches.append((torch.stack([ids for ids, _ in group]), group[0][1]))
+    return batches

@@ -1,0 +1,90 @@
+"""Text from a source or compact model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from transformers import GenerationMixin, PreTrainedTokenizerBase, TextStreamer, set_seed
+
+from flexigpt.checkpoint import load_model, load_tokenizer
+from flexigpt.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """What to generate, and how.
+
+    Attributes:
+        prompt: text to continue.
+        max_new_tokens: tokens to generate at most.
+        temperature: above 0: samples at that temperature; None: takes the likeliest token each time.
+        top_p: samples from the likeliest tokens that hold this share of the probability; needs a temperature.
+        seed: makes samples repeatable; needs a temperature; None: 0.
+        dtype: auto (the checkpoint's), float32, bfloat16 or float16.
+        device: auto (a GPU where there is one), cpu, cuda or cuda:N.
+    """
+
+    prompt: str
+    max_new_tokens: int = 128
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise InputError("--prompt is empty: give some text to continue")
+        if self.max_new_tokens < 1:
+            raise InputError(f"--max-new-tokens {self.max_new_tokens} is too small: give at least 1")
+        if self.temperature is not None and self.temperature <= 0:
+            raise InputError(f"--temperature {self.temperature} is not above 0: leave it out for the likeliest tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"--top-p {self.top_p} is outside (0, 1]")
+        for name in ("top_p", "seed"):
+            if self.temperature is None and getattr(self, name) is not None:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} has no effect without --temperature: give one, or leave --{flag} out")
+
+
+class _Emitter(TextStreamer):
+    """Hands finished pieces of text on instead of printing them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, emit: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._emit = emit
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._emit(text)
+
+
+@torch.no_grad()
+def generate(model: str, options: GenerateOptions, emit: Callable[[str], None]) -> None:
+    """Continues a prompt with stock `generate`; hands the new text to `emit` piece by piece.
+
+    Raises:
+        InputError: a model that cannot be opened, or a prompt that leaves no room in its context.
+    """
+    loaded = load_model(model, options.dtype, options.device)
+    tokenizer = load_tokenizer(model)
+    inputs = tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
+    context = getattr(loaded.config, "max_position_embeddings", None)
+    length = inputs["input_ids"].shape[1]
+    if context and length + options.max_new_tokens > context:
+        raise InputError(
+            f"{length} prompt tokens and --max-new-tokens {options.max_new_tokens} exceed the context of {context}: "
+            "shorten one of them"
+        )
+    sampling = {} if options.top_p is None else {"top_p": options.top_p}
+    if options.temperature is not None:
+        set_seed(options.seed or 0)
+        sampling |= {"temperature": options.temperature}
+    cast(GenerationMixin, loaded).generate(
+        **inputs,
+        max_new_tokens=options.max_new_tokens,
+        do_sample=options.temperature is not None,
+        streamer=_Emitter(tokenizer, emit),
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        **sampling,
+    )

@@ -1,0 +1,295 @@
+"""Pruning: source model -> plan -> compact model."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flexigpt.architecture import find_architecture, model_shape, num_blocks
+from flexigpt.calibration import block_means
+from flexigpt.checkpoint import (
+    check_finite,
+    compact_of,
+    config_dtype,
+    empty_model,
+    load_model,
+    load_tokenizer,
+    move,
+    read_config,
+    stored_bytes,
+)
+from flexigpt.data import DEFAULT_TEXT, calibration_windows, check_window_length, tokenize_text
+from flexigpt.errors import InputError
+from flexigpt.evaluate import perplexity
+from flexigpt.initialization import ADAPTER_INITS, initialize_replicas
+from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
+from flexigpt.plan import ModelShape, Plan, parse_size
+from flexigpt.progress import Track, silent
+from flexigpt.selection import (
+    BASE_DISTANCES,
+    BLOCK_SCORES,
+    base_distances,
+    check_blocks,
+    choose_bases,
+    lowest,
+    num_pruned_at,
+)
+
+# The paper's rank 256 at LLaMA-2 7B's hidden size 4096.
+_HIDDEN_SIZE_PER_RANK = 16
+DEFAULT_WINDOWS = 64
+DEFAULT_NORM_INIT = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions:
+    """What to prune, and how. Exactly one of ratio, blocks, target_size and plan says how much.
+
+    A field that is None has the default that its description names; one that is given but has no effect is refused.
+
+    Attributes:
+        ratio: share of the blocks to prune, in (0, 1); rounded down to whole blocks.
+        blocks: the blocks to prune, from 0.
+        target_size: stored size to come down to: parameters (4.8B, 350M) or bytes (3.2GB, 900MiB).
+        plan: a plan file to apply as it is.
+        rank: rank of the adapters; None: hidden size / 16.
+        calibration: text to score blocks on: a .txt, .jsonl, .jsonl.gz or .parquet file, or NAME[:CONFIG][@SPLIT] of a
+            data set on the hub; None: MiniPile's validation split, or no calibration where `blocks` are given.
+        text_column: column that holds the text; None: text.
+        windows: calibration windows; None: 64.
+        window_length: tokens in a window, for calibration and perplexity; None: the model's context, at most 2048.
+        block_score: score whose lowest blocks are pruned; None: influence.
+        base_distance: distance by which each pruned block's base is chosen; None: low-rank.
+        adapter_init: how adapters start.
+        norm_init: constant that the output norms' gamma starts at; None: 0.05.
+        output_norm: whether replicas have output norms.
+        perplexity: text to measure perplexity on before and after, as for calibration; None: it is not measured.
+        dtype: of the weights: auto (the source's), float32, bfloat16 or float16.
+        device: auto (a GPU where there is one), cpu, cuda or cuda:N.
+        seed: shuffles the calibration text and draws random adapters.
+    """
+
+    ratio: float | None = None
+    blocks: Sequence[int] | None = None
+    target_size: str | None = None
+    plan: str | Path | None = None
+    rank: int | None = None
+    calibration: str | None = None
+    text_column: str | None = None
+    windows: int | None = None
+    window_length: int | None = None
+    block_score: str | None = None
+    base_distance: str | None = None
+    adapter_init: str = "svd"
+    norm_init: float | None = None
+    output_norm: bool = True
+    perplexity: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        sizes = {"ratio": self.ratio, "blocks": self.blocks, "target-size": self.target_size, "plan": self.plan}
+        given = [name for name, value in sizes.items() if value is not None]
+        if len(given) != 1:
+            got = " and ".join(f"--{name}" for name in given) or "none of them"
+            raise InputError(f"give exactly one of --ratio, --blocks, --target-size and --plan: got {got}")
+        for name, value, known in (
+            ("block-score", self.block_score, BLOCK_SCORES),
+            ("base-distance", self.base_distance, BASE_DISTANCES),
+            ("adapter-init", self.adapter_init, ADAPTER_INITS),
+        ):
+            if value is not None and value not in known:
+                raise InputError(f"--{name} {value} is unknown: give {', '.join(known)}")
+        for name, number in (("rank", self.rank), ("windows", self.windows)):
+            if number is not None and number < 1:
+                raise InputError(f"--{name} {number} is too small: give at least 1")
+        self._refuse_without_effect()
+
+    def _refuse_without_effect(self) -> None:
+        """A setting without effect is an error, never ignored."""
+        by_plan = ("rank", "calibration", "windows", "block_score", "base_distance")
+        by_calibration = ("windows", "block_score")
+        idle: list[tuple[str, str]] = []
+        if self.plan is not None:
+            idle += [(name, "the plan decides it") for name in by_plan]
+        if self.blocks is not None and self.calibration is None:
+            idle += [
+                (name, "--blocks needs no calibration text unless --calibration gives one") for name in by_calibration
+            ]
+        if not self.calibrates and self.perplexity is None:
+            idle += [(name, "no text is read") for name in ("text_column", "window_length")]
+        if not self.output_norm:
+            idle.append(("norm_init", "--no-output-norm leaves no output norm"))
+        for name, reason in idle:
+            if getattr(self, name) is not None:
+                raise InputError(f"{_flag(name)} has no effect, since {reason}: leave it out")
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether blocks are scored on a text."""
+        return self.plan is None and (self.blocks is None or self.calibration is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A source whose size and options have been checked."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    shape: ModelShape
+    rank: int
+
+
+def prune(
+    source: str, options: PruneOptions, track: Track = silent
+) -> tuple[FlexiGPTForCausalLM, Plan, dict[str, Any]]:
+    """Makes a compact model of a source model (FlexiGPT, section 3).
+
+    Args:
+        source: folder or hub name of a source model.
+        options: what to prune, and how.
+        track: told of the progress of each stage.
+
+    Returns:
+        The compact model, its plan, and the record: everything measured on the way, JSON-ready.
+
+    Raises:
+        InputError: anything a user can put right; see the message.
+    """
+    started = time.perf_counter()
+    opened = _open_source(source, options, track)
+    plan, record = _choose_plan(opened, options, track)
+    compact = compact_of(opened.model, plan, options.output_norm)
+    initialize_replicas(
+        compact,
+        opened.model,
+        plan,
+        adapter_init=options.adapter_init,
+        norm_init=DEFAULT_NORM_INIT if options.norm_init is None else options.norm_init,
+        seed=options.seed,
+        track=track,
+    )
+    move(compact, opened.model.device)
+    record = _header(source, options) | record
+    record["source"] = _size(opened.model)
+    record["compact"] = _size(compact)
+    record["plain_removal"] = {"parameters": opened.shape.removed_parameters(len(plan.replicas))}
+    if options.perplexity is not None:
+        record["perplexity"] = _compare(opened, compact, options, track)
+    return compact, plan, record | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def plan_only(source: str, options: PruneOptions, track: Track = silent) -> tuple[Plan, dict[str, Any]]:
+    """The plan that `prune` would apply, and the record of what it rests on; no model is made.
+
+    Raises:
+        InputError: as `prune`; or settings that only applying a plan reads.
+    """
+    for field in ("plan", "perplexity", "adapter_init", "norm_init", "output_norm"):
+        if getattr(options, field) != getattr(PruneOptions, field):
+            raise InputError(f"{_flag(field)} has no effect with --plan-only, which makes no model: leave it out")
+    started = time.perf_counter()
+    opened = _open_source(source, options, track)
+    plan, record = _choose_plan(opened, options, track)
+    return plan, _header(source, options) | record | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def _open_source(source: str, options: PruneOptions, track: Track) -> _Opened:
+    """Loads a source; what its configuration already rules out is refused before any weight is read."""
+    config = read_config(source)
+    find_architecture(config)
+    shape = model_shape(empty_model(config), options.output_norm)
+    rank = options.rank or max(1, shape.hidden_size // _HIDDEN_SIZE_PER_RANK)
+    if options.plan is None:
+        shape.check_rank(rank)
+        _pruned_or_count(options, shape, rank, num_blocks(config), config_dtype(config))
+    reads_text = options.calibrates or options.perplexity is not None
+    if reads_text:
+        check_window_length(options.window_length, config)
+    model = load_model(source, options.dtype, options.device)
+    check_finite(model, track)
+    return _Opened(model=model, tokenizer=load_tokenizer(source) if reads_text else None, shape=shape, rank=rank)
+
+
+def _choose_plan(opened: _Opened, options: PruneOptions, track: Track) -> tuple[Plan, dict[str, Any]]:
+    """Scores blocks, measures distances, and gives each pruned block its base; or reads the plan that was given."""
+    model, depth = opened.model, num_blocks(opened.model.config)
+    if options.plan is not None:
+        plan = Plan.read(options.plan)
+        for replica in plan.replicas:
+            opened.shape.check_rank(replica.rank)
+        return plan, {}
+    record: dict[str, Any] = {}
+    pruned = _pruned_or_count(options, opened.shape, opened.rank, depth, model.dtype)
+    if options.calibrates:
+        score = options.block_score or "influence"
+        windows = _calibration_windows(opened, options)
+        record["calibration"] = {"text": options.calibration or DEFAULT_TEXT, "windows": list(windows.shape)}
+        record["block_score"] = score
+        record["scores"] = block_means(model, windows, BLOCK_SCORES[score], track)
+    if isinstance(pruned, int):
+        pruned = lowest(record["scores"], pruned)
+    record["base_distance"] = options.base_distance or "low-rank"
+    record["distances"] = base_distances(model, pruned, opened.rank, record["base_distance"], track)
+    return choose_bases(record["distances"], opened.rank, depth), record
+
+
+def _calibration_windows(opened: _Opened, options: PruneOptions) -> torch.Tensor:
+    assert opened.tokenizer is not None
+    return calibration_windows(
+        options.calibration or DEFAULT_TEXT,
+        opened.tokenizer,
+        column=options.text_column or "text",
+        windows=options.windows or DEFAULT_WINDOWS,
+        window_length=check_window_length(options.window_length, opened.model.config),
+        seed=options.seed,
+    )
+
+
+def _pruned_or_count(
+    options: PruneOptions, shape: ModelShape, rank: int, depth: int, dtype: torch.dtype
+) -> Sequence[int] | int:
+    """The blocks to prune, or, where their scores decide, how many."""
+    if options.blocks is not None:
+        return check_blocks(options.blocks, depth)
+    if options.ratio is not None:
+        return num_pruned_at(options.ratio, depth)
+    assert options.target_size is not None
+    itemsize = dtype.itemsize if options.dtype == "auto" else getattr(torch, options.dtype).itemsize
+    return shape.num_pruned_for(parse_size(options.target_size, itemsize), rank, depth)
+
+
+def _compare(
+    opened: _Opened, compact: FlexiGPTForCausalLM, options: PruneOptions, track: Track
+) -> dict[str, dict[str, Any]]:
+    """Perplexity of the source and of the compact model on the same text."""
+    assert options.perplexity is not None
+    assert opened.tokenizer is not None
+    window_length = check_window_length(options.window_length, opened.model.config)
+    column = options.text_column or "text"
+    text = tokenize_text(options.perplexity, opened.tokenizer, column=column, window_length=window_length)
+    measured = {
+        name: perplexity(model, text, window_length=window_length, track=track).to_dict()
+        for name, model in (("source", opened.model), ("compact", compact))
+    }
+    return {"text": {"name": options.perplexity}, **measured}
+
+
+def _header(source: str, options: PruneOptions) -> dict[str, Any]:
+    versions = {name: version(name) for name in ("flexigpt", "torch", "transformers")}
+    given = {field: value for field, value in asdict(options).items() if value != getattr(PruneOptions, field)}
+    return {"source_name": source, "versions": versions, "options": given}
+
+
+def _size(model: PreTrainedModel) -> dict[str, int]:
+    return {"parameters": model.num_parameters(), "bytes": stored_bytes(model)}
+
+
+def _flag(field: str) -> str:
+    return "--no-output-norm" if field == "output_norm" else f"--{field.replace('_', '-')}"

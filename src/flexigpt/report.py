@@ -1,0 +1,223 @@
+"""What a model stores, and what a plan decided: as data, as tables, and as a model card."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from flexigpt.architecture import find_architecture
+from flexigpt.checkpoint import config_dtype, empty_model, plan_of, read_config
+from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM, SharedLinear
+from flexigpt.plan import Plan
+
+
+def inspect_model(model: str) -> dict[str, Any]:
+    """What a local or hub model consists of; its weights are not read.
+
+    Returns:
+        JSON-ready: `plan` (None for a source model), `parameters` stored and effective (the linears of a base counted
+        again for each of its replicas), `bytes` stored and, for a folder, of its weight files, and `parts`: parameters
+        and bytes of each.
+
+    Raises:
+        InputError: a model that cannot be opened or is of a family that is not supported.
+    """
+    config = read_config(model)
+    empty = empty_model(config)
+    plan = plan_of(config) if isinstance(empty, FlexiGPTForCausalLM) else None
+    dtype = config_dtype(config)
+    parts = _count_parts(empty, plan)
+    stored = sum(parts.values())
+    shared = sum(m.in_features * m.out_features for m in empty.modules() if isinstance(m, SharedLinear))
+    files = list(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    return {
+        "model": model,
+        "model_type": config.model_type,
+        "source_type": config.get_text_config().model_type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "blocks": config.get_text_config().num_hidden_layers,
+        "plan": None if plan is None else plan.to_dict(),
+        "parameters": {"stored": stored, "effective": stored + shared},
+        "bytes": {"stored": stored * dtype.itemsize, "files": sum(file.stat().st_size for file in files) or None},
+        "parts": {part: {"parameters": n, "bytes": n * dtype.itemsize} for part, n in parts.items() if n},
+    }
+
+
+def _count_parts(model: PreTrainedModel, plan: Plan | None) -> dict[str, int]:
+    """Parameters of each part; every parameter is in exactly one."""
+    if isinstance(model, FlexiGPTForCausalLM):
+        blocks, linears = f"language_model.{model.config.blocks}.", model.config.linears
+    else:
+        architecture = find_architecture(model.config)
+        blocks, linears = f"{architecture.blocks}.", list(architecture.linears)
+    pruned = set() if plan is None else set(plan.pruned)
+    weights = {f"{path}.weight" for path in linears}
+    head = model.get_output_embeddings()
+    outside = {id(p): "output head" for p in (head.parameters() if head else ())}
+    outside |= {id(p): "embeddings" for p in model.get_input_embeddings().parameters()}
+    parts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if not name.startswith(blocks):
+            part = outside.get(id(parameter), "outside the blocks, other")
+        else:
+            block, _, path = name.removeprefix(blocks).partition(".")
+            if int(block) not in pruned:
+                part = "kept blocks, linears" if path in weights else "kept blocks, norms and biases"
+            elif path.endswith((".adapter_A", ".adapter_B")):
+                part = "replicas, adapters"
+            elif path.endswith(".output_norm.weight"):
+                part = "replicas, output norms"
+            else:
+                part = "replicas, norms and biases"
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    return parts
+
+
+def inspection_tables(inspection: dict[str, Any]) -> list[Table]:
+    """What `inspect_model` found, for a terminal."""
+    parts = Table(title=f"{inspection['model']} ({_kind(inspection)}, {inspection['dtype']})", title_justify="left")
+    for heading in ("part", "parameters", "MB"):
+        parts.add_column(heading, justify="left" if heading == "part" else "right")
+    for part, size in inspection["parts"].items():
+        parts.add_row(part, f"{size['parameters']:,}", megabytes(size["bytes"]))
+    parts.add_section()
+    parts.add_row("stored", f"{inspection['parameters']['stored']:,}", megabytes(inspection["bytes"]["stored"]))
+    parts.add_row("effective", f"{inspection['parameters']['effective']:,}", "")
+    if inspection["bytes"]["files"]:
+        parts.add_row("weight files", "", megabytes(inspection["bytes"]["files"]))
+    if not inspection["plan"] or not inspection["plan"]["replicas"]:
+        return [parts]
+    plan = Table(title="replicas", title_justify="left")
+    for heading in ("block", "base", "rank"):
+        plan.add_column(heading, justify="right")
+    for row in inspection["plan"]["replicas"]:
+        plan.add_row(str(row["block"]), str(row["base"]), str(row["rank"]))
+    return [parts, plan]
+
+
+def _kind(inspection: dict[str, Any]) -> str:
+    if inspection["plan"] is None:
+        return f"{inspection['source_type']}, {inspection['blocks']} blocks"
+    replicas = len(inspection["plan"]["replicas"])
+    return f"compact {inspection['source_type']}, {inspection['blocks']} blocks, {replicas} of them replicas"
+
+
+def plan_rows(plan: Plan, record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the plan: block, score, base, distance, what is stored; a dash for what was not measured."""
+    scores, distances = record.get("scores"), record.get("distances", {})
+    replicas = {replica.block: replica for replica in plan.replicas}
+    rows = []
+    for block in range(plan.num_blocks):
+        score = "-" if scores is None else f"{scores[block]:.4f}"
+        if block not in replicas:
+            rows.append([str(block), score, "", "", "its own linears"])
+            continue
+        replica = replicas[block]
+        distance = distances.get(block, {}).get(replica.base)
+        stored = f"adapters of rank {replica.rank}" + (", output norms" if _has_output_norms(record) else "")
+        rows.append([str(block), score, str(replica.base), "-" if distance is None else f"{distance:.4g}", stored])
+    return ["block", record.get("block_score", "influence"), "base", "distance", "stored"], rows
+
+
+def _has_output_norms(record: dict[str, Any]) -> bool:
+    return record["options"].get("output_norm", True)
+
+
+def plan_table(plan: Plan, record: dict[str, Any]) -> Table:
+    """The plan, for a terminal."""
+    headings, rows = plan_rows(plan, record)
+    table = Table()
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "stored" else "right")
+    for row in rows:
+        table.add_row(*row, style=None if row[2] else "dim")
+    return table
+
+
+def cost_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of what pruning cost: parameters, megabytes, perplexity, before and after."""
+    before, after = record["source"], record["compact"]
+    rows = [
+        [
+            "stored parameters",
+            f"{before['parameters']:,}",
+            f"{after['parameters']:,}",
+            f"{after['parameters'] / before['parameters']:.1%}",
+        ],
+        ["stored MB", megabytes(before["bytes"]), megabytes(after["bytes"]), f"{after['bytes'] / before['bytes']:.1%}"],
+    ]
+    if "perplexity" in record:
+        source, compact = (record["perplexity"][name]["perplexity"] for name in ("source", "compact"))
+        rows.append(["perplexity", f"{source:.2f}", f"{compact:.2f}", f"{compact / source:.1%}"])
+    return ["", "source", "compact", "of source"], rows
+
+
+def cost_table(record: dict[str, Any]) -> Table:
+    """What pruning cost, for a terminal."""
+    headings, rows = cost_rows(record)
+    table = Table()
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def megabytes(num_bytes: int) -> str:
+    """10^6 bytes, as disks are sold."""
+    return f"{num_bytes / 1e6:,.2f}"
+
+
+def model_card(plan: Plan, record: dict[str, Any]) -> str:
+    """The README.md of a compact checkpoint: plan, measured numbers, how to open it, how it was made."""
+    ran = record.get("command")
+    made = (
+        f"Made with:\n\n```bash\n{ran}\n```\n" if ran else "Made with the Python API; `record.json` has the options.\n"
+    )
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    measured = ""
+    if "perplexity" in record:
+        protocol = record["perplexity"]["compact"]
+        measured = (
+            f"\nPerplexity on {record['perplexity']['text']['name']}: {protocol['tokens']:,} tokens, windows of "
+            f"{protocol['window_length']}, stride {protocol['stride']}. No recovery training yet.\n"
+        )
+    base_model = "" if Path(record["source_name"]).exists() else f"base_model: {record['source_name']}\n"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+{base_model}tags:
+- flexigpt
+---
+
+# {Path(record["source_name"]).name}, compact
+
+{len(plan.replicas)} of {plan.num_blocks} blocks are replicas: each borrows the linears of a kept block, its base, and
+adds low-rank adapters{" and output norms" if _has_output_norms(record) else ""} of its own
+([FlexiGPT](https://arxiv.org/abs/2501.14713)). Every tensor is stored once.
+
+{_markdown(*cost_rows(record))}{measured}
+## Open it
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+```
+
+With `import flexigpt` first, `trust_remote_code` is not needed.
+
+## Plan
+
+{_markdown(*plan_rows(plan, record))}
+## Origin
+
+{made}
+Source: {record["source_name"]}. Versions: {versions}. All that was measured is in `record.json`.
+"""
+
+
+def _markdown(headings: list[str], rows: list[list[str]]) -> str:
+    lines = [headings, ["---:"] * len(headings), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,0 +1,142 @@
+"""Writing an output folder: checked before the work, complete or untouched after it."""
+
+import contextlib
+import errno
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from flexigpt.checkpoint import load_tokenizer, one_line, plan_of, stored_bytes
+from flexigpt.errors import InputError
+from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
+from flexigpt.plan import Plan
+from flexigpt.report import model_card
+
+
+def check_output(out: str | Path, source: str, overwrite: bool) -> None:
+    """Refuses an output folder before the work begins.
+
+    Raises:
+        InputError: a folder that is not empty (without `overwrite`), that holds no checkpoint or plan (with it), or in
+            which the source lies.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: give a folder to write to")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if Path(source).exists() and Path(source).resolve().is_relative_to(out.resolve()):
+        raise InputError(f"the source lies in {out}: give another folder to write to")
+    if not overwrite:
+        raise InputError(f"{out} is not empty: give another folder, or --overwrite to replace it")
+    if not any((out / name).is_file() for name in ("config.json", "plan.json")):
+        raise InputError(f"{out} holds no checkpoint that --overwrite could replace: give another folder")
+
+
+@contextlib.contextmanager
+def replaced_folder(out: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place when the block ends without an error, or vanishes.
+
+    Raises:
+        InputError: a disk that is full or cannot be written to.
+    """
+    out = Path(out).absolute()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror}") from error
+    try:
+        content = temporary / "new"
+        content.mkdir()
+        yield content
+        _swap(content, out, temporary / "old")
+    except (OSError, SafetensorError) as error:
+        raise _write_error(out, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(new: Path, out: Path, old: Path) -> None:
+    if not out.exists():
+        new.rename(out)
+        return
+    out.rename(old)
+    try:
+        new.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+
+
+def _write_error(out: Path, error: Exception) -> InputError:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if full or any(sign in str(error) for sign in ("No space left", "File too large", "StorageFull")):
+        return InputError(f"the disk of {out.parent} is full: nothing was written; free space or give another folder")
+    return InputError(f"{out} cannot be written: {one_line(error)}")
+
+
+def check_space(out: str | Path, num_bytes: int) -> None:
+    """Raises InputError where the disk that `out` will lie on has less free space than a checkpoint needs."""
+    folder = next(folder for folder in Path(out).absolute().parents if folder.exists())
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise InputError(
+            f"the disk of {folder} has {free / 1e6:,.0f} MB free, the checkpoint needs {num_bytes / 1e6:,.0f} MB: "
+            "free space or give another folder"
+        )
+
+
+def write_checkpoint(
+    out: str | Path,
+    model: FlexiGPTForCausalLM,
+    record: dict[str, Any],
+    *,
+    source: str | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Writes a compact checkpoint; `out` is complete or untouched.
+
+    Weights (each tensor once, in shards where they are large), configuration, the model's own code, the source's
+    tokenizer, a model card (README.md) and the record (record.json).
+
+    Args:
+        out: the folder; what is there is replaced, so call `check_output` first.
+        model: the compact model.
+        record: as `prune` returned it.
+        source: where the tokenizer lies; None: no tokenizer is written.
+        max_shard_size: largest weight file, as 5GB.
+
+    Raises:
+        InputError: a disk that is full or cannot be written to.
+    """
+    check_space(out, stored_bytes(model))
+    tokenizer = None if source is None else load_tokenizer(source)
+    with replaced_folder(out) as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        for file in folder.glob("*.safetensors"):
+            shutil.copymode(folder / "config.json", file)  # safetensors lets only the owner read what it writes
+        (folder / "README.md").write_text(model_card(plan_of(model.config), record), encoding="utf-8")
+        _write_json(folder / "record.json", record)
+
+
+def write_plan(out: str | Path, plan: Plan, record: dict[str, Any]) -> None:
+    """Writes plan.json, to edit and apply, and record.json: the scores and distances that the plan rests on.
+
+    Raises:
+        InputError: a disk that is full or cannot be written to.
+    """
+    with replaced_folder(out) as folder:
+        _write_json(folder / "plan.json", plan.to_dict())
+        _write_json(folder / "record.json", record)
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
