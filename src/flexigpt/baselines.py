@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from flexigpt.architecture import config_with_blocks, find_architecture, num_blocks
-from flexigpt.checkpoint import empty_model, fill_model, move
+from flexigpt.checkpoint import all_tensors, empty_model, fill_model, move
 from flexigpt.errors import InputError
 
 
@@ -30,7 +30,7 @@ def remove_blocks(source: PreTrainedModel, blocks: Sequence[int]) -> PreTrainedM
     prefix = find_architecture(source.config).blocks
     new_names = {f"{prefix}.{old}.": f"{prefix}.{new}." for new, old in enumerate(kept)}
     tensors = {}
-    for name, tensor in source.state_dict().items():
+    for name, tensor in all_tensors(source).items():
         if name.startswith(f"{prefix}."):
             own = f"{prefix}.{name[len(prefix) + 1 :].split('.')[0]}."
             if own not in new_names:

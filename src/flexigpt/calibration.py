@@ -1,7 +1,7 @@
 """Calibration text through the blocks, one block after the other; statistics are running sums.
 
-Only the current hidden states are kept: (windows, tokens, hidden size) in the model's dtype. Nothing grows with the number
-of blocks or with the square of the tokens.
+Only the current hidden states are kept: (windows, tokens, hidden size) in the model's dtype. Nothing grows with the
+number of blocks or with the square of the tokens.
 """
 
 from collections.abc import Callable

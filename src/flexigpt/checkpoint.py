@@ -156,10 +156,19 @@ def config_dtype(config: PreTrainedConfig) -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
+def all_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, those buffers included that no checkpoint holds (such as rotary frequencies)."""
+    return model.state_dict() | dict(model.named_buffers())
+
+
 def fill_model(empty: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Gives an empty model these tensors, without a copy; what it does not name is left."""
+    """Gives an empty model these tensors (`all_tensors` of another), without a copy; others it keeps."""
     known = empty.state_dict().keys()
     empty.load_state_dict({name: t for name, t in tensors.items() if name in known}, strict=False, assign=True)
+    for name, _ in list(empty.named_buffers()):
+        if name in tensors:
+            parent, _, last = name.rpartition(".")
+            empty.get_submodule(parent)._buffers[last] = tensors[name]
     empty.tie_weights()
 
 
@@ -170,7 +179,14 @@ def compact_of(source: PreTrainedModel, plan: Plan, output_norm: bool = True) ->
     text_config.dtype = source.dtype
     config = compact_config(text_config, plan, output_norm)
     model = cast(FlexiGPTForCausalLM, empty_model(config))
-    fill_model(model, {f"language_model.{name}": tensor for name, tensor in source.state_dict().items()})
+    known = model.state_dict().keys()
+    tensors = {}
+    for name, tensor in all_tensors(source).items():
+        # A family's own norm that an output norm follows lies one level deeper in a replica.
+        parent, _, last = f"language_model.{name}".rpartition(".")
+        deeper = f"{parent}.inner.{last}"
+        tensors[deeper if deeper in known else f"{parent}.{last}"] = tensor
+    fill_model(model, tensors)
     model.generation_config = source.generation_config
     return model
 

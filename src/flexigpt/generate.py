@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
-from transformers import GenerationMixin, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from flexigpt.checkpoint import load_model, load_tokenizer
 from flexigpt.errors import InputError
@@ -66,7 +66,7 @@ def generate(model: str, options: GenerateOptions, emit: Callable[[str], None]) 
     Raises:
         InputError: a model that cannot be opened, or a prompt that leaves no room in its context.
     """
-    loaded = load_model(model, options.dtype, options.device)
+    loaded: Any = load_model(model, options.dtype, options.device)
     tokenizer = load_tokenizer(model)
     inputs = tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
     context = getattr(loaded.config, "max_position_embeddings", None)
@@ -80,7 +80,7 @@ def generate(model: str, options: GenerateOptions, emit: Callable[[str], None]) 
     if options.temperature is not None:
         set_seed(options.seed or 0)
         sampling |= {"temperature": options.temperature}
-    cast(GenerationMixin, loaded).generate(
+    loaded.generate(
         **inputs,
         max_new_tokens=options.max_new_tokens,
         do_sample=options.temperature is not None,

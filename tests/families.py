@@ -1,0 +1,100 @@
+"""One tiny random model for each row of ARCHITECTURES: the test table that grows with it."""
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+NUM_BLOCKS = 6
+VOCABULARY = 96
+# Every linear's smaller side is 32, so that a rank-32 adapter has full rank everywhere.
+FULL_RANK = 32
+
+_ROPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": NUM_BLOCKS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+}
+_MHA = _ROPE | {"num_key_value_heads": 4, "head_dim": 8}
+_WINDOWED = ["sliding_attention", "full_attention"] * (NUM_BLOCKS // 2)
+_OPT = {
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": NUM_BLOCKS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "dropout": 0.0,
+}
+
+# name -> (model type, settings); several rows where a family has variants that matter here.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _MHA),
+    "llama-gqa": ("llama", _ROPE),
+    "llama-biases-tied": ("llama", _ROPE | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "mistral": ("mistral", _ROPE | {"sliding_window": 16}),
+    "qwen2": ("qwen2", _MHA | {"use_sliding_window": True, "sliding_window": 16, "layer_types": _WINDOWED}),
+    "qwen3": ("qwen3", _ROPE),
+    "granite": ("granite", _MHA | {"residual_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 2.0}),
+    "gemma2": ("gemma2", _ROPE | {"sliding_window": 16, "layer_types": _WINDOWED, "query_pre_attn_scalar": 16}),
+    "gemma3_text": ("gemma3_text", _ROPE | {"sliding_window": 16, "layer_types": _WINDOWED}),
+    "olmo2": ("olmo2", _MHA),
+    "phi3": ("phi3", _MHA | {"pad_token_id": 0, "sliding_window": None}),
+    "opt-norm-before": ("opt", _OPT | {"do_layer_norm_before": True}),
+    "opt-norm-after": ("opt", _OPT | {"do_layer_norm_before": False}),
+    "gpt_neox": (
+        "gpt_neox",
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": NUM_BLOCKS,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+        },
+    ),
+    "gpt_neo": (
+        "gpt_neo",
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_layers": NUM_BLOCKS,
+            "num_heads": 4,
+            "max_position_embeddings": 128,
+            "attention_types": [[["global", "local"], NUM_BLOCKS // 2]],
+            "window_size": 16,
+        },
+    ),
+    "gpt2": ("gpt2", {"n_embd": 32, "n_inner": 48, "n_layer": NUM_BLOCKS, "n_head": 4, "n_positions": 128}),
+}
+
+
+def tiny_config(family: str) -> PreTrainedConfig:
+    """The configuration of a tiny model of that family."""
+    model_type, settings = FAMILIES[family]
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    return CONFIG_MAPPING[model_type](**({"vocab_size": VOCABULARY} | ends | settings))
+
+
+def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A tiny model with weights large enough that every block, bias and norm changes the logits."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def token_ids(batch: int = 2, tokens: int = 24, seed: int = 1) -> torch.Tensor:
+    """Random ids, (batch, tokens)."""
+    return torch.randint(3, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(seed))
