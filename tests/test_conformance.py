@@ -148,7 +148,9 @@ def test_influence_equals_the_naive_computation(family: str) -> None:
     expected = torch.zeros(NUM_BLOCKS, dtype=torch.float64)
     streams: list[torch.Tensor] = []
     for index, block in enumerate(block_list(source)):
-        block.register_forward_hook(lambda m, args, output: streams.append(output[0] if type(output) is tuple else output))
+        block.register_forward_hook(
+            lambda m, args, output: streams.append(output[0] if type(output) is tuple else output)
+        )
         if index == 0:
             block.register_forward_pre_hook(lambda m, args, kwargs: streams.append(args[0]), with_kwargs=True)
     for window in windows:
@@ -170,7 +172,9 @@ def test_plain_removal_equals_skipping_the_blocks(family: str) -> None:
     shorter = remove_blocks(source, [1, 4])
     assert type(shorter) is type(source)
     assert shorter.config.num_hidden_layers == NUM_BLOCKS - 2
-    short_ids = token_ids(tokens=12)  # shorter than every sliding window: skipping leaves the others' masks as they were
+    short_ids = token_ids(
+        tokens=12
+    )  # shorter than every sliding window: skipping leaves the others' masks as they were
     measured = logits(shorter, short_ids)
     returns_tuple = find_architecture(source.config).block_returns_tuple
     for block in (1, 4):
