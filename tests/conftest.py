@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_config
 from transformers import AutoModelForCausalLM
+
+from families import tiny_config
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "novel16"
 

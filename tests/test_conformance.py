@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, FULL_RANK, NUM_BLOCKS, tiny_config, tiny_model, token_ids
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from families import FAMILIES, FULL_RANK, NUM_BLOCKS, tiny_config, tiny_model, token_ids
 from flexigpt import FlexiGPTForCausalLM, Plan, Replica
 from flexigpt.architecture import ARCHITECTURES, block_list, config_with_blocks, find_architecture, weight_matrix
 from flexigpt.baselines import remove_blocks

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from families import NUM_BLOCKS, tiny_model
 from transformers import PreTrainedModel
 
+from families import NUM_BLOCKS, tiny_model
 from flexigpt import FlexiGPTForCausalLM, Plan, Replica
 from flexigpt.architecture import block_list, find_architecture, weight_matrix
 from flexigpt.checkpoint import compact_of

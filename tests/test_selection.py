@@ -2,9 +2,8 @@ import math
 
 import pytest
 import torch
-from families import NUM_BLOCKS, tiny_model, token_ids
-from test_factorization import naive_truncated, naive_unmended
 
+from families import NUM_BLOCKS, tiny_model, token_ids
 from flexigpt import InputError
 from flexigpt.architecture import block_list, find_architecture, weight_matrix
 from flexigpt.calibration import block_means
@@ -17,6 +16,7 @@ from flexigpt.selection import (
     lowest,
     num_pruned_at,
 )
+from test_factorization import naive_truncated, naive_unmended
 
 RANK = 4
 

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,6 +19,7 @@ from flexigpt.errors import InputError
 from flexigpt.evaluate import EvalOptions, evaluate
 from flexigpt.generate import GenerateOptions, generate
 from flexigpt.initialization import ADAPTER_INITS
+from flexigpt.plan import parse_size
 from flexigpt.prune import PruneOptions, plan_only, prune
 from flexigpt.report import cost_table, inspect_model, inspection_tables, plan_table
 from flexigpt.selection import BASE_DISTANCES, BLOCK_SCORES
@@ -33,6 +33,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 stdout = Console(soft_wrap=True)
+
+# typer brings its own copy of click or depends on it, by version; either way this is its base of usage errors.
+_UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+_INTERRUPTED = 130  # what typer returns after KeyboardInterrupt
 
 
 def field_help(options: type) -> dict[str, str]:
@@ -72,6 +76,7 @@ class Bars:
 
 @app.command("prune")
 def prune_command(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(help="Folder or hub name of the source model.")],
     out: Annotated[Path, typer.Argument(help="Folder to write the compact checkpoint to.")],
     ratio: Annotated[float | None, typer.Option(help=_PRUNE["ratio"])] = None,
@@ -124,7 +129,8 @@ def prune_command(
         seed=seed,
     )
     check_output(out, source, overwrite)
-    command = {"command": shlex.join(["flexigpt", *sys.argv[1:]])}
+    shard_bytes = parse_size(max_shard_size, itemsize=1)
+    command = {"command": context.obj}
     if plan_only_:
         with Bars() as track:
             decided, record = plan_only(source, options, track)
@@ -134,7 +140,7 @@ def prune_command(
         return
     with Bars() as track:
         model, decided, record = prune(source, options, track)
-    write_checkpoint(out, model, record | command, source=source, max_shard_size=max_shard_size)
+    write_checkpoint(out, model, record | command, source=source, max_shard_size=shard_bytes)
     stdout.print(plan_table(decided, record))
     stdout.print(cost_table(record))
     print(f"checkpoint written to {out}")
@@ -232,12 +238,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers_logging.disable_progress_bar()
     logging.getLogger("datasets").setLevel(logging.ERROR)
     try:
-        sys.exit(app(arguments, standalone_mode=False))
+        arguments = list(sys.argv[1:] if arguments is None else arguments)
+        code = app(arguments, standalone_mode=False, obj=shlex.join(["flexigpt", *arguments]))
+        if code == _INTERRUPTED:
+            _fail("interrupted: nothing was written")
+        sys.exit(code)
     except InputError as error:
         _fail(str(error))
-    except click.ClickException as error:
+    except _UsageError as error:
         _fail(error.format_message())
-    except (KeyboardInterrupt, click.Abort):
+    except KeyboardInterrupt:
         _fail("interrupted: nothing was written")
 
 

@@ -11,7 +11,7 @@ from flexigpt.errors import InputError
 
 PLAN_FORMAT_VERSION = 1
 _COUNTS = {"K": 10**3, "M": 10**6, "B": 10**9}
-_BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_BYTES = {"KB": 10**3, "KIB": 2**10, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True, kw_only=True)

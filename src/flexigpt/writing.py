@@ -98,7 +98,7 @@ def write_checkpoint(
     record: dict[str, Any],
     *,
     source: str | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Writes a compact checkpoint; `out` is complete or untouched.
 
@@ -110,7 +110,7 @@ def write_checkpoint(
         model: the compact model.
         record: as `prune` returned it.
         source: where the tokenizer lies; None: no tokenizer is written.
-        max_shard_size: largest weight file, as 5GB.
+        max_shard_size: largest weight file, in bytes or as 5GB.
 
     Raises:
         InputError: a disk that is full or cannot be written to.

@@ -1,0 +1,273 @@
+"""The compact checkpoint on disk: who can open it, what it holds, and what happens when writing fails."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from families import tiny_model, token_ids
+from flexigpt import FlexiGPTForCausalLM, InputError, PruneOptions, prune, write_checkpoint
+from flexigpt.checkpoint import check_finite, find_device, load_model, load_tokenizer, read_config
+from flexigpt.writing import check_output, check_space, replaced_folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model, _, record = prune(str(tiny_source), PruneOptions(blocks=(2, 4), rank=4))
+    out = tmp_path_factory.mktemp("checkpoint") / "out"
+    write_checkpoint(out, model, record, source=str(tiny_source))
+    return out
+
+
+def run_python(code: str, *arguments: str, modules: Path) -> subprocess.CompletedProcess[str]:
+    """A fresh process in which flexigpt cannot be imported."""
+    blocked = f"import sys; sys.modules['flexigpt'] = None\n{code}"
+    environment = os.environ | {"HF_MODULES_CACHE": str(modules)}
+    command = [sys.executable, "-c", blocked, *arguments]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+    )
+
+
+def test_it_holds_what_a_hugging_face_folder_holds(checkpoint: Path) -> None:
+    assert {file.name for file in checkpoint.iterdir()} == {
+        "config.json",
+        "configuration_flexigpt.py",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_flexigpt.py",
+        "README.md",
+        "record.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    modes = {file.stat().st_mode & 0o777 for file in checkpoint.iterdir()}
+    assert len(modes) == 1
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert config["model_type"] == "flexigpt"
+    assert config["format_version"] == 1
+    assert [row["block"] for row in config["replicas"]] == [2, 4]
+    assert str(Path.home()) not in json.dumps(config)
+    assert "/tmp" not in json.dumps(config)
+
+
+def test_each_tensor_is_stored_once(checkpoint: Path) -> None:
+    with safe_open(checkpoint / "model.safetensors", "pt") as file:
+        sizes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    loaded = load_model(str(checkpoint))
+    assert sum(torch.Size(size).numel() for size in sizes.values()) == loaded.num_parameters()
+    assert not [name for name in sizes if ".layers.2." in name and name.endswith("q_proj.weight")]
+
+
+def test_a_fresh_process_without_flexigpt_opens_it(checkpoint: Path, tmp_path: Path) -> None:
+    ids = token_ids()
+    expected = load_model(str(checkpoint))(ids).logits
+    torch.save(ids, tmp_path / "ids.pt")
+    code = """
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+AutoTokenizer.from_pretrained(sys.argv[1])
+ids = torch.load(sys.argv[2] + "/ids.pt")
+torch.save((model(ids).logits, model.generate(ids[:1], max_new_tokens=4, do_sample=False)), sys.argv[2] + "/out.pt")
+model.save_pretrained(sys.argv[2] + "/again")
+"""
+    ran = run_python(code, str(checkpoint), str(tmp_path), modules=tmp_path / "modules")
+    assert ran.returncode == 0, ran.stderr
+    logits, generated = torch.load(tmp_path / "out.pt")
+    assert torch.equal(logits, expected)
+    assert generated.shape == (1, ids.shape[1] + 4)
+    again = load_model(str(tmp_path / "again"))  # saved by the remote code, opened by the package
+    assert torch.equal(again(ids).logits, expected)
+
+
+def test_without_trust_it_is_a_loud_error(checkpoint: Path, tmp_path: Path) -> None:
+    code = "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    ran = run_python(code, str(checkpoint), modules=tmp_path / "modules")
+    assert ran.returncode != 0
+    assert "trust_remote_code" in ran.stderr
+
+
+def test_after_importing_flexigpt_it_opens_by_itself(checkpoint: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert isinstance(model, FlexiGPTForCausalLM)
+    assert model.config.vocab_size == 4096
+    assert model.config.hidden_size == 32
+    assert model.config.get_text_config().num_hidden_layers == 6
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = model.config.nonsense
+
+
+def test_large_checkpoints_are_sharded(tiny_source: Path, checkpoint: Path, tmp_path: Path) -> None:
+    model, _, record = prune(str(tiny_source), PruneOptions(blocks=(2, 4), rank=4))
+    write_checkpoint(tmp_path / "out", model, record, max_shard_size="300KB")
+    shards = sorted(tmp_path.glob("out/model-*.safetensors"))
+    assert len(shards) > 1
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+    names = [name for shard in shards for name in load_file(shard)]
+    assert len(names) == len(set(names))
+    assert torch.equal(load_model(str(tmp_path / "out"))(token_ids()).logits, model(token_ids()).logits)
+
+
+def test_a_newer_format_version_is_refused_politely(checkpoint: Path, tmp_path: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text()) | {"format_version": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"format version 2, this flexigpt reads versions up to 1: upgrade flexigpt"):
+        read_config(str(tmp_path))
+
+
+def copy_with(source: Path, folder: Path, weights: dict[str, torch.Tensor]) -> str:
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_a_truncated_file_is_named(tiny_source: Path, tmp_path: Path) -> None:
+    broken = copy_with(tiny_source, tmp_path / "broken", load_file(tiny_source / "model.safetensors"))
+    file = Path(broken) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(InputError, match=r"the weights of .*broken are damaged"):
+        load_model(broken)
+
+
+def test_missing_tensors_are_not_made_up(tiny_source: Path, tmp_path: Path) -> None:
+    weights = load_file(tiny_source / "model.safetensors")
+    del weights["model.layers.3.mlp.up_proj.weight"]
+    with pytest.raises(InputError, match=r"lack 1 tensors, model\.layers\.3\.mlp\.up_proj\.weight"):
+        load_model(copy_with(tiny_source, tmp_path / "broken", weights))
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("model.layers.3.mlp.up_proj.weight", "in block 3"), ("model.embed_tokens.weight", "outside the blocks")],
+)
+def test_weights_that_are_not_finite_name_the_block(name: str, where: str) -> None:
+    source = tiny_model("llama-gqa")
+    with torch.no_grad():
+        source.get_parameter(name)[0, 0] = float("nan")
+    with pytest.raises(InputError, match=f"NaN or infinity {where}"):
+        check_finite(source)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (None, "config.json is not there"),
+        ("{", "cannot be opened"),
+        ('{"model_type": "nonsense"}', "nonsense"),
+    ],
+)
+def test_folders_without_a_model_are_refused(tmp_path: Path, config: str | None, reason: str) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(InputError, match=reason) as raised:
+        read_config(str(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_hub_model_that_cannot_be_reached_is_one_clear_line() -> None:
+    with pytest.raises(InputError, match="nobody/nothing cannot be opened") as raised:
+        read_config("nobody/nothing")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_tokenizer_is_one_clear_line(tiny_source: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_source / "config.json").read_bytes())
+    with pytest.raises(InputError, match=r"the tokenizer of .* cannot be opened"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99", ""])
+def test_devices_that_are_not_there_are_refused(device: str) -> None:
+    with pytest.raises(InputError, match="cannot be used here"):
+        find_device(device)
+
+
+def test_the_output_is_checked_before_the_work(tmp_path: Path) -> None:
+    source, full = tmp_path / "source", tmp_path / "full"
+    for folder in (source, full):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    check_output(tmp_path / "new" / "deep", str(source), overwrite=False)
+    (tmp_path / "empty").mkdir()
+    check_output(tmp_path / "empty", str(source), overwrite=False)
+    with pytest.raises(InputError, match="is not empty: give another folder, or --overwrite"):
+        check_output(full, str(source), overwrite=False)
+    check_output(full, str(source), overwrite=True)
+    for out in (source, tmp_path):
+        with pytest.raises(InputError, match="the source lies in"):
+            check_output(out, str(source), overwrite=True)
+    (full / "config.json").rename(full / "diary.txt")
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        check_output(full, str(source), overwrite=True)
+    with pytest.raises(InputError, match="is a file"):
+        check_output(full / "diary.txt", str(source), overwrite=True)
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with replaced_folder(out) as folder:
+        (folder / "a").write_text("first")
+    with replaced_folder(out) as folder:
+        (folder / "b").write_text("second")
+    assert [file.name for file in out.iterdir()] == ["b"]
+
+    def write_half(error: BaseException) -> None:
+        with replaced_folder(out) as folder:
+            (folder / "c").write_text("half")
+            raise error
+
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error):
+            write_half(error())
+    assert [file.name for file in out.iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_disk_that_is_too_small_is_told_before_writing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"MB free, the checkpoint needs 1,000,000,000,000 MB"):
+        check_space(tmp_path / "out", 10**18)
+
+
+def test_a_disk_that_fills_leaves_the_previous_checkpoint(tiny_source: Path, tmp_path: Path) -> None:
+    """A real write that fails half-way: the process may not write files above 100 KB."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("previous")
+    code = """
+import resource, sys
+from flexigpt.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+main(sys.argv[1:])
+"""
+    arguments = ["prune", str(tiny_source), str(out), "--blocks", "2", "--rank", "4", "--overwrite"]
+    command = [sys.executable, "-c", code, *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr.splitlines()[-1].startswith("flexigpt: the disk of")
+    assert "Traceback" not in ran.stderr
+    assert (out / "config.json").read_text() == "previous"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_tokenizer_travels_along(checkpoint: Path, example: Path) -> None:
+    text = "It was the best of times."
+    assert AutoTokenizer.from_pretrained(checkpoint)(text) == AutoTokenizer.from_pretrained(example)(text)
+
+
+def test_the_model_card_states_plan_and_numbers(checkpoint: Path) -> None:
+    card = (checkpoint / "README.md").read_text()
+    record = json.loads((checkpoint / "record.json").read_text())
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert f"{record['compact']['parameters']:,}" in card
+    assert record["versions"]["torch"] == torch.__version__
+    assert card.count("adapters of rank 4, output norms") == 2

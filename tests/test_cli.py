@@ -1,0 +1,273 @@
+"""The commands as a user meets them: output, exit codes, one clear line for bad input, nothing half-written."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flexigpt import EvalOptions, PruneOptions, evaluate
+from flexigpt.cli import app, field_help, main
+from flexigpt.generate import GenerateOptions
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process: exit code, stdout, stderr."""
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return int(stopped.value.code or 0), printed.out, printed.err
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def compact(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("compact") / "out"
+    with pytest.raises(SystemExit) as stopped:
+        main(["prune", str(tiny_source), str(out), "--blocks", "2,4", "--rank", "4"])
+    assert not stopped.value.code
+    return out
+
+
+def test_prune_prints_the_plan_the_cost_and_the_place(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, printed, progress = run(
+        *("prune", tiny_source, out, "--ratio", "0.4", "--rank", "4", "--calibration", text),
+        *("--window-length", "64", "--windows", "4", "--perplexity", text),
+    )
+    assert code == 0
+    record = json.loads((out / "record.json").read_text())
+    for shown in ("influence", "distance", "adapters of rank 4, output norms", f"checkpoint written to {out}"):
+        assert shown in printed
+    for side in ("source", "compact"):
+        assert f"{record[side]['parameters']:,}" in printed
+        assert f"{record['perplexity'][side]['perplexity']:.2f}" in printed
+    for stage in ("checking weights", "calibrating", "measuring distances", "initialising replicas"):
+        assert stage in progress
+    assert record["command"].startswith("flexigpt ")
+    assert f"{record['scores'][0]:.4f}" in (out / "README.md").read_text()
+
+
+def test_a_plan_can_be_made_edited_and_applied(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
+    code, printed, _ = run(
+        *("prune", tiny_source, tmp_path / "plan", "--plan-only", "--ratio", "0.4", "--rank", "4"),
+        *("--calibration", text, "--window-length", "64", "--windows", "4"),
+    )
+    assert code == 0
+    assert "apply it with --plan" in printed
+    assert sorted(file.name for file in (tmp_path / "plan").iterdir()) == ["plan.json", "record.json"]
+    plan = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    plan["replicas"] = [{"block": 1, "base": 5, "rank": 3}]
+    (tmp_path / "edited.json").write_text(json.dumps(plan))
+    assert run("prune", tiny_source, tmp_path / "out", "--plan", tmp_path / "edited.json")[0] == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["replicas"] == plan["replicas"]
+
+
+@pytest.mark.parametrize("which", ["source", "compact"])
+def test_inspect(run: Run, tiny_source: Path, compact: Path, which: str) -> None:
+    folder = tiny_source if which == "source" else compact
+    code, printed, _ = run("inspect", folder, "--json")
+    assert code == 0
+    found = json.loads(printed)
+    weights = load_file(folder / "model.safetensors")
+    stored = sum(tensor.numel() for tensor in weights.values())
+    assert found["parameters"]["stored"] == stored == sum(part["parameters"] for part in found["parts"].values())
+    assert found["bytes"]["stored"] == 4 * stored
+    assert found["bytes"]["files"] == (folder / "model.safetensors").stat().st_size
+    adapters = sum(tensor.numel() for name, tensor in weights.items() if "adapter" in name)
+    shared = 0 if which == "source" else 2 * 32 * (64 + 32 + 32 + 64 + 3 * 48)
+    assert found["parameters"]["effective"] == stored + shared
+    assert found["parts"].get("replicas, adapters", {"parameters": 0})["parameters"] == adapters
+    assert (found["plan"] is None) == (which == "source")
+    code, printed, _ = run("inspect", folder)
+    assert code == 0
+    assert f"{stored:,}" in printed
+
+
+@pytest.mark.parametrize("which", ["source", "compact"])
+def test_eval(run: Run, tiny_source: Path, compact: Path, text: Path, which: str) -> None:
+    folder = tiny_source if which == "source" else compact
+    arguments = ("eval", folder, "--perplexity", text, "--window-length", "64", "--stride", "32")
+    code, printed, _ = run(*arguments, "--json")
+    assert code == 0
+    expected = evaluate(str(folder), EvalOptions(perplexity=str(text), window_length=64, stride=32))
+    measured = json.loads(printed)
+    assert {key: measured[key] for key in expected.to_dict()} == expected.to_dict()
+    code, printed, _ = run(*arguments)
+    assert f"perplexity {expected.perplexity:.4f} per token, {expected.bits_per_byte:.4f} bits per byte" in printed
+
+
+@pytest.mark.parametrize("which", ["source", "compact"])
+def test_generate_streams_what_stock_generate_makes(run: Run, tiny_source: Path, compact: Path, which: str) -> None:
+    folder = tiny_source if which == "source" else compact
+    code, printed, _ = run("generate", folder, "--prompt", "It was a dark", "--max-new-tokens", "12")
+    assert code == 0
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    inputs = tokenizer("It was a dark", return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=2)[
+        0, inputs["input_ids"].shape[1] :
+    ]
+    assert printed == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+
+
+def test_sampling_repeats_with_its_seed(run: Run, tiny_source: Path) -> None:
+    sample = ("generate", tiny_source, "--prompt", "It was", "--max-new-tokens", "8", "--temperature", "2", "--seed")
+    first, again, other = (run(*sample, seed)[1] for seed in ("1", "1", "2"))
+    assert first == again != other
+
+
+def bad_sources(tiny_source: Path, folder: Path) -> None:
+    """Sources that cannot be pruned, each in a folder of its own."""
+    for name in ("nan", "truncated", "mixtral"):
+        shutil.copytree(tiny_source, folder / name)
+    weights = load_file(tiny_source / "model.safetensors")
+    weights["model.layers.4.self_attn.q_proj.weight"][0, 0] = torch.nan
+    save_file(weights, folder / "nan" / "model.safetensors", metadata={"format": "pt"})
+    whole = (tiny_source / "model.safetensors").read_bytes()
+    (folder / "truncated" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    (folder / "mixtral" / "config.json").write_text('{"model_type": "mixtral"}')
+
+
+def bad_plans(folder: Path) -> None:
+    for name, row in {
+        "missing": {"block": 9, "base": 1, "rank": 2},
+        "itself": {"block": 3, "base": 3, "rank": 2},
+        "pruned": {"block": 3, "base": 2, "rank": 2},
+        "rank": {"block": 3, "base": 1, "rank": 99},
+    }.items():
+        rows = [{"block": 2, "base": 1, "rank": 2}, row]
+        plan = {"format_version": 1, "num_blocks": 6, "replicas": rows}
+        (folder / f"{name}.json").write_text(json.dumps(plan))
+
+
+BAD_INPUT = {
+    "prune nowhere out --ratio 0.4": "the model nowhere cannot be opened",
+    "prune SOURCE out": "give exactly one of --ratio",
+    "prune SOURCE out --ratio 0": "ratio 0.0 is outside (0, 1)",
+    "prune SOURCE out --ratio 1": "ratio 1.0 is outside (0, 1)",
+    "prune SOURCE out --ratio 0.1": "prunes nothing: give at least 0.167",
+    "prune SOURCE out --ratio lots": "Invalid value for '--ratio'",
+    "prune SOURCE out --blocks 1,x": "--blocks 1,x cannot be read",
+    "prune SOURCE out --blocks 0,1,2,3,4,5": "leaves no base",
+    "prune SOURCE out --blocks 2 --rank 33": "rank 33 is above the size of self_attn.q_proj (64 x 32)",
+    "prune SOURCE out --target-size huge": "size 'huge' cannot be read",
+    "prune SOURCE out --ratio 0.4 --rnk 3": "No such option: --rnk",
+    "prune SOURCE out --ratio 0.4 --calibration nowhere.jsonl": "text file nowhere.jsonl is not there",
+    "prune SOURCE out --ratio 0.4 --calibration empty.txt": "text file empty.txt is empty",
+    "prune SOURCE out --ratio 0.4 --calibration TEXT --text-column body": "has no column 'body': its columns",
+    "prune SOURCE out --ratio 0.4 --calibration short.txt --window-length 64": "fewer than one window of 64",
+    "prune SOURCE out --ratio 0.4 --calibration TEXT --device cuda:9": "device cuda:9 cannot be used here",
+    "prune SOURCE out --plan nowhere.json": "the plan nowhere.json cannot be read",
+    "prune SOURCE out --plan missing.json": "names block 9, but the model has blocks 0 to 5",
+    "prune SOURCE out --plan itself.json": "makes block 3 its own base",
+    "prune SOURCE out --plan pruned.json": "base 2, which is itself pruned",
+    "prune SOURCE out --plan rank.json": "rank 99 is above the size",
+    "prune SOURCE full --blocks 2": "full is not empty: give another folder, or --overwrite",
+    "prune SOURCE precious --blocks 2 --overwrite": "holds no checkpoint that --overwrite could replace",
+    "prune COMPACT out --blocks 2": "is a compact model already",
+    "prune nan out --blocks 2 --rank 4": "NaN or infinity in block 4",
+    "prune truncated out --blocks 2 --rank 4": "the weights of truncated are damaged",
+    "prune mixtral out --blocks 2": "mixtral is a mixture of experts",
+    "prune SOURCE out --blocks 2 --rank 4 --max-shard-size big": "size 'big'",
+    "inspect nowhere": "the model nowhere cannot be opened",
+    "inspect mixtral": "mixtral is a mixture of experts",
+    "eval SOURCE --perplexity TEXT --window-length 9999": "window length 9999 does not fit: give 2 to 128",
+    "eval SOURCE --perplexity TEXT --stride 9999": "stride 9999 is outside",
+    "eval SOURCE --perplexity nowhere.txt": "text file nowhere.txt is not there",
+    "generate SOURCE --prompt ''": "--prompt is empty",
+    "generate SOURCE --prompt Hi --top-p 0.5": "--top-p has no effect without --temperature",
+    "generate SOURCE --prompt Hi --max-new-tokens 9999": "exceed the context of 128",
+    "prun SOURCE out": "No such command 'prun'",
+}
+
+
+@pytest.mark.parametrize("command", BAD_INPUT)
+def test_bad_input_is_one_clear_line(
+    run: Run,
+    command: str,
+    tiny_source: Path,
+    compact: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bad_sources(tiny_source, tmp_path)
+    bad_plans(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("Too short.")
+    for folder, name in (("full", "config.json"), ("precious", "diary.txt")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    places = {"SOURCE": tiny_source, "COMPACT": compact, "TEXT": text}
+    code, printed, errors = run(*(places.get(word, word) for word in shlex.split(command)))
+    lines = [
+        line for line in errors.splitlines() if not line.startswith(("checking", "calibrating", "measuring", "init"))
+    ]
+    assert code == 2
+    assert printed == ""
+    assert len([line for line in lines if line.strip()]) == 1
+    assert lines[-1].startswith("flexigpt: ")
+    assert BAD_INPUT[command] in lines[-1]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_overwrite_replaces_a_checkpoint(run: Run, tiny_source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("prune", tiny_source, out, "--rank", "4", "--blocks")
+    assert run(*arguments, "2")[0] == 0
+    assert run(*arguments, "3")[0] == 2
+    assert run(*arguments, "3", "--overwrite")[0] == 0
+    assert json.loads((out / "config.json").read_text())["replicas"][0]["block"] == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing(example: Path, tmp_path: Path, how: signal.Signals) -> None:
+    arguments = ["prune", str(example), str(tmp_path / "out"), "--ratio", "0.3", "--window-length", "256"]
+    texts = ["--calibration", str(example / "calibration.jsonl"), "--windows", "2000"]
+    command = [sys.executable, "-m", "flexigpt", *arguments, *texts]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+        time.sleep(8)
+        assert process.poll() is None
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.splitlines()[-1] == "flexigpt: interrupted: nothing was written"
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_option_is_a_flag_with_its_fields_help() -> None:
+    commands = typer.main.get_command(app).commands
+    for name, options in (("prune", PruneOptions), ("eval", EvalOptions), ("generate", GenerateOptions)):
+        flags = {parameter.name: parameter for parameter in commands[name].params}
+        described = field_help(options)
+        assert set(described) == set(options.__dataclass_fields__)
+        for field, text in described.items():
+            assert flags[field].help == text
+
+
+def test_help_lists_the_commands(run: Run) -> None:
+    code, printed, _ = run("--help")
+    assert code == 0
+    assert all(command in printed for command in ("prune", "inspect", "eval", "generate"))
