@@ -1,0 +1,133 @@
+"""What the pages say is run: every bash and python block, in order, page by page; sh blocks are parsed."""
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from flexigpt.architecture import ARCHITECTURES
+from flexigpt.cli import app, main
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "flexigpt"
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
+PAGES += ["examples/novel16/README.md"]
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(language, content) of each fenced block."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def make_recipe(target: str) -> list[str]:
+    """The last command that make would run for a target; it fails for a target that is not there."""
+    ran = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True)
+    return shlex.split(ran.stdout.splitlines()[-1])
+
+
+def run_flexigpt(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert not stopped.value.code
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the shipped example, its validation text cut short, in which `make demo` has run."""
+    folder = tmp_path_factory.mktemp("workplace")
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    validation = folder / "examples" / "novel16" / "validation.jsonl"
+    validation.write_text("".join(validation.read_text(encoding="utf-8").splitlines(keepends=True)[:2]))
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        program, *arguments = make_recipe("demo")
+        assert program.endswith("bin/flexigpt")
+        run_flexigpt(arguments)
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_of_a_page_runs(page: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    for language, content in blocks(page):
+        if language == "python":
+            exec(compile(content, page, "exec"), {"__name__": "__main__"})
+            continue
+        assert language in ("bash", "sh")
+        for line in content.splitlines():
+            program, *arguments = shlex.split(line, comments=True) or ["#"]
+            if program == "make":
+                assert make_recipe(arguments[0])
+            elif program == "flexigpt" and language == "bash":
+                run_flexigpt(arguments)
+            elif program == "flexigpt":
+                typer.main.get_command(app).commands[arguments[0]].make_context(arguments[0], arguments[1:])
+            else:
+                assert language == "sh"
+
+
+def test_the_two_commands_of_the_readme_are_make_targets() -> None:
+    first, second = [content.strip() for language, content in blocks("README.md") if language == "bash"][:2]
+    assert (first, second) == ("make demo", "make test")
+    assert make_recipe("test")[0].endswith("bin/pytest")
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_model_cards_snippet_runs_where_flexigpt_is_not_installed(workplace: Path, tmp_path: Path) -> None:
+    card = (workplace / "out" / "novel16-30" / "README.md").read_text(encoding="utf-8")
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert snippet
+    code = "import sys; sys.modules['flexigpt'] = None\n" + snippet[1] + "print(type(model).__name__)"
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=workplace / "out" / "novel16-30",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout == "FlexiGPTForCausalLM\n"
+
+
+def test_the_table_of_modules_is_complete_and_imports_go_down_it() -> None:
+    table = re.search(r"^\| module \|.*?\n\n", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert table
+    rows = [re.findall(r"`(\w+)\.py`", line.split("|")[1]) for line in table[0].splitlines()[2:] if line]
+    height = {module: number for number, row in enumerate(rows) for module in row}
+    modules = {path.stem: path for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")}
+    assert set(height) == set(modules)
+    for module, path in modules.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("flexigpt.")):
+                imported = (node.module or "").removeprefix("flexigpt.")
+                same_row = height[imported] == height[module]
+                assert height[imported] > height[module] or same_row, f"{module} imports {imported}"
+
+
+def test_modules_are_small() -> None:
+    for path in [*PACKAGE.glob("*.py"), *(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
+
+
+def test_the_page_lists_every_architecture() -> None:
+    page = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    supported = re.search(r"Supported: (.*?) \(", page, re.DOTALL)
+    assert supported
+    assert set(re.findall(r"`(\w+)`", supported[1])) == set(ARCHITECTURES)
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
