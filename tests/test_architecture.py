@@ -28,6 +28,11 @@ def test_other_types_are_refused_with_the_list_and_the_page() -> None:
     assert ADDING_PAGE in str(raised.value)
 
 
+def test_a_quantised_source_is_refused() -> None:
+    with pytest.raises(InputError, match="give it unquantised"):
+        find_architecture(CONFIG_MAPPING["llama"](quantization_config={"quant_method": "gptq", "bits": 4}))
+
+
 def test_a_compact_model_is_no_source() -> None:
     config = FlexiGPTConfig(text_config=CONFIG_MAPPING["llama"](num_hidden_layers=2))
     with pytest.raises(InputError, match="is a compact model already"):

@@ -142,6 +142,7 @@ def test_the_method_on_the_shipped_model(example: Path, tmp_path: Path) -> None:
         ({"plan": "p", "base_distance": "low-rank"}, "--base-distance has no effect"),
         ({"plan": "p", "calibration": "c"}, "--calibration has no effect"),
         ({"blocks": [1], "windows": 4}, "--windows has no effect"),
+        ({"blocks": [1], "seed": 3}, "--seed has no effect, since nothing is random"),
         ({"blocks": [1], "text_column": "t"}, "--text-column has no effect, since no text is read"),
     ],
 )
@@ -173,6 +174,8 @@ def test_plan_only_refuses_what_it_does_not_read(tiny_source: Path, option: str,
         ({"target_size": "1K"}, "out of reach"),
         ({"ratio": 0.4, "window_length": 4000}, "give 2 to 128"),
         ({"blocks": [2], "dtype": "int8"}, "dtype int8 is unknown"),
+        ({"target_size": "0.3M", "dtype": "half"}, "dtype half is unknown"),
+        ({"blocks": [2], "perplexity": "nowhere.txt"}, "nowhere.txt is not there"),
     ],
 )
 def test_what_the_source_rules_out_is_refused(tiny_source: Path, options: dict[str, object], reason: str) -> None:

@@ -135,6 +135,10 @@ def find_architecture(config: PreTrainedConfig) -> Architecture:
         )
     if name not in ARCHITECTURES:
         raise InputError(f"model type {name} is not supported: {supported}; {ADDING_PAGE} says how to add one")
+    if getattr(config, "quantization_config", None):
+        raise InputError(
+            "the source is quantised, and quantised weights have no difference to adapt: give it unquantised"
+        )
     if getattr(config, "is_heterogeneous", False):
         raise InputError(f"this {name} has blocks of different shapes (per_layer_config), which cannot share linears")
     return ARCHITECTURES[name]

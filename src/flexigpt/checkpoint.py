@@ -45,6 +45,20 @@ def find_device(device: str) -> torch.device:
     return found
 
 
+def check_dtype(dtype: str) -> None:
+    """Raises InputError for a dtype that is not one of DTYPES."""
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype} is unknown: give {', '.join(DTYPES)}")
+
+
+def check_depth(plan: Plan, depth: int) -> None:
+    """Raises InputError for a plan of another depth than the source's."""
+    if plan.num_blocks != depth:
+        raise InputError(
+            f"the plan is for {plan.num_blocks} blocks, the model has {depth}: give a plan made for this model"
+        )
+
+
 def read_config(model: str) -> PreTrainedConfig:
     """The configuration of a local or hub model.
 
@@ -67,8 +81,7 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto") -> PreTrai
     Raises:
         InputError: as `read_config`; weights that are missing, truncated or of the wrong shape; an unknown dtype.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype} is unknown: give {', '.join(DTYPES)}")
+    check_dtype(dtype)
     where = find_device(device)
     read_config(model)
     try:
@@ -121,10 +134,7 @@ def compact_config(config: PreTrainedConfig, plan: Plan, output_norm: bool = Tru
     Raises:
         InputError: a plan of another depth than the source's.
     """
-    if plan.num_blocks != num_blocks(config):
-        raise InputError(
-            f"the plan is for {plan.num_blocks} blocks, the model has {num_blocks(config)}: give a plan made for it"
-        )
+    check_depth(plan, num_blocks(config))
     architecture = find_architecture(config)
     return FlexiGPTConfig(
         text_config=config,

@@ -47,6 +47,8 @@ def field_help(options: type) -> dict[str, str]:
 
 _PRUNE, _EVAL, _GENERATE = field_help(PruneOptions), field_help(EvalOptions), field_help(GenerateOptions)
 
+_MAX_SHARD_SIZE = "largest weight file: larger checkpoints are split; None: 5GB."
+
 
 class Bars:
     """Progress bars on stderr, one for each stage, with the time left."""
@@ -103,8 +105,8 @@ def prune_command(
     perplexity: Annotated[str | None, typer.Option(help=_PRUNE["perplexity"])] = None,
     dtype: Annotated[str, typer.Option(help=_PRUNE["dtype"])] = PruneOptions.dtype,
     device: Annotated[str, typer.Option(help=_PRUNE["device"])] = PruneOptions.device,
-    seed: Annotated[int, typer.Option(help=_PRUNE["seed"])] = PruneOptions.seed,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file; larger checkpoints are split.")] = "5GB",
+    seed: Annotated[int | None, typer.Option(help=_PRUNE["seed"])] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help=_MAX_SHARD_SIZE)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint or plan in OUT.")] = False,
 ) -> None:
     """Prune a source model into a compact model and write its checkpoint."""
@@ -129,7 +131,9 @@ def prune_command(
         seed=seed,
     )
     check_output(out, source, overwrite)
-    shard_bytes = parse_size(max_shard_size, itemsize=1)
+    if plan_only_ and max_shard_size is not None:
+        raise InputError("--max-shard-size has no effect with --plan-only, which writes no weights: leave it out")
+    shard_bytes = parse_size(max_shard_size or "5GB", itemsize=1)
     command = {"command": context.obj}
     if plan_only_:
         with Bars() as track:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from flexigpt.architecture import find_architecture, model_shape, num_blocks
 from flexigpt.calibration import block_means
 from flexigpt.checkpoint import (
+    check_depth,
+    check_dtype,
     check_finite,
     compact_of,
     config_dtype,
@@ -23,7 +25,7 @@ from flexigpt.checkpoint import (
     read_config,
     stored_bytes,
 )
-from flexigpt.data import DEFAULT_TEXT, calibration_windows, check_window_length, tokenize_text
+from flexigpt.data import DEFAULT_TEXT, TokenizedText, calibration_windows, check_window_length, tokenize_text
 from flexigpt.errors import InputError
 from flexigpt.evaluate import perplexity
 from flexigpt.initialization import ADAPTER_INITS, initialize_replicas
@@ -71,7 +73,7 @@ class PruneOptions:
         perplexity: text to measure perplexity on before and after, as for calibration; None: it is not measured.
         dtype: of the weights: auto (the source's), float32, bfloat16 or float16.
         device: auto (a GPU where there is one), cpu, cuda or cuda:N.
-        seed: shuffles the calibration text and draws random adapters.
+        seed: shuffles the calibration text and draws random adapters; None: 0.
     """
 
     ratio: float | None = None
@@ -91,7 +93,7 @@ class PruneOptions:
     perplexity: str | None = None
     dtype: str = "auto"
     device: str = "auto"
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         sizes = {"ratio": self.ratio, "blocks": self.blocks, "target-size": self.target_size, "plan": self.plan}
@@ -124,6 +126,8 @@ class PruneOptions:
             ]
         if not self.calibrates and self.perplexity is None:
             idle += [(name, "no text is read") for name in ("text_column", "window_length")]
+        if not self.calibrates and self.adapter_init == "svd":
+            idle.append(("seed", "nothing is random"))
         if not self.output_norm:
             idle.append(("norm_init", "--no-output-norm leaves no output norm"))
         for name, reason in idle:
@@ -138,12 +142,15 @@ class PruneOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
-    """A source whose size and options have been checked."""
+    """A source, and all that could be read or refused before the work on it begins."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
     shape: ModelShape
     rank: int
+    plan: Plan | None
+    windows: torch.Tensor | None
+    text: TokenizedText | None
+    window_length: int
 
 
 def prune(
@@ -172,7 +179,7 @@ def prune(
         plan,
         adapter_init=options.adapter_init,
         norm_init=DEFAULT_NORM_INIT if options.norm_init is None else options.norm_init,
-        seed=options.seed,
+        seed=options.seed or 0,
         track=track,
     )
     move(compact, opened.model.device)
@@ -180,8 +187,11 @@ def prune(
     record["source"] = _size(opened.model)
     record["compact"] = _size(compact)
     record["plain_removal"] = {"parameters": opened.shape.removed_parameters(len(plan.replicas))}
-    if options.perplexity is not None:
-        record["perplexity"] = _compare(opened, compact, options, track)
+    if opened.text is not None:
+        record["perplexity"] = {"text": options.perplexity}
+        for name, model in (("source", opened.model), ("compact", compact)):
+            measured = perplexity(model, opened.text, window_length=opened.window_length, track=track)
+            record["perplexity"][name] = measured.to_dict()
     return compact, plan, record | {"seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -201,55 +211,73 @@ def plan_only(source: str, options: PruneOptions, track: Track = silent) -> tupl
 
 
 def _open_source(source: str, options: PruneOptions, track: Track) -> _Opened:
-    """Loads a source; what its configuration already rules out is refused before any weight is read."""
+    """Opens the source and reads the texts and the plan; what the configuration rules out is refused first."""
+    check_dtype(options.dtype)
     config = read_config(source)
     find_architecture(config)
     shape = model_shape(empty_model(config), options.output_norm)
     rank = options.rank or max(1, shape.hidden_size // _HIDDEN_SIZE_PER_RANK)
-    if options.plan is None:
+    plan = None if options.plan is None else _read_plan(options.plan, shape, num_blocks(config))
+    if plan is None:
         shape.check_rank(rank)
         _pruned_or_count(options, shape, rank, num_blocks(config), config_dtype(config))
-    reads_text = options.calibrates or options.perplexity is not None
-    if reads_text:
-        check_window_length(options.window_length, config)
+    window_length = check_window_length(options.window_length, config)
+    windows, text = _read_texts(source, options, window_length)
     model = load_model(source, options.dtype, options.device)
     check_finite(model, track)
-    return _Opened(model=model, tokenizer=load_tokenizer(source) if reads_text else None, shape=shape, rank=rank)
+    return _Opened(
+        model=model, shape=shape, rank=rank, plan=plan, windows=windows, text=text, window_length=window_length
+    )
+
+
+def _read_plan(path: str | Path, shape: ModelShape, depth: int) -> Plan:
+    plan = Plan.read(path)
+    check_depth(plan, depth)
+    for replica in plan.replicas:
+        shape.check_rank(replica.rank)
+    return plan
+
+
+def _read_texts(
+    source: str, options: PruneOptions, window_length: int
+) -> tuple[torch.Tensor | None, TokenizedText | None]:
+    """The calibration windows and the text for perplexity, where the options ask for them."""
+    windows, text = None, None
+    if not options.calibrates and options.perplexity is None:
+        return windows, text
+    tokenizer = load_tokenizer(source)
+    column = options.text_column or "text"
+    if options.perplexity is not None:
+        text = tokenize_text(options.perplexity, tokenizer, column=column, window_length=window_length)
+    if options.calibrates:
+        windows = calibration_windows(
+            options.calibration or DEFAULT_TEXT,
+            tokenizer,
+            column=column,
+            windows=options.windows or DEFAULT_WINDOWS,
+            window_length=window_length,
+            seed=options.seed or 0,
+        )
+    return windows, text
 
 
 def _choose_plan(opened: _Opened, options: PruneOptions, track: Track) -> tuple[Plan, dict[str, Any]]:
-    """Scores blocks, measures distances, and gives each pruned block its base; or reads the plan that was given."""
+    """Scores blocks, measures distances, and gives each pruned block its base; or takes the plan that was given."""
+    if opened.plan is not None:
+        return opened.plan, {}
     model, depth = opened.model, num_blocks(opened.model.config)
-    if options.plan is not None:
-        plan = Plan.read(options.plan)
-        for replica in plan.replicas:
-            opened.shape.check_rank(replica.rank)
-        return plan, {}
     record: dict[str, Any] = {}
     pruned = _pruned_or_count(options, opened.shape, opened.rank, depth, model.dtype)
-    if options.calibrates:
+    if opened.windows is not None:
         score = options.block_score or "influence"
-        windows = _calibration_windows(opened, options)
-        record["calibration"] = {"text": options.calibration or DEFAULT_TEXT, "windows": list(windows.shape)}
+        record["calibration"] = {"text": options.calibration or DEFAULT_TEXT, "windows": list(opened.windows.shape)}
         record["block_score"] = score
-        record["scores"] = block_means(model, windows, BLOCK_SCORES[score], track)
+        record["scores"] = block_means(model, opened.windows, BLOCK_SCORES[score], track)
     if isinstance(pruned, int):
         pruned = lowest(record["scores"], pruned)
     record["base_distance"] = options.base_distance or "low-rank"
     record["distances"] = base_distances(model, pruned, opened.rank, record["base_distance"], track)
     return choose_bases(record["distances"], opened.rank, depth), record
-
-
-def _calibration_windows(opened: _Opened, options: PruneOptions) -> torch.Tensor:
-    assert opened.tokenizer is not None
-    return calibration_windows(
-        options.calibration or DEFAULT_TEXT,
-        opened.tokenizer,
-        column=options.text_column or "text",
-        windows=options.windows or DEFAULT_WINDOWS,
-        window_length=check_window_length(options.window_length, opened.model.config),
-        seed=options.seed,
-    )
 
 
 def _pruned_or_count(
@@ -265,25 +293,11 @@ def _pruned_or_count(
     return shape.num_pruned_for(parse_size(options.target_size, itemsize), rank, depth)
 
 
-def _compare(
-    opened: _Opened, compact: FlexiGPTForCausalLM, options: PruneOptions, track: Track
-) -> dict[str, dict[str, Any]]:
-    """Perplexity of the source and of the compact model on the same text."""
-    assert options.perplexity is not None
-    assert opened.tokenizer is not None
-    window_length = check_window_length(options.window_length, opened.model.config)
-    column = options.text_column or "text"
-    text = tokenize_text(options.perplexity, opened.tokenizer, column=column, window_length=window_length)
-    measured = {
-        name: perplexity(model, text, window_length=window_length, track=track).to_dict()
-        for name, model in (("source", opened.model), ("compact", compact))
-    }
-    return {"text": {"name": options.perplexity}, **measured}
-
-
 def _header(source: str, options: PruneOptions) -> dict[str, Any]:
     versions = {name: version(name) for name in ("flexigpt", "torch", "transformers")}
     given = {field: value for field, value in asdict(options).items() if value != getattr(PruneOptions, field)}
+    if options.plan is not None:
+        given["plan"] = str(options.plan)
     return {"source_name": source, "versions": versions, "options": given}
 
 

@@ -180,7 +180,7 @@ def model_card(plan: Plan, record: dict[str, Any]) -> str:
     if "perplexity" in record:
         protocol = record["perplexity"]["compact"]
         measured = (
-            f"\nPerplexity on {record['perplexity']['text']['name']}: {protocol['tokens']:,} tokens, windows of "
+            f"\nPerplexity on {record['perplexity']['text']}: {protocol['tokens']:,} tokens, windows of "
             f"{protocol['window_length']}, stride {protocol['stride']}. No recovery training yet.\n"
         )
     base_model = "" if Path(record["source_name"]).exists() else f"base_model: {record['source_name']}\n"
