@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from families import tiny_model, token_ids
-from flexigpt import FlexiGPTForCausalLM, InputError, PruneOptions, prune, write_checkpoint
-from flexigpt.checkpoint import check_finite, find_device, load_model, load_tokenizer, read_config
+from flexigpt import FlexiGPTForCausalLM, InputError, Plan, PruneOptions, Replica, prune, write_checkpoint
+from flexigpt.checkpoint import check_finite, compact_of, find_device, load_model, load_tokenizer, read_config
+from flexigpt.initialization import initialize_replicas
 from flexigpt.writing import check_output, check_space, replaced_folder
 
 
@@ -72,7 +73,7 @@ def test_a_fresh_process_without_flexigpt_opens_it(checkpoint: Path, tmp_path: P
     torch.save(ids, tmp_path / "ids.pt")
     code = """
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
 AutoTokenizer.from_pretrained(sys.argv[1])
 ids = torch.load(sys.argv[2] + "/ids.pt")
@@ -271,3 +272,17 @@ def test_the_model_card_states_plan_and_numbers(checkpoint: Path) -> None:
     assert f"{record['compact']['parameters']:,}" in card
     assert record["versions"]["torch"] == torch.__version__
     assert card.count("adapters of rank 4, output norms") == 2
+
+
+def test_the_file_is_as_large_as_its_parameters(tmp_path: Path) -> None:
+    """Within 0.1 %, at the sizes where a header of some 120 bytes a tensor does not count."""
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8
+    )
+    source = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plan = Plan(num_blocks=8, replicas=(Replica(block=3, base=2, rank=32), Replica(block=5, base=2, rank=32)))
+    model = compact_of(source, plan)
+    initialize_replicas(model, source, plan, adapter_init="zero", norm_init=0.05, seed=0)
+    model.save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert 1 < size / (2 * model.num_parameters()) < 1.001

@@ -28,7 +28,9 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 def make_recipe(target: str) -> list[str]:
     """The last command that make would run for a target; it fails for a target that is not there."""
-    ran = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True)
+    # Within `make test`, make would take these for the settings of a make that it is called by.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    ran = subprocess.run(["make", "-n", target], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     return shlex.split(ran.stdout.splitlines()[-1])
 
 
