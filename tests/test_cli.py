@@ -61,8 +61,18 @@ def test_prune_prints_the_plan_the_cost_and_the_place(run: Run, tiny_source: Pat
         assert f"{record['perplexity'][side]['perplexity']:.2f}" in printed
     for stage in ("checking weights", "calibrating", "measuring distances", "initialising replicas"):
         assert stage in progress
+    assert "influence on 4 windows of 64 tokens of" in printed
     assert record["command"].startswith("flexigpt ")
     assert f"{record['scores'][0]:.4f}" in (out / "README.md").read_text()
+
+
+def test_a_text_that_is_too_short_for_the_windows_is_told(
+    run: Run, tiny_source: Path, text: Path, tmp_path: Path
+) -> None:
+    asked = ("--ratio", "0.4", "--rank", "4", "--calibration", text, "--window-length", "100", "--windows", "1000")
+    _, printed, _ = run("prune", tiny_source, tmp_path / "out", *asked)
+    windows = json.loads((tmp_path / "out" / "record.json").read_text())["calibration"]["windows"][0]
+    assert f"the text is {1000 - windows} windows short of the 1000 asked for" in printed
 
 
 def test_a_plan_can_be_made_edited_and_applied(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:

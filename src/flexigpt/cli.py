@@ -21,7 +21,7 @@ from flexigpt.generate import GenerateOptions, generate
 from flexigpt.initialization import ADAPTER_INITS
 from flexigpt.plan import parse_size
 from flexigpt.prune import PruneOptions, plan_only, prune
-from flexigpt.report import cost_table, inspect_model, inspection_tables, plan_table
+from flexigpt.report import cost_table, inspect_model, inspection_tables, notes, plan_table
 from flexigpt.selection import BASE_DISTANCES, BLOCK_SCORES
 from flexigpt.writing import check_output, write_checkpoint, write_plan
 
@@ -47,7 +47,7 @@ def field_help(options: type) -> dict[str, str]:
 
 _PRUNE, _EVAL, _GENERATE = field_help(PruneOptions), field_help(EvalOptions), field_help(GenerateOptions)
 
-_MAX_SHARD_SIZE = "largest weight file: larger checkpoints are split; None: 5GB."
+_MAX_SHARD_SIZE = "largest weight file: larger checkpoints are split; default: 5GB."
 
 
 class Bars:
@@ -140,6 +140,8 @@ def prune_command(
             decided, record = plan_only(source, options, track)
         write_plan(out, decided, record | command)
         stdout.print(plan_table(decided, record))
+        for note in notes(record):
+            print(note)
         print(f"plan written to {out / 'plan.json'}; apply it with --plan")
         return
     with Bars() as track:
@@ -147,6 +149,8 @@ def prune_command(
     write_checkpoint(out, model, record | command, source=source, max_shard_size=shard_bytes)
     stdout.print(plan_table(decided, record))
     stdout.print(cost_table(record))
+    for note in notes(record):
+        print(note)
     print(f"checkpoint written to {out}")
 
 
@@ -240,7 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("datasets").setLevel(logging.ERROR)
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         arguments = list(sys.argv[1:] if arguments is None else arguments)
         code = app(arguments, standalone_mode=False, obj=shlex.join(["flexigpt", *arguments]))
@@ -256,5 +261,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str) -> None:
-    print(f"flexigpt: {message}", file=sys.stderr)
+    if message:  # a bare `flexigpt` has printed its help, and that is all
+        print(f"flexigpt: {message}", file=sys.stderr)
     sys.exit(2)

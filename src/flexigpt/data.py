@@ -50,7 +50,8 @@ def read_documents(text: str, column: str = "text", seed: int | None = None) -> 
         if isinstance(error, InputError):
             raise
         reason = str(error.__cause__ or error).splitlines()[0]
-        raise InputError(f"text cannot be read from {text}: {reason}") from error
+        hint = "" if Path(text).exists() else "; check the name and the connection, or give a file"
+        raise InputError(f"text cannot be read from {text}: {reason}{hint}") from error
 
 
 def _open_rows(text: str) -> Any:

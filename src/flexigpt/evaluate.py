@@ -25,8 +25,8 @@ class EvalOptions:
         perplexity: text to measure perplexity on: a .txt, .jsonl, .jsonl.gz or .parquet file, or NAME[:CONFIG][@SPLIT]
             of a data set on the hub.
         text_column: column that holds the text.
-        window_length: tokens in a window; None: the model's context, at most 2048.
-        stride: tokens from one window's start to the next's; None: the window length, so that windows do not overlap.
+        window_length: tokens in a window; default: the model's context, at most 2048.
+        stride: tokens from one window's start to the next's; default: the window length, no overlap.
         dtype: auto (the checkpoint's), float32, bfloat16 or float16.
         device: auto (a GPU where there is one), cpu, cuda or cuda:N.
     """
@@ -108,7 +108,7 @@ def perplexity(
         model: in eval mode.
         text: at least 2 tokens.
         window_length: tokens in.
-        stride: 1 to window_length; None: window_length.
+        stride: 1 to window_length; default: window_length.
         track: told of each batch.
 
     Raises:

@@ -18,9 +18,9 @@ class GenerateOptions:
     Attributes:
         prompt: text to continue.
         max_new_tokens: tokens to generate at most.
-        temperature: above 0: samples at that temperature; None: takes the likeliest token each time.
+        temperature: above 0: samples at that temperature; default: the likeliest token each time.
         top_p: samples from the likeliest tokens that hold this share of the probability; needs a temperature.
-        seed: makes samples repeatable; needs a temperature; None: 0.
+        seed: makes samples repeatable; needs a temperature; default: 0.
         dtype: auto (the checkpoint's), float32, bfloat16 or float16.
         device: auto (a GPU where there is one), cpu, cuda or cuda:N.
     """

@@ -52,28 +52,28 @@ DEFAULT_NORM_INIT = 0.05
 class PruneOptions:
     """What to prune, and how. Exactly one of ratio, blocks, target_size and plan says how much.
 
-    A field that is None has the default that its description names; one that is given but has no effect is refused.
+    None stands for the default that a field's description names. A field that is given but has no effect is refused.
 
     Attributes:
         ratio: share of the blocks to prune, in (0, 1); rounded down to whole blocks.
         blocks: the blocks to prune, from 0.
         target_size: stored size to come down to: parameters (4.8B, 350M) or bytes (3.2GB, 900MiB).
         plan: a plan file to apply as it is.
-        rank: rank of the adapters; None: hidden size / 16.
+        rank: rank of the adapters; default: hidden size / 16.
         calibration: text to score blocks on: a .txt, .jsonl, .jsonl.gz or .parquet file, or NAME[:CONFIG][@SPLIT] of a
-            data set on the hub; None: MiniPile's validation split, or no calibration where `blocks` are given.
-        text_column: column that holds the text; None: text.
-        windows: calibration windows; None: 64.
-        window_length: tokens in a window, for calibration and perplexity; None: the model's context, at most 2048.
-        block_score: score whose lowest blocks are pruned; None: influence.
-        base_distance: distance by which each pruned block's base is chosen; None: low-rank.
+            data set on the hub; default: MiniPile's validation split, or no calibration where `blocks` are given.
+        text_column: column that holds the text; default: text.
+        windows: calibration windows; default: 64.
+        window_length: tokens in a window, for calibration and perplexity; default: the model's context, at most 2048.
+        block_score: score whose lowest blocks are pruned; default: influence.
+        base_distance: distance by which each pruned block's base is chosen; default: low-rank.
         adapter_init: how adapters start.
-        norm_init: constant that the output norms' gamma starts at; None: 0.05.
+        norm_init: constant that the output norms' gamma starts at; default: 0.05.
         output_norm: whether replicas have output norms.
-        perplexity: text to measure perplexity on before and after, as for calibration; None: it is not measured.
+        perplexity: text to measure perplexity on before and after, as for calibration; default: none.
         dtype: of the weights: auto (the source's), float32, bfloat16 or float16.
         device: auto (a GPU where there is one), cpu, cuda or cuda:N.
-        seed: shuffles the calibration text and draws random adapters; None: 0.
+        seed: shuffles the calibration text and draws random adapters; default: 0.
     """
 
     ratio: float | None = None
@@ -271,6 +271,7 @@ def _choose_plan(opened: _Opened, options: PruneOptions, track: Track) -> tuple[
     if opened.windows is not None:
         score = options.block_score or "influence"
         record["calibration"] = {"text": options.calibration or DEFAULT_TEXT, "windows": list(opened.windows.shape)}
+        record["calibration"]["asked"] = options.windows or DEFAULT_WINDOWS
         record["block_score"] = score
         record["scores"] = block_means(model, opened.windows, BLOCK_SCORES[score], track)
     if isinstance(pruned, int):

@@ -164,6 +164,23 @@ def cost_table(record: dict[str, Any]) -> Table:
     return table
 
 
+def notes(record: dict[str, Any]) -> list[str]:
+    """What a reader of the tables has to know: on what the blocks were scored and the perplexity was measured."""
+    lines = []
+    if "calibration" in record:
+        text, (windows, length) = record["calibration"]["text"], record["calibration"]["windows"]
+        short = record["calibration"]["asked"] - windows
+        fewer = f"; the text is {short} windows short of the {windows + short} asked for" if short else ""
+        lines.append(f"{record['block_score']} on {windows} windows of {length} tokens of {text}{fewer}")
+    if "perplexity" in record:
+        measured = record["perplexity"]["compact"]
+        lines.append(
+            f"perplexity per token on {measured['tokens']:,} tokens of {record['perplexity']['text']}, windows of "
+            f"{measured['window_length']} without overlap, before any recovery training"
+        )
+    return lines
+
+
 def megabytes(num_bytes: int) -> str:
     """10^6 bytes, as disks are sold."""
     return f"{num_bytes / 1e6:,.2f}"
@@ -176,13 +193,7 @@ def model_card(plan: Plan, record: dict[str, Any]) -> str:
         f"Made with:\n\n```bash\n{ran}\n```\n" if ran else "Made with the Python API; `record.json` has the options.\n"
     )
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-    measured = ""
-    if "perplexity" in record:
-        protocol = record["perplexity"]["compact"]
-        measured = (
-            f"\nPerplexity on {record['perplexity']['text']}: {protocol['tokens']:,} tokens, windows of "
-            f"{protocol['window_length']}, stride {protocol['stride']}. No recovery training yet.\n"
-        )
+    measured = "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in notes(record))
     base_model = "" if Path(record["source_name"]).exists() else f"base_model: {record['source_name']}\n"
     return f"""---
 library_name: transformers

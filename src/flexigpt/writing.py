@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +27,9 @@ def check_output(out: str | Path, source: str, overwrite: bool) -> None:
             which the source lies.
     """
     out = Path(out)
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{parent} cannot be written to: give another folder")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: give a folder to write to")
     if not out.is_dir() or not any(out.iterdir()):
