@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexigpt import EvalOptions, PruneOptions, evaluate
 from flexigpt.cli import app, field_help, main
+from flexigpt.extend import ExtendOptions
 from flexigpt.generate import GenerateOptions
 
 Run = Callable[..., tuple[int, str, str]]
@@ -197,6 +198,17 @@ BAD_INPUT = {
     "prune truncated out --blocks 2 --rank 4": "the weights of truncated are damaged",
     "prune mixtral out --blocks 2": "mixtral is a mixture of experts",
     "prune SOURCE out --blocks 2 --rank 4 --max-shard-size big": "size 'big'",
+    "extend SOURCE out --blocks 4": "--blocks 4 cannot be repeated: give ranges within 0:6",
+    "extend SOURCE out --blocks 4:9": "give ranges within 0:6",
+    "extend SOURCE out --blocks 4:4": "give ranges within 0:6",
+    "extend SOURCE out --blocks 3:5,1:2": "give ranges within 0:6",
+    "extend SOURCE out --blocks 1:4,3:5": "give ranges within 0:6",
+    "extend SOURCE out --blocks 1:4 --times 1": "--times 1 repeats nothing",
+    "extend SOURCE out --blocks 1:4 --pattern zigzag": "--pattern zigzag is unknown: give block, sequential",
+    "extend SOURCE out --blocks 1:4 --rank 33": "rank 33 is above the size",
+    "extend SOURCE out --blocks 1:4 --window-length 8": "--window-length has no effect",
+    "extend SOURCE out": "Missing option '--blocks'",
+    "extend COMPACT out --blocks 1:4": "is a compact model already",
     "inspect nowhere": "the model nowhere cannot be opened",
     "inspect mixtral": "mixtral is a mixture of experts",
     "eval SOURCE --perplexity TEXT --window-length 9999": "window length 9999 does not fit: give 2 to 128",
@@ -241,6 +253,20 @@ def test_bad_input_is_one_clear_line(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_extend_prints_the_plan_and_the_cost(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, printed, _ = run(
+        *("extend", tiny_source, out, "--blocks", "1:3,4:5", "--times", "3", "--pattern", "sequential", "--rank", "2"),
+        *("--perplexity", text, "--window-length", "64"),
+    )
+    assert code == 0
+    record = json.loads((out / "record.json").read_text())
+    assert record["source_blocks"] == [0, 1, 2, 1, 2, 1, 2, 3, 4, 4, 4, 5]
+    for shown in ("source block", "adapters of rank 2, output norms", f"checkpoint written to {out}"):
+        assert shown in printed
+    assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 12
+
+
 def test_overwrite_replaces_a_checkpoint(run: Run, tiny_source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ("prune", tiny_source, out, "--rank", "4", "--blocks")
@@ -269,7 +295,8 @@ def test_an_interrupted_run_leaves_nothing(example: Path, tmp_path: Path, how: s
 
 def test_every_option_is_a_flag_with_its_fields_help() -> None:
     commands = typer.main.get_command(app).commands
-    for name, options in (("prune", PruneOptions), ("eval", EvalOptions), ("generate", GenerateOptions)):
+    by_command = {"prune": PruneOptions, "extend": ExtendOptions, "eval": EvalOptions, "generate": GenerateOptions}
+    for name, options in by_command.items():
         flags = {parameter.name: parameter for parameter in commands[name].params}
         described = field_help(options)
         assert set(described) == set(options.__dataclass_fields__)

@@ -10,6 +10,8 @@ from flexigpt.configuration_flexigpt import FlexiGPTConfig as FlexiGPTConfig
 from flexigpt.errors import InputError as InputError
 from flexigpt.evaluate import EvalOptions as EvalOptions
 from flexigpt.evaluate import evaluate as evaluate
+from flexigpt.extend import ExtendOptions as ExtendOptions
+from flexigpt.extend import extend as extend
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM as FlexiGPTForCausalLM
 from flexigpt.plan import Plan as Plan
 from flexigpt.plan import Replica as Replica

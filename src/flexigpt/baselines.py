@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from flexigpt.architecture import config_with_blocks, find_architecture, num_blocks
-from flexigpt.checkpoint import all_tensors, empty_model, fill_model, move
+from flexigpt.architecture import config_with_blocks, num_blocks
+from flexigpt.checkpoint import empty_model, fill_model, move, named_tensors
 from flexigpt.errors import InputError
 
 
@@ -27,16 +27,6 @@ def remove_blocks(source: PreTrainedModel, blocks: Sequence[int]) -> PreTrainedM
     config = config_with_blocks(source.config, kept)
     config.dtype = source.dtype
     shorter = empty_model(config)
-    prefix = find_architecture(source.config).blocks
-    new_names = {f"{prefix}.{old}.": f"{prefix}.{new}." for new, old in enumerate(kept)}
-    tensors = {}
-    for name, tensor in all_tensors(source).items():
-        if name.startswith(f"{prefix}."):
-            own = f"{prefix}.{name[len(prefix) + 1 :].split('.')[0]}."
-            if own not in new_names:
-                continue
-            name = new_names[own] + name[len(own) :]
-        tensors[name] = tensor
-    fill_model(shorter, tensors)
+    fill_model(shorter, dict(named_tensors(source, kept)))
     shorter.generation_config = source.generation_config
     return move(shorter, source.device)

@@ -1,7 +1,6 @@
 """Opening source and compact models, and building the compact model of a source."""
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from flexigpt.architecture import block_list, find_architecture, num_blocks
+from flexigpt.architecture import block_list, config_with_blocks, find_architecture, num_blocks
 from flexigpt.configuration_flexigpt import FlexiGPTConfig
 from flexigpt.errors import InputError
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
@@ -182,20 +181,47 @@ def fill_model(empty: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> N
     empty.tie_weights()
 
 
-def compact_of(source: PreTrainedModel, plan: Plan, output_norm: bool = True) -> FlexiGPTForCausalLM:
-    """The compact model that shares the source's tensors; what is the replicas' own is still on the meta device."""
-    text_config = copy.deepcopy(source.config)  # from_config writes into what it is given
+def named_tensors(source: PreTrainedModel, source_blocks: Sequence[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors, buffers included, of the model that consists of these blocks of the source; repeats allowed."""
+    prefix = find_architecture(source.config).blocks
+    own: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in all_tensors(source).items():
+        if name.startswith(f"{prefix}."):
+            block, _, path = name.removeprefix(f"{prefix}.").partition(".")
+            own.setdefault(int(block), {})[path] = tensor
+        else:
+            yield name, tensor
+    for index, source_block in enumerate(source_blocks):
+        for path, tensor in own[source_block].items():
+            yield f"{prefix}.{index}.{path}", tensor
+
+
+def compact_of(
+    source: PreTrainedModel, plan: Plan, output_norm: bool = True, source_blocks: Sequence[int] | None = None
+) -> FlexiGPTForCausalLM:
+    """The compact model that shares the source's tensors; what is the replicas' own is still on the meta device.
+
+    Args:
+        source: the source model.
+        plan: the plan of the compact model.
+        output_norm: whether its replicas have output norms.
+        source_blocks: the source's block behind each logical block; None: the same numbering.
+    """
+    origins = range(num_blocks(source.config)) if source_blocks is None else source_blocks
+    text_config = config_with_blocks(source.config, origins)
     text_config._name_or_path = ""  # a local path is nobody else's business
     text_config.dtype = source.dtype
-    config = compact_config(text_config, plan, output_norm)
-    model = cast(FlexiGPTForCausalLM, empty_model(config))
-    known = model.state_dict().keys()
+    model = cast(FlexiGPTForCausalLM, empty_model(compact_config(text_config, plan, output_norm)))
+    known, taken = model.state_dict().keys(), set[int]()
     tensors = {}
-    for name, tensor in all_tensors(source).items():
+    for name, tensor in named_tensors(source, origins):
         # A family's own norm that an output norm follows lies one level deeper in a replica.
         parent, _, last = f"language_model.{name}".rpartition(".")
         deeper = f"{parent}.inner.{last}"
-        tensors[deeper if deeper in known else f"{parent}.{last}"] = tensor
+        key = deeper if deeper in known else f"{parent}.{last}"
+        # What a repeated block keeps as its own (input norms, biases) must not share the memory of the first one's.
+        tensors[key] = tensor.clone() if key in known and id(tensor) in taken else tensor
+        taken.add(id(tensor))
     fill_model(model, tensors)
     model.generation_config = source.generation_config
     return model

@@ -17,10 +17,13 @@ from transformers.utils import logging as transformers_logging
 
 from flexigpt.errors import InputError
 from flexigpt.evaluate import EvalOptions, evaluate
+from flexigpt.extend import PATTERNS, ExtendOptions, extend
 from flexigpt.generate import GenerateOptions, generate
 from flexigpt.initialization import ADAPTER_INITS
-from flexigpt.plan import parse_size
+from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
+from flexigpt.plan import Plan, parse_size
 from flexigpt.prune import PruneOptions, plan_only, prune
+from flexigpt.record import Record
 from flexigpt.report import cost_table, inspect_model, inspection_tables, notes, plan_table
 from flexigpt.selection import BASE_DISTANCES, BLOCK_SCORES
 from flexigpt.writing import check_output, write_checkpoint, write_plan
@@ -45,9 +48,12 @@ def field_help(options: type) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in described}
 
 
-_PRUNE, _EVAL, _GENERATE = field_help(PruneOptions), field_help(EvalOptions), field_help(GenerateOptions)
+_PRUNE, _EXTEND = field_help(PruneOptions), field_help(ExtendOptions)
+_EVAL, _GENERATE = field_help(EvalOptions), field_help(GenerateOptions)
 
-_MAX_SHARD_SIZE = "largest weight file: larger checkpoints are split; default: 5GB."
+_SHARD_SIZE = "5GB"
+_MAX_SHARD_SIZE = f"largest weight file: larger checkpoints are split; default: {_SHARD_SIZE}."
+_OVERWRITE = "replace the checkpoint or plan in OUT."
 
 
 class Bars:
@@ -107,7 +113,7 @@ def prune_command(
     device: Annotated[str, typer.Option(help=_PRUNE["device"])] = PruneOptions.device,
     seed: Annotated[int | None, typer.Option(help=_PRUNE["seed"])] = None,
     max_shard_size: Annotated[str | None, typer.Option(help=_MAX_SHARD_SIZE)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint or plan in OUT.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=_OVERWRITE)] = False,
 ) -> None:
     """Prune a source model into a compact model and write its checkpoint."""
     options = PruneOptions(
@@ -133,7 +139,7 @@ def prune_command(
     check_output(out, source, overwrite)
     if plan_only_ and max_shard_size is not None:
         raise InputError("--max-shard-size has no effect with --plan-only, which writes no weights: leave it out")
-    shard_bytes = parse_size(max_shard_size or "5GB", itemsize=1)
+    shard_bytes = parse_size(max_shard_size or _SHARD_SIZE, itemsize=1)
     command = {"command": context.obj}
     if plan_only_:
         with Bars() as track:
@@ -146,12 +152,47 @@ def prune_command(
         return
     with Bars() as track:
         model, decided, record = prune(source, options, track)
-    write_checkpoint(out, model, record | command, source=source, max_shard_size=shard_bytes)
-    stdout.print(plan_table(decided, record))
-    stdout.print(cost_table(record))
-    for note in notes(record):
-        print(note)
-    print(f"checkpoint written to {out}")
+    _write_and_show(out, source, model, decided, record | command, shard_bytes)
+
+
+@app.command("extend")
+def extend_command(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(help="Folder or hub name of the source model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the compact checkpoint to.")],
+    blocks: Annotated[str, typer.Option(help=_EXTEND["blocks"], metavar="4:18|2:6,10:14")],
+    times: Annotated[int, typer.Option(help=_EXTEND["times"])] = ExtendOptions.times,
+    pattern: Annotated[str, typer.Option(help=_EXTEND["pattern"], metavar="|".join(PATTERNS))] = ExtendOptions.pattern,
+    rank: Annotated[int | None, typer.Option(help=_EXTEND["rank"])] = None,
+    norm_init: Annotated[float | None, typer.Option(help=_EXTEND["norm_init"])] = None,
+    perplexity: Annotated[str | None, typer.Option(help=_EXTEND["perplexity"])] = None,
+    text_column: Annotated[str | None, typer.Option(help=_EXTEND["text_column"])] = None,
+    window_length: Annotated[int | None, typer.Option(help=_EXTEND["window_length"])] = None,
+    dtype: Annotated[str, typer.Option(help=_EXTEND["dtype"])] = ExtendOptions.dtype,
+    device: Annotated[str, typer.Option(help=_EXTEND["device"])] = ExtendOptions.device,
+    seed: Annotated[int, typer.Option(help=_EXTEND["seed"])] = ExtendOptions.seed,
+    max_shard_size: Annotated[str | None, typer.Option(help=_MAX_SHARD_SIZE)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=_OVERWRITE)] = False,
+) -> None:
+    """Repeat blocks of a source model: a deeper model for almost no storage."""
+    options = ExtendOptions(
+        blocks=blocks,
+        times=times,
+        pattern=pattern,
+        rank=rank,
+        norm_init=norm_init,
+        perplexity=perplexity,
+        text_column=text_column,
+        window_length=window_length,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+    )
+    check_output(out, source, overwrite)
+    shard_bytes = parse_size(max_shard_size or _SHARD_SIZE, itemsize=1)
+    with Bars() as track:
+        model, decided, record = extend(source, options, track)
+    _write_and_show(out, source, model, decided, record | {"command": context.obj}, shard_bytes)
 
 
 @app.command("inspect")
@@ -222,6 +263,17 @@ def generate_command(
     )
     generate(model, options, lambda piece: print(piece, end="", flush=True))
     print()
+
+
+def _write_and_show(
+    out: Path, source: str, model: FlexiGPTForCausalLM, plan: Plan, record: Record, shard_bytes: int
+) -> None:
+    write_checkpoint(out, model, record, source=source, max_shard_size=shard_bytes)
+    stdout.print(plan_table(plan, record))
+    stdout.print(cost_table(record))
+    for note in notes(record):
+        print(note)
+    print(f"checkpoint written to {out}")
 
 
 def _block_numbers(blocks: str) -> tuple[int, ...]:

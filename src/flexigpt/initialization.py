@@ -1,6 +1,6 @@
 """Adapters and output norms of a new replica."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -12,6 +12,10 @@ from flexigpt.factorization import truncated_svd
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM, NormedOutput, SharedLinear
 from flexigpt.plan import Plan, Replica
 from flexigpt.progress import Track, silent
+
+# The paper's rank 256 at LLaMA-2 7B's hidden size 4096.
+_HIDDEN_SIZE_PER_RANK = 16
+DEFAULT_NORM_INIT = 0.05
 
 AdapterInit = Callable[[torch.Tensor, torch.Tensor, int, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
 
@@ -43,6 +47,11 @@ def zero_adapter(
 ADAPTER_INITS: dict[str, AdapterInit] = {"svd": svd_adapter, "zero": zero_adapter}
 
 
+def default_rank(hidden_size: int) -> int:
+    """Rank of the adapters where none is asked for."""
+    return max(1, hidden_size // _HIDDEN_SIZE_PER_RANK)
+
+
 @torch.no_grad()
 def initialize_replicas(
     model: FlexiGPTForCausalLM,
@@ -52,27 +61,30 @@ def initialize_replicas(
     adapter_init: str,
     norm_init: float,
     seed: int,
+    source_blocks: Sequence[int] | None = None,
     track: Track = silent,
 ) -> None:
     """Fills what is the replicas' own: adapters, output norms and bias differences.
 
     Args:
         model: the compact model; its replicas' own tensors may still be on the meta device.
-        source: the model that the blocks come from, same numbering.
+        source: the model that the blocks come from.
         plan: the model's plan.
         adapter_init: a key of ADAPTER_INITS.
         norm_init: the constant that the output norms' gamma starts at.
         seed: for random adapters.
+        source_blocks: the source's block behind each logical block; None: the same numbering.
         track: told of each replica.
     """
     generator = torch.Generator().manual_seed(seed)
-    own_blocks, source_blocks = model.block_list, block_list(source)
+    own_blocks = model.block_list
+    origins = block_list(source) if source_blocks is None else [block_list(source)[i] for i in source_blocks]
     for replica in track(plan.replicas, "initialising replicas", len(plan.replicas)):
         for path, module in own_blocks[replica.block].named_modules():
             if isinstance(module, SharedLinear):
                 linear_path = path.removesuffix(".inner")
                 own, base = (
-                    cast(nn.Linear, source_blocks[i].get_submodule(linear_path)) for i in (replica.block, replica.base)
+                    cast(nn.Linear, origins[i].get_submodule(linear_path)) for i in (replica.block, replica.base)
                 )
                 _fill_linear(module, own, base, replica, ADAPTER_INITS[adapter_init], generator)
             elif isinstance(module, NormedOutput):

@@ -2,10 +2,8 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -23,15 +21,14 @@ from flexigpt.checkpoint import (
     load_tokenizer,
     move,
     read_config,
-    stored_bytes,
 )
 from flexigpt.data import DEFAULT_TEXT, TokenizedText, calibration_windows, check_window_length, tokenize_text
 from flexigpt.errors import InputError
-from flexigpt.evaluate import perplexity
-from flexigpt.initialization import ADAPTER_INITS, initialize_replicas
+from flexigpt.initialization import ADAPTER_INITS, DEFAULT_NORM_INIT, default_rank, initialize_replicas
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
 from flexigpt.plan import ModelShape, Plan, parse_size
 from flexigpt.progress import Track, silent
+from flexigpt.record import Record, measure_both, new_record
 from flexigpt.selection import (
     BASE_DISTANCES,
     BLOCK_SCORES,
@@ -42,10 +39,7 @@ from flexigpt.selection import (
     num_pruned_at,
 )
 
-# The paper's rank 256 at LLaMA-2 7B's hidden size 4096.
-_HIDDEN_SIZE_PER_RANK = 16
 DEFAULT_WINDOWS = 64
-DEFAULT_NORM_INIT = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +147,7 @@ class _Opened:
     window_length: int
 
 
-def prune(
-    source: str, options: PruneOptions, track: Track = silent
-) -> tuple[FlexiGPTForCausalLM, Plan, dict[str, Any]]:
+def prune(source: str, options: PruneOptions, track: Track = silent) -> tuple[FlexiGPTForCausalLM, Plan, Record]:
     """Makes a compact model of a source model (FlexiGPT, section 3).
 
     Args:
@@ -171,7 +163,7 @@ def prune(
     """
     started = time.perf_counter()
     opened = _open_source(source, options, track)
-    plan, record = _choose_plan(opened, options, track)
+    plan, record = _choose_plan(opened, options, new_record(source, options), track)
     compact = compact_of(opened.model, plan, options.output_norm)
     initialize_replicas(
         compact,
@@ -183,19 +175,19 @@ def prune(
         track=track,
     )
     move(compact, opened.model.device)
-    record = _header(source, options) | record
-    record["source"] = _size(opened.model)
-    record["compact"] = _size(compact)
+    record |= measure_both(
+        opened.model,
+        compact,
+        opened.text,
+        name=options.perplexity,
+        window_length=opened.window_length,
+        track=track,
+    )
     record["plain_removal"] = {"parameters": opened.shape.removed_parameters(len(plan.replicas))}
-    if opened.text is not None:
-        record["perplexity"] = {"text": options.perplexity}
-        for name, model in (("source", opened.model), ("compact", compact)):
-            measured = perplexity(model, opened.text, window_length=opened.window_length, track=track)
-            record["perplexity"][name] = measured.to_dict()
     return compact, plan, record | {"seconds": round(time.perf_counter() - started, 1)}
 
 
-def plan_only(source: str, options: PruneOptions, track: Track = silent) -> tuple[Plan, dict[str, Any]]:
+def plan_only(source: str, options: PruneOptions, track: Track = silent) -> tuple[Plan, Record]:
     """The plan that `prune` would apply, and the record of what it rests on; no model is made.
 
     Raises:
@@ -206,8 +198,8 @@ def plan_only(source: str, options: PruneOptions, track: Track = silent) -> tupl
             raise InputError(f"{_flag(field)} has no effect with --plan-only, which makes no model: leave it out")
     started = time.perf_counter()
     opened = _open_source(source, options, track)
-    plan, record = _choose_plan(opened, options, track)
-    return plan, _header(source, options) | record | {"seconds": round(time.perf_counter() - started, 1)}
+    plan, record = _choose_plan(opened, options, new_record(source, options), track)
+    return plan, record | {"seconds": round(time.perf_counter() - started, 1)}
 
 
 def _open_source(source: str, options: PruneOptions, track: Track) -> _Opened:
@@ -216,7 +208,7 @@ def _open_source(source: str, options: PruneOptions, track: Track) -> _Opened:
     config = read_config(source)
     find_architecture(config)
     shape = model_shape(empty_model(config), options.output_norm)
-    rank = options.rank or max(1, shape.hidden_size // _HIDDEN_SIZE_PER_RANK)
+    rank = options.rank or default_rank(shape.hidden_size)
     plan = None if options.plan is None else _read_plan(options.plan, shape, num_blocks(config))
     if plan is None:
         shape.check_rank(rank)
@@ -261,12 +253,11 @@ def _read_texts(
     return windows, text
 
 
-def _choose_plan(opened: _Opened, options: PruneOptions, track: Track) -> tuple[Plan, dict[str, Any]]:
+def _choose_plan(opened: _Opened, options: PruneOptions, record: Record, track: Track) -> tuple[Plan, Record]:
     """Scores blocks, measures distances, and gives each pruned block its base; or takes the plan that was given."""
     if opened.plan is not None:
-        return opened.plan, {}
+        return opened.plan, record
     model, depth = opened.model, num_blocks(opened.model.config)
-    record: dict[str, Any] = {}
     pruned = _pruned_or_count(options, opened.shape, opened.rank, depth, model.dtype)
     if opened.windows is not None:
         score = options.block_score or "influence"
@@ -292,18 +283,6 @@ def _pruned_or_count(
     assert options.target_size is not None
     itemsize = dtype.itemsize if options.dtype == "auto" else getattr(torch, options.dtype).itemsize
     return shape.num_pruned_for(parse_size(options.target_size, itemsize), rank, depth)
-
-
-def _header(source: str, options: PruneOptions) -> dict[str, Any]:
-    versions = {name: version(name) for name in ("flexigpt", "torch", "transformers")}
-    given = {field: value for field, value in asdict(options).items() if value != getattr(PruneOptions, field)}
-    if options.plan is not None:
-        given["plan"] = str(options.plan)
-    return {"source_name": source, "versions": versions, "options": given}
-
-
-def _size(model: PreTrainedModel) -> dict[str, int]:
-    return {"parameters": model.num_parameters(), "bytes": stored_bytes(model)}
 
 
 def _flag(field: str) -> str:

@@ -10,6 +10,7 @@ from flexigpt.architecture import find_architecture
 from flexigpt.checkpoint import config_dtype, empty_model, plan_of, read_config
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM, SharedLinear
 from flexigpt.plan import Plan
+from flexigpt.record import Record
 
 
 def inspect_model(model: str) -> dict[str, Any]:
@@ -103,39 +104,45 @@ def _kind(inspection: dict[str, Any]) -> str:
     return f"compact {inspection['source_type']}, {inspection['blocks']} blocks, {replicas} of them replicas"
 
 
-def plan_rows(plan: Plan, record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the plan: block, score, base, distance, what is stored; a dash for what was not measured."""
-    scores, distances = record.get("scores"), record.get("distances", {})
+def plan_rows(plan: Plan, record: Record) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the plan: block, score, base, distance, what is stored; columns of what was measured."""
+    scores, distances, origins = (record.get(key) for key in ("scores", "distances", "source_blocks"))
     replicas = {replica.block: replica for replica in plan.replicas}
     rows = []
     for block in range(plan.num_blocks):
-        score = "-" if scores is None else f"{scores[block]:.4f}"
-        if block not in replicas:
-            rows.append([str(block), score, "", "", "its own linears"])
-            continue
-        replica = replicas[block]
-        distance = distances.get(block, {}).get(replica.base)
-        stored = f"adapters of rank {replica.rank}" + (", output norms" if _has_output_norms(record) else "")
-        rows.append([str(block), score, str(replica.base), "-" if distance is None else f"{distance:.4g}", stored])
-    return ["block", record.get("block_score", "influence"), "base", "distance", "stored"], rows
+        row = {"block": str(block)}
+        if origins is not None:
+            row["source block"] = str(origins[block])
+        if scores is not None:
+            row[record["block_score"]] = f"{scores[block]:.4f}"
+        replica = replicas.get(block)
+        row["base"] = "" if replica is None else str(replica.base)
+        if distances is not None:
+            row["distance"] = "" if replica is None else f"{distances[block][replica.base]:.4g}"
+        row["stored"] = "its own linears"
+        if replica is not None:
+            norms = ", output norms" if _has_output_norms(record) else ""
+            row["stored"] = f"adapters of rank {replica.rank}{norms}"
+        rows.append(row)
+    return list(rows[0]), [list(row.values()) for row in rows]
 
 
-def _has_output_norms(record: dict[str, Any]) -> bool:
+def _has_output_norms(record: Record) -> bool:
     return record["options"].get("output_norm", True)
 
 
-def plan_table(plan: Plan, record: dict[str, Any]) -> Table:
+def plan_table(plan: Plan, record: Record) -> Table:
     """The plan, for a terminal."""
     headings, rows = plan_rows(plan, record)
     table = Table()
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "stored" else "right")
     for row in rows:
-        table.add_row(*row, style=None if row[2] else "dim")
+        table.add_row(*row, style=None if row[headings.index("base")] else "dim")
     return table
 
 
-def cost_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def cost_rows(record: Record) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of what pruning cost: parameters, megabytes, perplexity, before and after."""
     before, after = record["source"], record["compact"]
     rows = [
@@ -153,7 +160,7 @@ def cost_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["", "source", "compact", "of source"], rows
 
 
-def cost_table(record: dict[str, Any]) -> Table:
+def cost_table(record: Record) -> Table:
     """What pruning cost, for a terminal."""
     headings, rows = cost_rows(record)
     table = Table()
@@ -164,7 +171,7 @@ def cost_table(record: dict[str, Any]) -> Table:
     return table
 
 
-def notes(record: dict[str, Any]) -> list[str]:
+def notes(record: Record) -> list[str]:
     """What a reader of the tables has to know: on what the blocks were scored and the perplexity was measured."""
     lines = []
     if "calibration" in record:
@@ -186,7 +193,7 @@ def megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:,.2f}"
 
 
-def model_card(plan: Plan, record: dict[str, Any]) -> str:
+def model_card(plan: Plan, record: Record) -> str:
     """The README.md of a compact checkpoint: plan, measured numbers, how to open it, how it was made."""
     ran = record.get("command")
     made = (

@@ -16,6 +16,7 @@ from flexigpt.checkpoint import load_tokenizer, one_line, plan_of, stored_bytes
 from flexigpt.errors import InputError
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
 from flexigpt.plan import Plan
+from flexigpt.record import Record
 from flexigpt.report import model_card
 
 
@@ -99,7 +100,7 @@ def check_space(out: str | Path, num_bytes: int) -> None:
 def write_checkpoint(
     out: str | Path,
     model: FlexiGPTForCausalLM,
-    record: dict[str, Any],
+    record: Record,
     *,
     source: str | None = None,
     max_shard_size: int | str = "5GB",
@@ -131,7 +132,7 @@ def write_checkpoint(
         _write_json(folder / "record.json", record)
 
 
-def write_plan(out: str | Path, plan: Plan, record: dict[str, Any]) -> None:
+def write_plan(out: str | Path, plan: Plan, record: Record) -> None:
     """Writes plan.json, to edit and apply, and record.json: the scores and distances that the plan rests on.
 
     Raises:

@@ -1,0 +1,58 @@
+"""The record: what a flow was asked, what it ran on, and what it measured. JSON-ready."""
+
+from dataclasses import MISSING, asdict, fields
+from importlib.metadata import version
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from flexigpt.checkpoint import stored_bytes
+from flexigpt.data import TokenizedText
+from flexigpt.evaluate import perplexity
+from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
+from flexigpt.progress import Track
+
+Record = dict[str, Any]
+
+
+def new_record(source: str, options: Any) -> Record:
+    """Source, versions, and the options (a dataclass) that differ from their defaults."""
+    defaults = {field.name: field.default for field in fields(options) if field.default is not MISSING}
+    given = {name: value for name, value in asdict(options).items() if name not in defaults or value != defaults[name]}
+    plain = (int, float, list, tuple)
+    return {
+        "source_name": source,
+        "versions": {name: version(name) for name in ("flexigpt", "torch", "transformers")},
+        "options": {name: value if isinstance(value, plain) else str(value) for name, value in given.items()},
+    }
+
+
+def measure_both(
+    source: PreTrainedModel,
+    compact: FlexiGPTForCausalLM,
+    text: TokenizedText | None,
+    *,
+    name: str | None,
+    window_length: int,
+    track: Track,
+) -> Record:
+    """Stored size of source and compact model and, where there is a text, their perplexity on it.
+
+    Args:
+        source: before.
+        compact: after.
+        text: what to measure perplexity on, tokenized.
+        name: of the text.
+        window_length: tokens in a window; windows do not overlap.
+        track: told of each batch.
+    """
+    models = {"source": source, "compact": compact}
+    record: Record = {
+        label: {"parameters": model.num_parameters(), "bytes": stored_bytes(model)} for label, model in models.items()
+    }
+    if text is not None:
+        record["perplexity"] = {"text": name} | {
+            label: perplexity(model, text, window_length=window_length, track=track).to_dict()
+            for label, model in models.items()
+        }
+    return record
