@@ -13,13 +13,20 @@ import torch
 from flexigpt.factorization import truncated_svd, unmended
 
 
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def timed(function: Callable[[], object], repeats: int) -> float:
     """Median seconds of a call."""
     function()
     seconds = []
     for _ in range(repeats):
+        synchronize()
         started = time.perf_counter()
         function()
+        synchronize()
         seconds.append(time.perf_counter() - started)
     return sorted(seconds)[len(seconds) // 2]
 
@@ -29,6 +36,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--candidates", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     size, rank = arguments.size, arguments.rank
     generator = torch.Generator().manual_seed(0)
@@ -36,7 +44,7 @@ def main() -> None:
     def weight() -> torch.Tensor:
         # A power-law spectrum on a random one, as trained weights have.
         u, s, v = torch.linalg.svd(torch.randn(size, size, generator=generator, dtype=torch.float64))
-        return (u * (s * torch.arange(1, size + 1) ** -0.3)) @ v
+        return ((u * (s * torch.arange(1, size + 1) ** -0.3)) @ v).to(arguments.device)
 
     weights = [weight() for _ in range(arguments.candidates + 1)]
     factors = [truncated_svd(w, rank) for w in weights]
@@ -59,7 +67,7 @@ def main() -> None:
 
     print(f"# Distances of one pruned linear to {len(candidates)} candidates, {size} x {size}, rank {rank}\n")
     print(f"`python benchmarks/distances.py --size {size} --rank {rank}`: float64, torch {torch.__version__},")
-    print(f"{torch.get_num_threads()} threads, {platform.machine()}.\n")
+    print(f"{torch.get_num_threads()} threads, {platform.machine()}, {arguments.device}.\n")
     print("| | seconds | ratio |\n| --- | ---: | ---: |")
     print(f"| one pair by a full SVD (U, S, V) | {full:.4f} | {full / core:.0f} x |")
     print(f"| one pair by singular values alone | {values_only:.4f} | {values_only / core:.0f} x |")

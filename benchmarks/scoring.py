@@ -23,17 +23,19 @@ from flexigpt.selection import influence
 EXAMPLE = Path(__file__).parents[1] / "examples" / "novel16"
 
 
-def compare_time(source: str, batch: int, repeats: int) -> None:
+def compare_time(source: str, device: str, batch: int, repeats: int) -> None:
     """Paired runs of both over the shipped model's calibration windows."""
-    model = load_model(source)
+    model = load_model(source, device=device)
     windows = calibration_windows(
         str(EXAMPLE / "calibration.jsonl"), load_tokenizer(source), column="text", windows=64, window_length=256, seed=0
     )
 
     @torch.no_grad()
     def forward() -> None:
-        for ids in windows.split(batch):
+        for ids in windows.to(model.device).split(batch):
             model(input_ids=ids, use_cache=False)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def score() -> None:
         block_means(model, windows, influence)
@@ -97,6 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default=str(EXAMPLE))
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cpu", help="for the times; memory is measured on the CPU")
     parser.add_argument("--memory", type=int, nargs=3, metavar=("BLOCKS", "TOKENS", "TOTAL"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
@@ -105,7 +108,7 @@ def main() -> None:
     print("# Scoring blocks by influence\n")
     print(f"`python benchmarks/scoring.py`: torch {torch.__version__}, {torch.get_num_threads()} threads,")
     print(f"{platform.machine()}.\n")
-    compare_time(arguments.source, batch=8, repeats=arguments.repeats)
+    compare_time(arguments.source, arguments.device, batch=8, repeats=arguments.repeats)
     total, depths, lengths = 16384, (4, 8, 16), (512, 1024, 2048, 4096)
     print(
         f"\nPeak memory above the loaded model's, MB: hidden size 512, float32, {total:,} tokens in all, of which the"
