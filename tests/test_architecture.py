@@ -3,7 +3,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from families import tiny_model
+from families import FAMILIES, tiny_model
 from flexigpt import FlexiGPTConfig, InputError
 from flexigpt.architecture import ADDING_PAGE, ARCHITECTURES, block_list, find_architecture, model_shape
 
@@ -45,7 +45,7 @@ def test_default_configurations_are_accepted(model_type: str) -> None:
     assert find_architecture(config) is ARCHITECTURES[model_type]
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "gpt2", "opt-norm-before", "gemma2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_linears_are_all_matrices_of_a_block(family: str) -> None:
     """What the table leaves out would silently stay with every replica."""
     source: PreTrainedModel = tiny_model(family)

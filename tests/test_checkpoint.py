@@ -14,7 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from families import tiny_model, token_ids
 from flexigpt import FlexiGPTForCausalLM, InputError, Plan, PruneOptions, Replica, prune, write_checkpoint
-from flexigpt.checkpoint import check_finite, compact_of, find_device, load_model, load_tokenizer, read_config
+from flexigpt.checkpoint import (
+    check_finite,
+    compact_of,
+    find_device,
+    load_model,
+    load_tokenizer,
+    open_empty,
+    read_config,
+)
 from flexigpt.initialization import initialize_replicas
 from flexigpt.writing import check_output, check_space, replaced_folder
 
@@ -147,6 +155,39 @@ def test_missing_tensors_are_not_made_up(tiny_source: Path, tmp_path: Path) -> N
         load_model(copy_with(tiny_source, tmp_path / "broken", weights))
 
 
+def test_tensors_without_a_place_are_not_dropped(tiny_source: Path, tmp_path: Path) -> None:
+    """A configuration with fewer blocks than the weights have would prune another model."""
+    broken = copy_with(tiny_source, tmp_path / "broken", load_file(tiny_source / "model.safetensors"))
+    config = json.loads((Path(broken) / "config.json").read_text()) | {"num_hidden_layers": 4}
+    (Path(broken) / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"no place for 14 tensors of the weights, model\.layers\.4\.mlp\.down_proj"):
+        load_model(broken)
+
+
+def test_tensors_of_another_shape_are_refused(tiny_source: Path, tmp_path: Path) -> None:
+    weights = load_file(tiny_source / "model.safetensors")
+    weights["model.layers.3.mlp.up_proj.weight"] = torch.zeros(7, 32)
+    with pytest.raises(InputError, match=r"do not fit: .*layers\.3\.mlp\.up_proj\.weight is \(7, 32\) in the file"):
+        load_model(copy_with(tiny_source, tmp_path / "broken", weights))
+
+
+def test_a_head_that_the_configuration_would_tie_away_is_refused(tiny_source: Path, tmp_path: Path) -> None:
+    broken = copy_with(tiny_source, tmp_path / "broken", load_file(tiny_source / "model.safetensors"))
+    config = json.loads((Path(broken) / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (Path(broken) / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="set tie_word_embeddings to false"):
+        load_model(broken)
+
+
+def test_the_dtype_is_read_off_the_weights_where_config_json_names_none(tiny_source: Path, tmp_path: Path) -> None:
+    weights = {name: t.to(torch.float16) for name, t in load_file(tiny_source / "model.safetensors").items()}
+    half = copy_with(tiny_source, tmp_path / "half", weights)
+    config = json.loads((Path(half) / "config.json").read_text())
+    del config["dtype"]
+    (Path(half) / "config.json").write_text(json.dumps(config))
+    assert open_empty(half).dtype == load_model(half).dtype == torch.float16
+
+
 @pytest.mark.parametrize(
     ("name", "where"),
     [("model.layers.3.mlp.up_proj.weight", "in block 3"), ("model.embed_tokens.weight", "outside the blocks")],
@@ -165,13 +206,26 @@ def test_weights_that_are_not_finite_name_the_block(name: str, where: str) -> No
         (None, "config.json is not there"),
         ("{", "cannot be opened"),
         ('{"model_type": "nonsense"}', "nonsense"),
+        ("null", "cannot be opened"),
+        ('{"model_type": "llama", "hidden_size": "abc"}', "cannot be opened"),
+        ('{"model_type": "llama", "num_hidden_layers": 0}', "no blocks"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "cannot be"),
+        ('{"model_type": "llama", "hidden_act": "nope", "num_hidden_layers": 1}', "cannot be built"),
+        ('{"model_type": "llama", "dtype": "float99"}', "cannot be"),
+        ('{"model_type": "flexigpt"}', "cannot be"),
+        ('{"model_type": "flexigpt", "format_version": "2"}', "cannot be"),
+        (
+            '{"model_type": "flexigpt", "text_config": {"model_type": "llama", "num_hidden_layers": 2},'
+            ' "replicas": [{"block": 9, "base": 0, "rank": 1}]}',
+            "names block 9",
+        ),
     ],
 )
 def test_folders_without_a_model_are_refused(tmp_path: Path, config: str | None, reason: str) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(InputError, match=reason) as raised:
-        read_config(str(tmp_path))
+        open_empty(str(tmp_path))
     assert "\n" not in str(raised.value)
 
 
@@ -187,7 +241,7 @@ def test_a_missing_tokenizer_is_one_clear_line(tiny_source: Path, tmp_path: Path
         load_tokenizer(str(tmp_path))
 
 
-@pytest.mark.parametrize("device", ["tpu", "cuda:99", ""])
+@pytest.mark.parametrize("device", ["tpu", "cuda:99", "meta", ""])
 def test_devices_that_are_not_there_are_refused(device: str) -> None:
     with pytest.raises(InputError, match="cannot be used here"):
         find_device(device)
@@ -198,20 +252,31 @@ def test_the_output_is_checked_before_the_work(tmp_path: Path) -> None:
     for folder in (source, full):
         folder.mkdir()
         (folder / "config.json").write_text("{}")
-    check_output(tmp_path / "new" / "deep", str(source), overwrite=False)
+    inputs = (str(source), None, "a/hub-name")
+    check_output(tmp_path / "new" / "deep", inputs, overwrite=False)
     (tmp_path / "empty").mkdir()
-    check_output(tmp_path / "empty", str(source), overwrite=False)
+    check_output(tmp_path / "empty", inputs, overwrite=False)
     with pytest.raises(InputError, match="is not empty: give another folder, or --overwrite"):
-        check_output(full, str(source), overwrite=False)
-    check_output(full, str(source), overwrite=True)
-    for out in (source, tmp_path):
-        with pytest.raises(InputError, match="the source lies in"):
-            check_output(out, str(source), overwrite=True)
-    (full / "config.json").rename(full / "diary.txt")
-    with pytest.raises(InputError, match="holds no checkpoint"):
-        check_output(full, str(source), overwrite=True)
-    with pytest.raises(InputError, match="is a file"):
-        check_output(full / "diary.txt", str(source), overwrite=True)
+        check_output(full, inputs, overwrite=False)
+    with pytest.raises(InputError, match="was not written by flexigpt"):
+        check_output(full, inputs, overwrite=True)
+    (full / "record.json").write_text("{}")
+    check_output(full, inputs, overwrite=True)
+    for out, read in ((source, source), (tmp_path, source), (full, full / "plan.json")):
+        read.touch()
+        with pytest.raises(InputError, match=r"lies in .*, which is to be replaced"):
+            check_output(out, (str(source), read), overwrite=True)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for out, reason in (
+        (full / "config.json", "is a file"),
+        (full / "config.json" / "out", "is no folder"),
+        (tmp_path / "link", "a link to nowhere"),
+        (Path("/"), "cannot be replaced"),
+        (Path.cwd(), "cannot be replaced"),
+        (tmp_path / ("long" * 100), "cannot be written to"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            check_output(out, inputs, overwrite=True)
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -234,6 +299,35 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_error_between_the_two_renames_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), replaced_folder(out):
+        pass
+    assert [file.name for file in out.iterdir()] == ["old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_to_a_folder_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with replaced_folder(tmp_path / "link") as folder:
+        (folder / "a").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert [file.name for file in (tmp_path / "real").iterdir()] == ["a"]
+
+
 def test_a_disk_that_is_too_small_is_told_before_writing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"MB free, the checkpoint needs 1,000,000,000,000 MB"):
         check_space(tmp_path / "out", 10**18)
@@ -243,7 +337,7 @@ def test_a_disk_that_fills_leaves_the_previous_checkpoint(tiny_source: Path, tmp
     """A real write that fails half-way: the process may not write files above 100 KB."""
     out = tmp_path / "out"
     out.mkdir()
-    (out / "config.json").write_text("previous")
+    (out / "record.json").write_text("previous")
     code = """
 import resource, sys
 from flexigpt.cli import main
@@ -256,7 +350,7 @@ main(sys.argv[1:])
     assert ran.returncode == 2
     assert ran.stderr.splitlines()[-1].startswith("flexigpt: the disk of")
     assert "Traceback" not in ran.stderr
-    assert (out / "config.json").read_text() == "previous"
+    assert (out / "record.json").read_text() == "previous"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

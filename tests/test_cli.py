@@ -22,6 +22,7 @@ from flexigpt.cli import app, field_help, main
 from flexigpt.extend import ExtendOptions
 from flexigpt.generate import GenerateOptions
 
+PROGRAM = str(Path(sys.executable).with_name("flexigpt"))
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -155,6 +156,7 @@ def bad_sources(tiny_source: Path, folder: Path) -> None:
     whole = (tiny_source / "model.safetensors").read_bytes()
     (folder / "truncated" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     (folder / "mixtral" / "config.json").write_text('{"model_type": "mixtral"}')
+    shutil.copytree(tiny_source, folder / "notokenizer", ignore=shutil.ignore_patterns("tokenizer*"))
 
 
 def bad_plans(folder: Path) -> None:
@@ -192,7 +194,17 @@ BAD_INPUT = {
     "prune SOURCE out --plan pruned.json": "base 2, which is itself pruned",
     "prune SOURCE out --plan rank.json": "rank 99 is above the size",
     "prune SOURCE full --blocks 2": "full is not empty: give another folder, or --overwrite",
-    "prune SOURCE precious --blocks 2 --overwrite": "holds no checkpoint that --overwrite could replace",
+    "prune SOURCE precious --blocks 2 --overwrite": "precious was not written by flexigpt",
+    "prune SOURCE / --blocks 2": "cannot be replaced by a new folder",
+    "prune SOURCE out --blocks 2 --norm-init nan": "--norm-init nan is not a finite number",
+    "prune SOURCE out --ratio 0.4 --calibration TEXT --seed -1": "--seed -1 is out of range",
+    "prune SOURCE out --ratio 0.4 --calibration ''": "the name of the text is empty",
+    "prune SOURCE out --target-size 9e999B": "cannot be read",
+    "prune SOURCE out --blocks 2 --rank 4 --max-shard-size ''": "size '' cannot be read",
+    "prune SOURCE out --blocks 2 --plan-only --max-shard-size 1GB": "--max-shard-size has no effect",
+    "prune notokenizer out --blocks 2 --rank 4": "the tokenizer of notokenizer cannot be opened",
+    "generate SOURCE --prompt Hi --temperature 1 --seed -1": "--seed -1 is out of range",
+    "generate SOURCE --prompt Hi --temperature nan": "--temperature nan is not above 0",
     "prune COMPACT out --blocks 2": "is a compact model already",
     "prune nan out --blocks 2 --rank 4": "NaN or infinity in block 4",
     "prune truncated out --blocks 2 --rank 4": "the weights of truncated are damaged",
@@ -281,7 +293,8 @@ def test_overwrite_replaces_a_checkpoint(run: Run, tiny_source: Path, tmp_path: 
 def test_an_interrupted_run_leaves_nothing(example: Path, tmp_path: Path, how: signal.Signals) -> None:
     arguments = ["prune", str(example), str(tmp_path / "out"), "--ratio", "0.3", "--window-length", "256"]
     texts = ["--calibration", str(example / "calibration.jsonl"), "--windows", "2000"]
-    command = [sys.executable, "-m", "flexigpt", *arguments, *texts]
+    texts += ["--perplexity", str(example / "validation.jsonl")]
+    command = [PROGRAM, *arguments, *texts]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
         time.sleep(8)
         assert process.poll() is None
@@ -291,6 +304,24 @@ def test_an_interrupted_run_leaves_nothing(example: Path, tmp_path: Path, how: s
     assert errors.splitlines()[-1] == "flexigpt: interrupted: nothing was written"
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_during_the_imports_is_one_line() -> None:
+    with subprocess.Popen([PROGRAM, "--help"], stderr=subprocess.PIPE) as process:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.decode() == "flexigpt: interrupted: nothing was written\n"
+
+
+def test_a_full_disk_behind_stdout_is_one_line(tiny_source: Path) -> None:
+    command = [sys.executable, "-m", "flexigpt", "inspect", str(tiny_source), "--json"]
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr == "flexigpt: the output cannot be printed: No space left on device\n"
 
 
 def test_every_option_is_a_flag_with_its_fields_help() -> None:

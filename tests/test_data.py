@@ -58,6 +58,12 @@ def test_a_seed_shuffles_the_documents(tmp_path: Path) -> None:
     assert sorted(first) == sorted(read_documents(path))
 
 
+def test_names_are_not_patterns(tmp_path: Path) -> None:
+    (tmp_path / "a[1]*.jsonl").write_text(json.dumps({"text": "starred"}))
+    (tmp_path / "a1x.jsonl").write_text(json.dumps({"text": "other"}))
+    assert list(read_documents(str(tmp_path / "a[1]*.jsonl"))) == ["starred"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from families import FAMILIES, NUM_BLOCKS, tiny_model, token_ids
 from flexigpt import ExtendOptions, FlexiGPTForCausalLM, Plan, extend, write_checkpoint
 from flexigpt.architecture import block_list, config_with_blocks, model_shape
-from flexigpt.checkpoint import compact_config, compact_of, empty_model, load_model
-from flexigpt.extend import PATTERNS, extension_plan, parse_ranges
+from flexigpt.checkpoint import compact_config, compact_of, empty_model, load_model, stored_bytes
+from flexigpt.extend import PATTERNS, expected_bytes, extension_plan, parse_ranges
 from flexigpt.initialization import initialize_replicas
 
 
@@ -111,6 +111,11 @@ def test_what_a_replica_keeps_is_not_its_bases(tiny_source: Path, tmp_path: Path
     loaded = load_model(str(tmp_path / "out"))
     assert torch.equal(loaded(token_ids()).logits, model(token_ids()).logits)
     assert loaded.num_parameters() == model.num_parameters()
+
+
+def test_the_size_is_known_before_the_work(tiny_source: Path) -> None:
+    options = ExtendOptions(blocks="1:4,5:6", times=3, rank=4, dtype="bfloat16")
+    assert expected_bytes(str(tiny_source), options) == stored_bytes(extend(str(tiny_source), options)[0])
 
 
 def test_same_seed_same_bits(tiny_source: Path) -> None:

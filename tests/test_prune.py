@@ -9,7 +9,9 @@ import torch
 import flexigpt
 from families import token_ids
 from flexigpt import InputError, Plan, PruneOptions, plan_only, prune
+from flexigpt.checkpoint import stored_bytes
 from flexigpt.initialization import ADAPTER_INITS
+from flexigpt.prune import expected_bytes
 from flexigpt.selection import BASE_DISTANCES, BLOCK_SCORES
 
 
@@ -46,6 +48,32 @@ def test_same_seed_same_bits(tiny_source: Path, calibrated: dict[str, object]) -
     (first, plan, _), (second, again, _) = (prune(str(tiny_source), options) for _ in range(2))
     assert plan == again
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_the_seed_chooses_windows_and_draws_adapters(tiny_source: Path, calibrated: dict[str, object]) -> None:
+    records, adapters = [], []
+    for seed in (1, 2):
+        options = PruneOptions(blocks=[2], rank=4, adapter_init="zero", seed=seed, **calibrated)
+        model, _, record = prune(str(tiny_source), options)
+        records.append(record["scores"])
+        adapters.append(model.block_list[2].self_attn.q_proj.adapter_A)
+    assert records[0] != records[1]
+    assert not torch.equal(*adapters)
+
+
+def test_the_record_says_what_the_defaults_were(tiny_source: Path, calibrated: dict[str, object]) -> None:
+    _, _, record = prune(str(tiny_source), PruneOptions(ratio=0.4, **calibrated))
+    expected = {"rank": 2, "norm_init": 0.05, "seed": 0, "block_score": "influence", "base_distance": "low-rank"}
+    assert expected.items() <= record["options"].items()
+
+
+@pytest.mark.parametrize("settings", [{"ratio": 0.4}, {"blocks": [2, 3, 4]}, {"target_size": "1.2MB"}])
+def test_the_size_is_known_before_the_work(
+    tiny_source: Path, calibrated: dict[str, object], settings: dict[str, object]
+) -> None:
+    options = PruneOptions(rank=4, **settings, **calibrated)
+    model, _, _ = prune(str(tiny_source), options)
+    assert expected_bytes(str(tiny_source), options) == stored_bytes(model)
 
 
 def test_applying_the_plan_gives_the_same_model(
@@ -85,8 +113,9 @@ def test_target_size_is_kept(tiny_source: Path, calibrated: dict[str, object], s
     model, plan, _ = prune(str(tiny_source), PruneOptions(target_size=size, rank=4, **calibrated))
     assert model.num_parameters() <= 310_000
     saved = 310_000 - model.num_parameters()
-    shape = 32 * (64 + 32 + 32 + 64 + 3 * 48)
-    assert saved < shape  # one pruned block fewer would not have been enough
+    linears = 32 * (64 + 32 + 32 + 64 + 3 * 48)
+    adapters = 4 * (96 + 64 + 64 + 96 + 3 * 80)
+    assert saved < linears - adapters - 2 * 32  # with one pruned block fewer it would not have been enough
     assert plan.replicas
 
 

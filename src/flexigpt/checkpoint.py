@@ -1,12 +1,13 @@
 """Opening source and compact models, and building the compact model of a source."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -17,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from flexigpt.architecture import block_list, config_with_blocks, find_architecture, num_blocks
+from flexigpt.architecture import ARCHITECTURES, block_list, config_with_blocks, find_architecture, num_blocks
 from flexigpt.configuration_flexigpt import FlexiGPTConfig
 from flexigpt.errors import InputError
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
@@ -25,6 +26,7 @@ from flexigpt.plan import Plan
 from flexigpt.progress import Track, silent
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_FILE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 DEVICES = "auto, cpu, cuda or cuda:N"
 
 
@@ -38,7 +40,7 @@ def find_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
+        torch.zeros(1, device=found).item()  # the meta device has no values to give
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device} cannot be used here: give {DEVICES}") from error
     return found
@@ -69,32 +71,89 @@ def read_config(model: str) -> PreTrainedConfig:
     if path.exists() and not (path / "config.json").is_file():
         raise InputError(f"{model} holds no model: config.json is not there")
     try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model)
+    except Exception as error:  # a config.json can be wrong in as many ways as transformers has checks and code
         raise InputError(f"the model {model} cannot be opened: {one_line(error)}") from error
+    if isinstance(config, FlexiGPTConfig) and config.text_config is None:
+        raise InputError(f"the model {model} cannot be opened: its config.json lacks text_config")
+    if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
+        raise InputError(f"the model {model} cannot be opened: its config.json says that it has no blocks")
+    if isinstance(config, FlexiGPTConfig):
+        plan_of(config)
+    return config
+
+
+def open_empty(model: str) -> PreTrainedModel:
+    """`empty_model` of a local or hub model's configuration, its dtype that of the weights.
+
+    Raises:
+        InputError: as `read_config`, or a configuration that no model can be built from.
+    """
+    config = read_config(model)
+    if config.dtype is None:
+        config.dtype = _dtype_in_files(model)
+    try:
+        return empty_model(config)
+    except Exception as error:
+        raise InputError(f"the model {model} cannot be built from its config.json: {one_line(error)}") from error
+
+
+def _dtype_in_files(model: str) -> torch.dtype:
+    """The dtype of a folder's first floating-point tensor, for configurations that name none; else float32."""
+    for path in sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []:
+        with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
+            names = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            return next((dtype for name, dtype in _FILE_DTYPES.items() if name in names), torch.float32)
+    return torch.float32
 
 
 def load_model(model: str, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
     """A source or a compact model, in eval mode. On the CPU its tensors stay in the file until they are used.
 
     Raises:
-        InputError: as `read_config`; weights that are missing, truncated or of the wrong shape; an unknown dtype.
+        InputError: as `read_config`; weights that are missing, truncated, of the wrong shape or more than the
+            configuration has places for; an unknown dtype.
     """
     check_dtype(dtype)
     where = find_device(device)
     read_config(model)
     try:
         # With the report it returns a pair, which its annotation does not say.
-        opened: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except SafetensorError as error:
         raise InputError(f"the weights of {model} are damaged ({error}): copy or download them again") from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever transformers makes of wrong files
         raise InputError(f"the model {model} cannot be opened: {one_line(error)}") from error
     loaded: PreTrainedModel = opened[0]
-    missing = sorted(opened[1]["missing_keys"])
+    _check_loaded(model, loaded, opened[1])
+    return move(loaded.eval(), where)
+
+
+def _check_loaded(model: str, loaded: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Refuses what transformers only warns of: tensors made up, left out, or tied against the file."""
+    missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"the weights of {model} lack {len(missing)} tensors, {missing[0]} among them: get them again")
-    return move(loaded.eval(), where)
+    for name, in_file, in_config in report["mismatched_keys"]:
+        sizes = f"{tuple(in_file)} in the file, {tuple(in_config)} by config.json"
+        raise InputError(f"the weights of {model} do not fit: {name} is {sizes}")
+    architecture = ARCHITECTURES.get(loaded.config.model_type)
+    linears = () if architecture is None else architecture.linears
+    ends = tuple(f".{path}.{kind}" for path in linears for kind in ("weight", "bias"))
+    left = sorted(name for name in report["unexpected_keys"] if name.endswith(ends))
+    if left:
+        raise InputError(
+            f"config.json of {model} has no place for {len(left)} tensors of the weights, {left[0]} among them: "
+            "correct it, or get the model again"
+        )
+    embeddings, head = loaded.get_input_embeddings(), loaded.get_output_embeddings()
+    if loaded.config.tie_word_embeddings and head is not None and head.weight is not embeddings.weight:
+        raise InputError(
+            f"config.json of {model} ties the output head to the embeddings, but the weights hold another head: "
+            "set tie_word_embeddings to false in it"
+        )
 
 
 def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -124,7 +183,10 @@ def check_finite(model: PreTrainedModel, track: Track = silent) -> None:
     for where, parameters in track(parts, "checking weights", len(parts)):
         for name, parameter in parameters:
             if not torch.isfinite(parameter).all():
-                raise InputError(f"the weights hold NaN or infinity {where}, in {name}: get the model again")
+                raise InputError(
+                    f"the weights hold NaN or infinity {where}, in {name}: get the model again, or, if you gave "
+                    "--dtype float16, which overflows above 65504, give another"
+                )
 
 
 def compact_config(config: PreTrainedConfig, plan: Plan, output_norm: bool = True) -> FlexiGPTConfig:
@@ -209,7 +271,7 @@ def compact_of(
     """
     origins = range(num_blocks(source.config)) if source_blocks is None else source_blocks
     text_config = config_with_blocks(source.config, origins)
-    text_config._name_or_path = ""  # a local path is nobody else's business
+    text_config._name_or_path = ""  # where the source lay when it was pruned; the record says so
     text_config.dtype = source.dtype
     model = cast(FlexiGPTForCausalLM, empty_model(compact_config(text_config, plan, output_norm)))
     known, taken = model.state_dict().keys(), set[int]()

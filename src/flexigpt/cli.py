@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import shlex
 import signal
@@ -15,18 +16,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers.utils import logging as transformers_logging
 
+from flexigpt.checkpoint import load_tokenizer
 from flexigpt.errors import InputError
 from flexigpt.evaluate import EvalOptions, evaluate
 from flexigpt.extend import PATTERNS, ExtendOptions, extend
+from flexigpt.extend import expected_bytes as extend_bytes
 from flexigpt.generate import GenerateOptions, generate
 from flexigpt.initialization import ADAPTER_INITS
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
 from flexigpt.plan import Plan, parse_size
 from flexigpt.prune import PruneOptions, plan_only, prune
+from flexigpt.prune import expected_bytes as prune_bytes
 from flexigpt.record import Record
 from flexigpt.report import cost_table, inspect_model, inspection_tables, notes, plan_table
 from flexigpt.selection import BASE_DISTANCES, BLOCK_SCORES
-from flexigpt.writing import check_output, write_checkpoint, write_plan
+from flexigpt.writing import check_output, check_space, write_checkpoint, write_plan
 
 T = TypeVar("T")
 app = typer.Typer(
@@ -136,10 +140,10 @@ def prune_command(
         device=device,
         seed=seed,
     )
-    check_output(out, source, overwrite)
+    check_output(out, (source, plan, calibration, perplexity), overwrite)
     if plan_only_ and max_shard_size is not None:
         raise InputError("--max-shard-size has no effect with --plan-only, which writes no weights: leave it out")
-    shard_bytes = parse_size(max_shard_size or _SHARD_SIZE, itemsize=1)
+    shard_bytes = parse_size(_SHARD_SIZE if max_shard_size is None else max_shard_size, itemsize=1)
     command = {"command": context.obj}
     if plan_only_:
         with Bars() as track:
@@ -150,6 +154,8 @@ def prune_command(
             print(note)
         print(f"plan written to {out / 'plan.json'}; apply it with --plan")
         return
+    check_space(out, prune_bytes(source, options))
+    load_tokenizer(source)  # a source without one is told now, not after the work
     with Bars() as track:
         model, decided, record = prune(source, options, track)
     _write_and_show(out, source, model, decided, record | command, shard_bytes)
@@ -188,8 +194,10 @@ def extend_command(
         device=device,
         seed=seed,
     )
-    check_output(out, source, overwrite)
-    shard_bytes = parse_size(max_shard_size or _SHARD_SIZE, itemsize=1)
+    check_output(out, (source, perplexity), overwrite)
+    shard_bytes = parse_size(_SHARD_SIZE if max_shard_size is None else max_shard_size, itemsize=1)
+    check_space(out, extend_bytes(source, options))
+    load_tokenizer(source)
     with Bars() as track:
         model, decided, record = extend(source, options, track)
     _write_and_show(out, source, model, decided, record | {"command": context.obj}, shard_bytes)
@@ -293,7 +301,7 @@ def _interrupt(*_: object) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command. Bad input and interruption: one line on stderr and exit code 2."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     for library in ("datasets", "huggingface_hub"):
@@ -301,8 +309,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         arguments = list(sys.argv[1:] if arguments is None else arguments)
         code = app(arguments, standalone_mode=False, obj=shlex.join(["flexigpt", *arguments]))
+        sys.stdout.flush()
         if code == _INTERRUPTED:
-            _fail("interrupted: nothing was written")
+            raise KeyboardInterrupt
         sys.exit(code)
     except InputError as error:
         _fail(str(error))
@@ -310,6 +319,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(error.format_message())
     except KeyboardInterrupt:
         _fail("interrupted: nothing was written")
+    except OSError as error:  # of stdout, a closed pipe or a full disk: files have messages of their own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush into it once more
+        _fail(f"the output cannot be printed: {error.strerror}")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str) -> None:

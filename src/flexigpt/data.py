@@ -1,5 +1,6 @@
 """Text -> tokens -> windows."""
 
+import glob
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ def _open_rows(text: str) -> Any:
     """A stream of rows (dictionaries)."""
     from datasets import load_dataset  # noqa: PLC0415
 
+    if not text:
+        raise InputError("the name of the text is empty: give a file or a data set on the hub")
     path = Path(text)
     reader = next((_READERS[suffix] for suffix in _READERS if text.lower().endswith(suffix)), None)
     if path.exists() or reader is not None or path.is_absolute():
@@ -68,7 +71,7 @@ def _open_rows(text: str) -> Any:
         if path.stat().st_size == 0:
             raise InputError(f"text file {text} is empty: give a file with text in it")
         extra = {"sample_by": "document"} if reader == "text" else {}
-        return load_dataset(reader, data_files=str(path), split="train", streaming=True, **extra)
+        return load_dataset(reader, data_files=glob.escape(str(path)), split="train", streaming=True, **extra)
     name, _, split = text.partition("@")
     name, _, config = name.partition(":")
     return load_dataset(name, config or None, split=split or DEFAULT_SPLIT, streaming=True)

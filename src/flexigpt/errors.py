@@ -6,3 +6,9 @@ class InputError(ValueError):
 
     The command line prints the line and exits with code 2; everything else is a bug and keeps its traceback.
     """
+
+
+def check_seed(seed: int | None) -> None:
+    """Raises InputError for a seed that not every random generator takes."""
+    if seed is not None and not 0 <= seed < 2**32:
+        raise InputError(f"--seed {seed} is out of range: give 0 to {2**32 - 1}")

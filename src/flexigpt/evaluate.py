@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from flexigpt.checkpoint import load_model, load_tokenizer
+from flexigpt.checkpoint import check_dtype, find_device, load_model, load_tokenizer, read_config
 from flexigpt.data import TokenizedText, batch_size_for, check_window_length, tokenize_text
 from flexigpt.errors import InputError
 from flexigpt.progress import Track, silent
@@ -69,24 +69,14 @@ def evaluate(model: str, options: EvalOptions, track: Track = silent) -> Perplex
     Raises:
         InputError: a model or a text that cannot be used, or a window that does not fit.
     """
-    loaded = load_model(model, options.dtype, options.device)
-    tokenizer = load_tokenizer(model)
-    text = read_text(loaded, tokenizer, options)
-    return perplexity(loaded, text, window_length=_window_length(loaded, options), stride=options.stride, track=track)
-
-
-def read_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: EvalOptions) -> TokenizedText:
-    """The text of the options, tokenized; raises InputError where it cannot be."""
-    return tokenize_text(
-        options.perplexity,
-        tokenizer,
-        column=options.text_column,
-        window_length=_window_length(model, options),
+    check_dtype(options.dtype)
+    find_device(options.device)
+    window_length = check_window_length(options.window_length, read_config(model))
+    text = tokenize_text(
+        options.perplexity, load_tokenizer(model), column=options.text_column, window_length=window_length
     )
-
-
-def _window_length(model: PreTrainedModel, options: EvalOptions) -> int:
-    return check_window_length(options.window_length, model.config)
+    loaded = load_model(model, options.dtype, options.device)
+    return perplexity(loaded, text, window_length=window_length, stride=options.stride, track=track)
 
 
 @torch.no_grad()

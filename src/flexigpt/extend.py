@@ -5,22 +5,25 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from transformers import PreTrainedModel
+
 from flexigpt.architecture import find_architecture, model_shape, num_blocks
 from flexigpt.checkpoint import (
     check_dtype,
     check_finite,
     compact_of,
-    empty_model,
     load_model,
     load_tokenizer,
     move,
+    open_empty,
     read_config,
 )
 from flexigpt.data import check_window_length, tokenize_text
-from flexigpt.errors import InputError
-from flexigpt.initialization import DEFAULT_NORM_INIT, default_rank, initialize_replicas
+from flexigpt.errors import InputError, check_seed
+from flexigpt.initialization import DEFAULT_NORM_INIT, check_norm_init, default_rank, initialize_replicas
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
-from flexigpt.plan import Plan, Replica
+from flexigpt.plan import ModelShape, Plan, Replica
 from flexigpt.progress import Track, silent
 from flexigpt.record import Record, measure_both, new_record
 
@@ -78,6 +81,8 @@ class ExtendOptions:
             raise InputError(f"--times {self.times} repeats nothing: give at least 2")
         if self.rank is not None and self.rank < 1:
             raise InputError(f"--rank {self.rank} is too small: give at least 1")
+        check_norm_init(self.norm_init)
+        check_seed(self.seed)
         for name in ("text_column", "window_length"):
             if self.perplexity is None and getattr(self, name) is not None:
                 raise InputError(f"--{name.replace('_', '-')} has no effect, since no text is read: leave it out")
@@ -125,6 +130,48 @@ def extension_plan(
     return Plan(num_blocks=len(order), replicas=replicas), tuple(order)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Checked:
+    """What the source's configuration and the options decide."""
+
+    empty: PreTrainedModel
+    shape: ModelShape
+    rank: int
+    plan: Plan
+    source_blocks: tuple[int, ...]
+    window_length: int
+
+
+def _check_source(source: str, options: ExtendOptions) -> _Checked:
+    """Refuses what the configuration rules out, before any text or weight is read."""
+    check_dtype(options.dtype)
+    find_architecture(read_config(source))
+    empty = open_empty(source)
+    shape = model_shape(empty)
+    rank = options.rank or default_rank(shape.hidden_size)
+    shape.check_rank(rank)
+    depth = num_blocks(empty.config)
+    ranges = parse_ranges(options.blocks, depth)
+    plan, source_blocks = extension_plan(ranges, options.times, options.pattern, rank, depth)
+    window_length = check_window_length(options.window_length, empty.config)
+    return _Checked(
+        empty=empty, shape=shape, rank=rank, plan=plan, source_blocks=source_blocks, window_length=window_length
+    )
+
+
+def expected_bytes(source: str, options: ExtendOptions) -> int:
+    """Bytes of the weights that `extend` with these options would have to store; no weight is read.
+
+    Raises:
+        InputError: what the source's configuration rules out.
+    """
+    checked = _check_source(source, options)
+    own = checked.shape.replica_parameters(checked.rank)
+    own += checked.shape.block_parameters - checked.shape.linear_parameters  # input norms and biases
+    dtype = checked.empty.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    return (checked.shape.parameters + own * len(checked.plan.replicas)) * int(dtype.itemsize)
+
+
 def extend(source: str, options: ExtendOptions, track: Track = silent) -> tuple[FlexiGPTForCausalLM, Plan, Record]:
     """Makes a deeper model of a source model for almost no storage (FlexiGPT, section 3.5).
 
@@ -144,34 +191,34 @@ def extend(source: str, options: ExtendOptions, track: Track = silent) -> tuple[
         InputError: anything a user can put right; see the message.
     """
     started = time.perf_counter()
-    check_dtype(options.dtype)
-    config = read_config(source)
-    find_architecture(config)
-    shape = model_shape(empty_model(config))
-    rank = options.rank or default_rank(shape.hidden_size)
-    shape.check_rank(rank)
-    depth = num_blocks(config)
-    plan, source_blocks = extension_plan(
-        parse_ranges(options.blocks, depth), options.times, options.pattern, rank, depth
-    )
-    window_length, text = check_window_length(options.window_length, config), None
+    checked = _check_source(source, options)
+    plan, source_blocks = checked.plan, checked.source_blocks
+    window_length, text = checked.window_length, None
     if options.perplexity is not None:
-        column = options.text_column or "text"
-        text = tokenize_text(options.perplexity, load_tokenizer(source), column=column, window_length=window_length)
+        text = tokenize_text(
+            options.perplexity,
+            load_tokenizer(source),
+            column=options.text_column or "text",
+            window_length=window_length,
+        )
     model = load_model(source, options.dtype, options.device)
     check_finite(model, track)
+    norm_init = DEFAULT_NORM_INIT if options.norm_init is None else options.norm_init
     extended = compact_of(model, plan, source_blocks=source_blocks)
     initialize_replicas(
         extended,
         model,
         plan,
         adapter_init="zero",
-        norm_init=DEFAULT_NORM_INIT if options.norm_init is None else options.norm_init,
+        norm_init=norm_init,
         seed=options.seed,
         source_blocks=source_blocks,
         track=track,
     )
     move(extended, model.device)
-    record = new_record(source, options) | {"source_blocks": list(source_blocks)}
-    record |= measure_both(model, extended, text, name=options.perplexity, window_length=window_length, track=track)
+    resolved = {"rank": checked.rank, "norm_init": norm_init, "window_length": window_length}
+    record = new_record(source, options, resolved) | {"source_blocks": list(source_blocks)}
+    record |= measure_both(
+        model, extended, text, name=options.perplexity, window_length=checked.window_length, track=track
+    )
     return extended, plan, record | {"seconds": round(time.perf_counter() - started, 1)}

@@ -1,5 +1,6 @@
 """Text from a source or compact model."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from flexigpt.checkpoint import load_model, load_tokenizer
-from flexigpt.errors import InputError
+from flexigpt.errors import InputError, check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +35,24 @@ class GenerateOptions:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if not self.prompt:
-            raise InputError("--prompt is empty: give some text to continue")
+        if not self.prompt or _is_broken(self.prompt):
+            raise InputError("--prompt is empty or not valid UTF-8: give some text to continue")
         if self.max_new_tokens < 1:
             raise InputError(f"--max-new-tokens {self.max_new_tokens} is too small: give at least 1")
-        if self.temperature is not None and self.temperature <= 0:
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise InputError(f"--temperature {self.temperature} is not above 0: leave it out for the likeliest tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"--top-p {self.top_p} is outside (0, 1]")
+        check_seed(self.seed)
         for name in ("top_p", "seed"):
             if self.temperature is None and getattr(self, name) is not None:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} has no effect without --temperature: give one, or leave --{flag} out")
+
+
+def _is_broken(text: str) -> bool:
+    # How Python hands on bytes of the command line that are not UTF-8.
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 class _Emitter(TextStreamer):

@@ -1,5 +1,6 @@
 """Adapters and output norms of a new replica."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -8,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flexigpt.architecture import block_list, weight_matrix
+from flexigpt.errors import InputError
 from flexigpt.factorization import truncated_svd
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM, NormedOutput, SharedLinear
 from flexigpt.plan import Plan, Replica
@@ -45,6 +47,12 @@ def zero_adapter(
 
 # (pruned block's weight, base's weight, rank, random generator) -> A (rank, inputs), B (outputs, rank).
 ADAPTER_INITS: dict[str, AdapterInit] = {"svd": svd_adapter, "zero": zero_adapter}
+
+
+def check_norm_init(norm_init: float | None) -> None:
+    """Raises InputError for a gamma that no output norm can start at."""
+    if norm_init is not None and not math.isfinite(norm_init):
+        raise InputError(f"--norm-init {norm_init} is not a finite number: give a small constant, as 0.05")
 
 
 def default_rank(hidden_size: int) -> int:

@@ -1,6 +1,7 @@
 """The plan (which logical block is a replica of which base, with which rank) and parameter accounting. No torch."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ class Plan:
             raise InputError(
                 f"the plan {path} cannot be read ({reason}): give a file that --plan-only wrote"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"the plan {path} is not JSON ({error}): give a file that --plan-only wrote") from error
         return cls.from_dict(data)
 
@@ -216,8 +217,7 @@ def parse_size(size: str, itemsize: int) -> int:
     """
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Z]+)", size.strip().upper())
     number, unit = (float(match[1]), match[2]) if match else (0.0, "")
-    if unit in _COUNTS and number > 0:
-        return int(number * _COUNTS[unit])
-    if unit in _BYTES and number > 0:
-        return int(number * _BYTES[unit]) // itemsize
+    scale = _COUNTS.get(unit, 0) or _BYTES.get(unit, 0) / itemsize
+    if math.isfinite(number) and number * scale >= 1:
+        return int(number * scale)
     raise InputError(f"size {size!r} cannot be read: give parameters (4.8B, 350M) or bytes (3.2GB, 900MiB)")

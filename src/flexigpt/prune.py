@@ -4,9 +4,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexigpt.architecture import find_architecture, model_shape, num_blocks
 from flexigpt.calibration import block_means
@@ -16,15 +17,15 @@ from flexigpt.checkpoint import (
     check_finite,
     compact_of,
     config_dtype,
-    empty_model,
     load_model,
     load_tokenizer,
     move,
+    open_empty,
     read_config,
 )
 from flexigpt.data import DEFAULT_TEXT, TokenizedText, calibration_windows, check_window_length, tokenize_text
-from flexigpt.errors import InputError
-from flexigpt.initialization import ADAPTER_INITS, DEFAULT_NORM_INIT, default_rank, initialize_replicas
+from flexigpt.errors import InputError, check_seed
+from flexigpt.initialization import ADAPTER_INITS, DEFAULT_NORM_INIT, check_norm_init, default_rank, initialize_replicas
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
 from flexigpt.plan import ModelShape, Plan, parse_size
 from flexigpt.progress import Track, silent
@@ -105,6 +106,8 @@ class PruneOptions:
         for name, number in (("rank", self.rank), ("windows", self.windows)):
             if number is not None and number < 1:
                 raise InputError(f"--{name} {number} is too small: give at least 1")
+        check_norm_init(self.norm_init)
+        check_seed(self.seed)
         self._refuse_without_effect()
 
     def _refuse_without_effect(self) -> None:
@@ -163,14 +166,14 @@ def prune(source: str, options: PruneOptions, track: Track = silent) -> tuple[Fl
     """
     started = time.perf_counter()
     opened = _open_source(source, options, track)
-    plan, record = _choose_plan(opened, options, new_record(source, options), track)
+    plan, record = _choose_plan(opened, options, new_record(source, options, _resolved(options, opened)), track)
     compact = compact_of(opened.model, plan, options.output_norm)
     initialize_replicas(
         compact,
         opened.model,
         plan,
         adapter_init=options.adapter_init,
-        norm_init=DEFAULT_NORM_INIT if options.norm_init is None else options.norm_init,
+        norm_init=_norm_init(options),
         seed=options.seed or 0,
         track=track,
     )
@@ -198,27 +201,66 @@ def plan_only(source: str, options: PruneOptions, track: Track = silent) -> tupl
             raise InputError(f"{_flag(field)} has no effect with --plan-only, which makes no model: leave it out")
     started = time.perf_counter()
     opened = _open_source(source, options, track)
-    plan, record = _choose_plan(opened, options, new_record(source, options), track)
+    plan, record = _choose_plan(opened, options, new_record(source, options, _resolved(options, opened)), track)
     return plan, record | {"seconds": round(time.perf_counter() - started, 1)}
 
 
-def _open_source(source: str, options: PruneOptions, track: Track) -> _Opened:
-    """Opens the source and reads the texts and the plan; what the configuration rules out is refused first."""
+@dataclass(frozen=True, kw_only=True)
+class _Checked:
+    """A source of which only the configuration has been read, and the options that go with it."""
+
+    config: PreTrainedConfig
+    shape: ModelShape
+    rank: int
+    plan: Plan | None
+    window_length: int
+
+
+def _check_source(source: str, options: PruneOptions) -> _Checked:
+    """Refuses what the configuration or the plan rules out, before any text or weight is read."""
     check_dtype(options.dtype)
-    config = read_config(source)
-    find_architecture(config)
-    shape = model_shape(empty_model(config), options.output_norm)
+    find_architecture(read_config(source))
+    empty = open_empty(source)
+    shape = model_shape(empty, options.output_norm)
     rank = options.rank or default_rank(shape.hidden_size)
-    plan = None if options.plan is None else _read_plan(options.plan, shape, num_blocks(config))
+    plan = None if options.plan is None else _read_plan(options.plan, shape, num_blocks(empty.config))
     if plan is None:
         shape.check_rank(rank)
-        _pruned_or_count(options, shape, rank, num_blocks(config), config_dtype(config))
-    window_length = check_window_length(options.window_length, config)
-    windows, text = _read_texts(source, options, window_length)
+        _pruned_or_count(options, shape, rank, num_blocks(empty.config), empty.dtype)
+    window_length = check_window_length(options.window_length, empty.config)
+    return _Checked(config=empty.config, shape=shape, rank=rank, plan=plan, window_length=window_length)
+
+
+def expected_bytes(source: str, options: PruneOptions) -> int:
+    """Bytes of the weights that `prune` with these options would have to store; no weight is read.
+
+    Raises:
+        InputError: what the source's configuration or the plan rules out.
+    """
+    checked = _check_source(source, options)
+    dtype = config_dtype(checked.config)
+    if checked.plan is not None:
+        ranks = [replica.rank for replica in checked.plan.replicas]
+    else:
+        pruned = _pruned_or_count(options, checked.shape, checked.rank, num_blocks(checked.config), dtype)
+        ranks = [checked.rank] * (pruned if isinstance(pruned, int) else len(pruned))
+    return checked.shape.stored_parameters(ranks) * _itemsize(options, dtype)
+
+
+def _open_source(source: str, options: PruneOptions, track: Track) -> _Opened:
+    """Opens the source and reads the texts and the plan; what can be refused early is refused first."""
+    checked = _check_source(source, options)
+    windows, text = _read_texts(source, options, checked.window_length)
     model = load_model(source, options.dtype, options.device)
     check_finite(model, track)
     return _Opened(
-        model=model, shape=shape, rank=rank, plan=plan, windows=windows, text=text, window_length=window_length
+        model=model,
+        shape=checked.shape,
+        rank=checked.rank,
+        plan=checked.plan,
+        windows=windows,
+        text=text,
+        window_length=checked.window_length,
     )
 
 
@@ -243,7 +285,7 @@ def _read_texts(
         text = tokenize_text(options.perplexity, tokenizer, column=column, window_length=window_length)
     if options.calibrates:
         windows = calibration_windows(
-            options.calibration or DEFAULT_TEXT,
+            _calibration_text(options),
             tokenizer,
             column=column,
             windows=options.windows or DEFAULT_WINDOWS,
@@ -260,14 +302,13 @@ def _choose_plan(opened: _Opened, options: PruneOptions, record: Record, track: 
     model, depth = opened.model, num_blocks(opened.model.config)
     pruned = _pruned_or_count(options, opened.shape, opened.rank, depth, model.dtype)
     if opened.windows is not None:
-        score = options.block_score or "influence"
-        record["calibration"] = {"text": options.calibration or DEFAULT_TEXT, "windows": list(opened.windows.shape)}
-        record["calibration"]["asked"] = options.windows or DEFAULT_WINDOWS
-        record["block_score"] = score
-        record["scores"] = block_means(model, opened.windows, BLOCK_SCORES[score], track)
+        record["calibration"] = {"text": _calibration_text(options), "windows": list(opened.windows.shape)}
+        record["calibration"]["asked"] = record["options"]["windows"]
+        record["block_score"] = record["options"]["block_score"]
+        record["scores"] = block_means(model, opened.windows, BLOCK_SCORES[record["block_score"]], track)
     if isinstance(pruned, int):
         pruned = lowest(record["scores"], pruned)
-    record["base_distance"] = options.base_distance or "low-rank"
+    record["base_distance"] = record["options"]["base_distance"]
     record["distances"] = base_distances(model, pruned, opened.rank, record["base_distance"], track)
     return choose_bases(record["distances"], opened.rank, depth), record
 
@@ -281,8 +322,36 @@ def _pruned_or_count(
     if options.ratio is not None:
         return num_pruned_at(options.ratio, depth)
     assert options.target_size is not None
-    itemsize = dtype.itemsize if options.dtype == "auto" else getattr(torch, options.dtype).itemsize
-    return shape.num_pruned_for(parse_size(options.target_size, itemsize), rank, depth)
+    return shape.num_pruned_for(parse_size(options.target_size, _itemsize(options, dtype)), rank, depth)
+
+
+def _itemsize(options: PruneOptions, dtype: torch.dtype) -> int:
+    """Bytes of a stored parameter of a source of that dtype."""
+    stored: torch.dtype = dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    return stored.itemsize
+
+
+def _calibration_text(options: PruneOptions) -> str:
+    return DEFAULT_TEXT if options.calibration is None else options.calibration
+
+
+def _resolved(options: PruneOptions, opened: _Opened) -> dict[str, Any]:
+    """What the defaults that had an effect stood for."""
+    values: dict[str, Any] = {"seed": options.seed or 0}
+    if opened.plan is None:
+        values |= {"rank": opened.rank, "base_distance": options.base_distance or "low-rank"}
+    if options.output_norm:
+        values["norm_init"] = _norm_init(options)
+    if opened.windows is not None:
+        values |= {"calibration": _calibration_text(options), "windows": options.windows or DEFAULT_WINDOWS}
+        values["block_score"] = options.block_score or "influence"
+    if opened.windows is not None or opened.text is not None:
+        values |= {"window_length": opened.window_length, "text_column": options.text_column or "text"}
+    return values
+
+
+def _norm_init(options: PruneOptions) -> float:
+    return DEFAULT_NORM_INIT if options.norm_init is None else options.norm_init
 
 
 def _flag(field: str) -> str:

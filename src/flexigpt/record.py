@@ -1,6 +1,6 @@
 """The record: what a flow was asked, what it ran on, and what it measured. JSON-ready."""
 
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -15,10 +15,9 @@ from flexigpt.progress import Track
 Record = dict[str, Any]
 
 
-def new_record(source: str, options: Any) -> Record:
-    """Source, versions, and the options (a dataclass) that differ from their defaults."""
-    defaults = {field.name: field.default for field in fields(options) if field.default is not MISSING}
-    given = {name: value for name, value in asdict(options).items() if name not in defaults or value != defaults[name]}
+def new_record(source: str, options: Any, resolved: dict[str, Any]) -> Record:
+    """Source, versions, and the options (a dataclass), `resolved` naming what their defaults stood for."""
+    given = {name: value for name, value in (asdict(options) | resolved).items() if value is not None}
     plain = (int, float, list, tuple)
     return {
         "source_name": source,

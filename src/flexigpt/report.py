@@ -7,7 +7,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from flexigpt.architecture import find_architecture
-from flexigpt.checkpoint import config_dtype, empty_model, plan_of, read_config
+from flexigpt.checkpoint import config_dtype, open_empty, plan_of
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM, SharedLinear
 from flexigpt.plan import Plan
 from flexigpt.record import Record
@@ -24,8 +24,8 @@ def inspect_model(model: str) -> dict[str, Any]:
     Raises:
         InputError: a model that cannot be opened or is of a family that is not supported.
     """
-    config = read_config(model)
-    empty = empty_model(config)
+    empty = open_empty(model)
+    config = empty.config
     plan = plan_of(config) if isinstance(empty, FlexiGPTForCausalLM) else None
     dtype = config_dtype(config)
     parts = _count_parts(empty, plan)
@@ -201,7 +201,8 @@ def model_card(plan: Plan, record: Record) -> str:
     )
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     measured = "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in notes(record))
-    base_model = "" if Path(record["source_name"]).exists() else f"base_model: {record['source_name']}\n"
+    name, is_local = Path(record["source_name"]).resolve().name, Path(record["source_name"]).exists()
+    base_model = "" if is_local else f"base_model: {record['source_name']}\n"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -209,7 +210,7 @@ pipeline_tag: text-generation
 - flexigpt
 ---
 
-# {Path(record["source_name"]).name}, compact
+# {name}, compact
 
 {len(plan.replicas)} of {plan.num_blocks} blocks are replicas: each borrows the linears of a kept block, its base, and
 adds low-rank adapters{" and output norms" if _has_output_norms(record) else ""} of its own
@@ -232,7 +233,7 @@ With `import flexigpt` first, `trust_remote_code` is not needed.
 ## Origin
 
 {made}
-Source: {record["source_name"]}. Versions: {versions}. All that was measured is in `record.json`.
+Source: {name if is_local else record["source_name"]}. Versions: {versions}. All that was measured is in `record.json`.
 """
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,47 @@ from flexigpt.plan import Plan
 from flexigpt.record import Record
 from flexigpt.report import model_card
 
+RECORD = "record.json"
 
-def check_output(out: str | Path, source: str, overwrite: bool) -> None:
+
+def check_output(out: str | Path, inputs: Iterable[str | Path | None], overwrite: bool) -> None:
     """Refuses an output folder before the work begins.
 
+    Args:
+        out: the folder.
+        inputs: what the work reads: names of models and texts, some of them perhaps paths.
+        overwrite: whether what flexigpt wrote there before may be replaced.
+
     Raises:
-        InputError: a folder that is not empty (without `overwrite`), that holds no checkpoint or plan (with it), or in
-            which the source lies.
+        InputError: a place that cannot be written to; a folder that is not empty (without `overwrite`), that flexigpt
+            did not write (with it), or in which an input lies.
     """
     out = Path(out)
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not os.access(parent, os.W_OK):
-        raise InputError(f"{parent} cannot be written to: give another folder")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file: give a folder to write to")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if Path(source).exists() and Path(source).resolve().is_relative_to(out.resolve()):
-        raise InputError(f"the source lies in {out}: give another folder to write to")
-    if not overwrite:
-        raise InputError(f"{out} is not empty: give another folder, or --overwrite to replace it")
-    if not any((out / name).is_file() for name in ("config.json", "plan.json")):
-        raise InputError(f"{out} holds no checkpoint that --overwrite could replace: give another folder")
+    try:
+        parent = _existing_parent(out)
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise InputError(f"{parent} is no folder that can be written to: give another one")
+        if out.is_symlink() and not out.exists():
+            raise InputError(f"{out} is a link to nowhere: give another folder to write to")
+        if out.exists() and not out.is_dir():
+            raise InputError(f"{out} is a file: give a folder to write to")
+        if out.exists() and (os.path.ismount(out) or out.resolve() == Path.cwd()):
+            raise InputError(f"{out} cannot be replaced by a new folder: give a folder inside it")
+        if not out.is_dir() or not any(out.iterdir()):
+            return
+        for path in (Path(name) for name in inputs if name):
+            if path.exists() and path.resolve().is_relative_to(out.resolve()):
+                raise InputError(f"{path} lies in {out}, which is to be replaced: give another folder to write to")
+        if not overwrite:
+            raise InputError(f"{out} is not empty: give another folder, or --overwrite to replace it")
+        if not (out / RECORD).is_file():
+            raise InputError(f"{out} was not written by flexigpt ({RECORD} is not there): give another folder")
+    except OSError as error:
+        raise InputError(f"{out} cannot be written to: {error.strerror}") from error
+
+
+def _existing_parent(out: Path) -> Path:
+    return next((folder for folder in out.absolute().parents if folder.exists()), Path("/"))
 
 
 @contextlib.contextmanager
@@ -50,7 +69,7 @@ def replaced_folder(out: str | Path) -> Iterator[Path]:
     Raises:
         InputError: a disk that is full or cannot be written to.
     """
-    out = Path(out).absolute()
+    out = Path(out).resolve()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -68,14 +87,14 @@ def replaced_folder(out: str | Path) -> Iterator[Path]:
 
 
 def _swap(new: Path, out: Path, old: Path) -> None:
-    if not out.exists():
-        new.rename(out)
-        return
-    out.rename(old)
+    """Two renames; whatever comes between them, Ctrl-C included, the old folder is put back."""
     try:
+        if out.exists():
+            out.rename(old)
         new.rename(out)
-    except OSError:
-        old.rename(out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
         raise
 
 
@@ -88,7 +107,7 @@ def _write_error(out: Path, error: Exception) -> InputError:
 
 def check_space(out: str | Path, num_bytes: int) -> None:
     """Raises InputError where the disk that `out` will lie on has less free space than a checkpoint needs."""
-    folder = next(folder for folder in Path(out).absolute().parents if folder.exists())
+    folder = _existing_parent(Path(out))
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise InputError(
@@ -129,7 +148,7 @@ def write_checkpoint(
         for file in folder.glob("*.safetensors"):
             shutil.copymode(folder / "config.json", file)  # safetensors lets only the owner read what it writes
         (folder / "README.md").write_text(model_card(plan_of(model.config), record), encoding="utf-8")
-        _write_json(folder / "record.json", record)
+        _write_json(folder / RECORD, record)
 
 
 def write_plan(out: str | Path, plan: Plan, record: Record) -> None:
@@ -140,7 +159,7 @@ def write_plan(out: str | Path, plan: Plan, record: Record) -> None:
     """
     with replaced_folder(out) as folder:
         _write_json(folder / "plan.json", plan.to_dict())
-        _write_json(folder / "record.json", record)
+        _write_json(folder / RECORD, record)
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
