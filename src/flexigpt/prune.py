@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from flexigpt.architecture import find_architecture, model_shape, num_blocks
 from flexigpt.calibration import block_means
@@ -16,7 +16,6 @@ from flexigpt.checkpoint import (
     check_dtype,
     check_finite,
     compact_of,
-    config_dtype,
     load_model,
     load_tokenizer,
     move,
@@ -138,15 +137,25 @@ class PruneOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Opened:
-    """A source, and all that could be read or refused before the work on it begins."""
+class _Checked:
+    """What the source's configuration and the options decide, before any text or weight is read.
 
-    model: PreTrainedModel
+    Attributes:
+        shape: of the source.
+        depth: blocks of the source.
+        itemsize: bytes of a stored parameter.
+        rank: of the adapters, where no plan is given.
+        plan: that was given.
+        pruned: where none was, the blocks to prune or, where their scores decide, how many.
+        window_length: for calibration and perplexity.
+    """
+
     shape: ModelShape
+    depth: int
+    itemsize: int
     rank: int
     plan: Plan | None
-    windows: torch.Tensor | None
-    text: TokenizedText | None
+    pruned: Sequence[int] | int
     window_length: int
 
 
@@ -165,28 +174,27 @@ def prune(source: str, options: PruneOptions, track: Track = silent) -> tuple[Fl
         InputError: anything a user can put right; see the message.
     """
     started = time.perf_counter()
-    opened = _open_source(source, options, track)
-    plan, record = _choose_plan(opened, options, new_record(source, options, _resolved(options, opened)), track)
-    compact = compact_of(opened.model, plan, options.output_norm)
+    checked = _check_source(source, options)
+    windows, text = _read_texts(source, options, checked.window_length)
+    model = load_model(source, options.dtype, options.device)
+    check_finite(model, track)
+    record = new_record(source, options, _resolved(options, checked))
+    plan, record = _choose_plan(model, windows, options, checked, record, track)
+    compact = compact_of(model, plan, options.output_norm)
     initialize_replicas(
         compact,
-        opened.model,
+        model,
         plan,
         adapter_init=options.adapter_init,
         norm_init=_norm_init(options),
         seed=options.seed or 0,
         track=track,
     )
-    move(compact, opened.model.device)
+    move(compact, model.device)
     record |= measure_both(
-        opened.model,
-        compact,
-        opened.text,
-        name=options.perplexity,
-        window_length=opened.window_length,
-        track=track,
+        model, compact, text, name=options.perplexity, window_length=checked.window_length, track=track
     )
-    record["plain_removal"] = {"parameters": opened.shape.removed_parameters(len(plan.replicas))}
+    record["plain_removal"] = {"parameters": checked.shape.removed_parameters(len(plan.replicas))}
     return compact, plan, record | {"seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -200,35 +208,13 @@ def plan_only(source: str, options: PruneOptions, track: Track = silent) -> tupl
         if getattr(options, field) != getattr(PruneOptions, field):
             raise InputError(f"{_flag(field)} has no effect with --plan-only, which makes no model: leave it out")
     started = time.perf_counter()
-    opened = _open_source(source, options, track)
-    plan, record = _choose_plan(opened, options, new_record(source, options, _resolved(options, opened)), track)
+    checked = _check_source(source, options)
+    windows, _ = _read_texts(source, options, checked.window_length)
+    model = load_model(source, options.dtype, options.device)
+    check_finite(model, track)
+    record = new_record(source, options, _resolved(options, checked))
+    plan, record = _choose_plan(model, windows, options, checked, record, track)
     return plan, record | {"seconds": round(time.perf_counter() - started, 1)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Checked:
-    """A source of which only the configuration has been read, and the options that go with it."""
-
-    config: PreTrainedConfig
-    shape: ModelShape
-    rank: int
-    plan: Plan | None
-    window_length: int
-
-
-def _check_source(source: str, options: PruneOptions) -> _Checked:
-    """Refuses what the configuration or the plan rules out, before any text or weight is read."""
-    check_dtype(options.dtype)
-    find_architecture(read_config(source))
-    empty = open_empty(source)
-    shape = model_shape(empty, options.output_norm)
-    rank = options.rank or default_rank(shape.hidden_size)
-    plan = None if options.plan is None else _read_plan(options.plan, shape, num_blocks(empty.config))
-    if plan is None:
-        shape.check_rank(rank)
-        _pruned_or_count(options, shape, rank, num_blocks(empty.config), empty.dtype)
-    window_length = check_window_length(options.window_length, empty.config)
-    return _Checked(config=empty.config, shape=shape, rank=rank, plan=plan, window_length=window_length)
 
 
 def expected_bytes(source: str, options: PruneOptions) -> int:
@@ -238,29 +224,36 @@ def expected_bytes(source: str, options: PruneOptions) -> int:
         InputError: what the source's configuration or the plan rules out.
     """
     checked = _check_source(source, options)
-    dtype = config_dtype(checked.config)
     if checked.plan is not None:
         ranks = [replica.rank for replica in checked.plan.replicas]
     else:
-        pruned = _pruned_or_count(options, checked.shape, checked.rank, num_blocks(checked.config), dtype)
-        ranks = [checked.rank] * (pruned if isinstance(pruned, int) else len(pruned))
-    return checked.shape.stored_parameters(ranks) * _itemsize(options, dtype)
+        ranks = [checked.rank] * (checked.pruned if isinstance(checked.pruned, int) else len(checked.pruned))
+    return checked.shape.stored_parameters(ranks) * checked.itemsize
 
 
-def _open_source(source: str, options: PruneOptions, track: Track) -> _Opened:
-    """Opens the source and reads the texts and the plan; what can be refused early is refused first."""
-    checked = _check_source(source, options)
-    windows, text = _read_texts(source, options, checked.window_length)
-    model = load_model(source, options.dtype, options.device)
-    check_finite(model, track)
-    return _Opened(
-        model=model,
-        shape=checked.shape,
-        rank=checked.rank,
-        plan=checked.plan,
-        windows=windows,
-        text=text,
-        window_length=checked.window_length,
+def _check_source(source: str, options: PruneOptions) -> _Checked:
+    """Refuses what the configuration or the plan rules out."""
+    check_dtype(options.dtype)
+    find_architecture(read_config(source))
+    empty = open_empty(source)
+    shape, depth = model_shape(empty, options.output_norm), num_blocks(empty.config)
+    stored: torch.dtype = empty.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    rank = options.rank or default_rank(shape.hidden_size)
+    plan: Plan | None = None
+    pruned: Sequence[int] | int = ()
+    if options.plan is not None:
+        plan = _read_plan(options.plan, shape, depth)
+    else:
+        shape.check_rank(rank)
+        pruned = _pruned_or_count(options, shape, rank, depth, stored.itemsize)
+    return _Checked(
+        shape=shape,
+        depth=depth,
+        itemsize=stored.itemsize,
+        rank=rank,
+        plan=plan,
+        pruned=pruned,
+        window_length=check_window_length(options.window_length, empty.config),
     )
 
 
@@ -295,26 +288,30 @@ def _read_texts(
     return windows, text
 
 
-def _choose_plan(opened: _Opened, options: PruneOptions, record: Record, track: Track) -> tuple[Plan, Record]:
+def _choose_plan(
+    model: PreTrainedModel,
+    windows: torch.Tensor | None,
+    options: PruneOptions,
+    checked: _Checked,
+    record: Record,
+    track: Track,
+) -> tuple[Plan, Record]:
     """Scores blocks, measures distances, and gives each pruned block its base; or takes the plan that was given."""
-    if opened.plan is not None:
-        return opened.plan, record
-    model, depth = opened.model, num_blocks(opened.model.config)
-    pruned = _pruned_or_count(options, opened.shape, opened.rank, depth, model.dtype)
-    if opened.windows is not None:
-        record["calibration"] = {"text": _calibration_text(options), "windows": list(opened.windows.shape)}
+    if checked.plan is not None:
+        return checked.plan, record
+    if windows is not None:
+        record["calibration"] = {"text": _calibration_text(options), "windows": list(windows.shape)}
         record["calibration"]["asked"] = record["options"]["windows"]
         record["block_score"] = record["options"]["block_score"]
-        record["scores"] = block_means(model, opened.windows, BLOCK_SCORES[record["block_score"]], track)
-    if isinstance(pruned, int):
-        pruned = lowest(record["scores"], pruned)
+        record["scores"] = block_means(model, windows, BLOCK_SCORES[record["block_score"]], track)
+    pruned = lowest(record["scores"], checked.pruned) if isinstance(checked.pruned, int) else checked.pruned
     record["base_distance"] = record["options"]["base_distance"]
-    record["distances"] = base_distances(model, pruned, opened.rank, record["base_distance"], track)
-    return choose_bases(record["distances"], opened.rank, depth), record
+    record["distances"] = base_distances(model, pruned, checked.rank, record["base_distance"], track)
+    return choose_bases(record["distances"], checked.rank, checked.depth), record
 
 
 def _pruned_or_count(
-    options: PruneOptions, shape: ModelShape, rank: int, depth: int, dtype: torch.dtype
+    options: PruneOptions, shape: ModelShape, rank: int, depth: int, itemsize: int
 ) -> Sequence[int] | int:
     """The blocks to prune, or, where their scores decide, how many."""
     if options.blocks is not None:
@@ -322,31 +319,25 @@ def _pruned_or_count(
     if options.ratio is not None:
         return num_pruned_at(options.ratio, depth)
     assert options.target_size is not None
-    return shape.num_pruned_for(parse_size(options.target_size, _itemsize(options, dtype)), rank, depth)
-
-
-def _itemsize(options: PruneOptions, dtype: torch.dtype) -> int:
-    """Bytes of a stored parameter of a source of that dtype."""
-    stored: torch.dtype = dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    return stored.itemsize
+    return shape.num_pruned_for(parse_size(options.target_size, itemsize), rank, depth)
 
 
 def _calibration_text(options: PruneOptions) -> str:
     return DEFAULT_TEXT if options.calibration is None else options.calibration
 
 
-def _resolved(options: PruneOptions, opened: _Opened) -> dict[str, Any]:
-    """What the defaults that had an effect stood for."""
+def _resolved(options: PruneOptions, checked: _Checked) -> dict[str, Any]:
+    """What the defaults that have an effect stand for."""
     values: dict[str, Any] = {"seed": options.seed or 0}
-    if opened.plan is None:
-        values |= {"rank": opened.rank, "base_distance": options.base_distance or "low-rank"}
+    if checked.plan is None:
+        values |= {"rank": checked.rank, "base_distance": options.base_distance or "low-rank"}
     if options.output_norm:
         values["norm_init"] = _norm_init(options)
-    if opened.windows is not None:
+    if options.calibrates:
         values |= {"calibration": _calibration_text(options), "windows": options.windows or DEFAULT_WINDOWS}
         values["block_score"] = options.block_score or "influence"
-    if opened.windows is not None or opened.text is not None:
-        values |= {"window_length": opened.window_length, "text_column": options.text_column or "text"}
+    if options.calibrates or options.perplexity is not None:
+        values |= {"window_length": checked.window_length, "text_column": options.text_column or "text"}
     return values
 
 
