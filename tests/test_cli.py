@@ -1,7 +1,6 @@
 """The commands as a user meets them: output, exit codes, one clear line for bad input, nothing half-written."""
 
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -9,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,6 @@ from flexigpt.cli import app, field_help, main
 from flexigpt.extend import ExtendOptions
 from flexigpt.generate import GenerateOptions
 
-PROGRAM = str(Path(sys.executable).with_name("flexigpt"))
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -66,6 +65,16 @@ def test_prune_prints_the_plan_the_cost_and_the_place(run: Run, tiny_source: Pat
     assert "influence on 4 windows of 64 tokens of" in printed
     assert record["command"].startswith("flexigpt ")
     assert f"{record['scores'][0]:.4f}" in (out / "README.md").read_text()
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """The command in a process of its own that hears SIGINT, which a test run in the background would ignore."""
+    return subprocess.Popen(
+        [Path(sys.executable).with_name("flexigpt"), *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def test_a_text_that_is_too_short_for_the_windows_is_told(
@@ -294,8 +303,7 @@ def test_an_interrupted_run_leaves_nothing(example: Path, tmp_path: Path, how: s
     arguments = ["prune", str(example), str(tmp_path / "out"), "--ratio", "0.3", "--window-length", "256"]
     texts = ["--calibration", str(example / "calibration.jsonl"), "--windows", "2000"]
     texts += ["--perplexity", str(example / "validation.jsonl")]
-    command = [PROGRAM, *arguments, *texts]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+    with start(*arguments, *texts) as process:
         time.sleep(8)
         assert process.poll() is None
         process.send_signal(how)
@@ -307,13 +315,13 @@ def test_an_interrupted_run_leaves_nothing(example: Path, tmp_path: Path, how: s
 
 
 def test_ctrl_c_during_the_imports_is_one_line() -> None:
-    with subprocess.Popen([PROGRAM, "--help"], stderr=subprocess.PIPE) as process:
+    with start("--help") as process:
         while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert errors.decode() == "flexigpt: interrupted: nothing was written\n"
+    assert errors == "flexigpt: interrupted: nothing was written\n"
 
 
 def test_a_full_disk_behind_stdout_is_one_line(tiny_source: Path) -> None:
@@ -333,6 +341,10 @@ def test_every_option_is_a_flag_with_its_fields_help() -> None:
         assert set(described) == set(options.__dataclass_fields__)
         for field, text in described.items():
             assert flags[field].help == text
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == (0, f"flexigpt {version('flexigpt')}\n", "")
 
 
 def test_help_lists_the_commands(run: Run) -> None:

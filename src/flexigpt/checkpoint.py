@@ -40,8 +40,8 @@ def find_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-        torch.zeros(1, device=found).item()  # the meta device has no values to give
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=found, dtype=torch.float64).item()  # no values on meta, no float64 on mps
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise InputError(f"device {device} cannot be used here: give {DEVICES}") from error
     return found
 

@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -34,7 +35,6 @@ from flexigpt.writing import check_output, check_space, write_checkpoint, write_
 
 T = TypeVar("T")
 app = typer.Typer(
-    help="Smaller large language models by sharing blocks.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -84,6 +84,21 @@ class Bars:
 
     def __call__(self, items: Iterable[T], stage: str, total: int) -> Iterator[T]:
         return iter(self._progress.track(items, total=total, description=stage))
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"flexigpt {version('flexigpt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Smaller large language models by sharing blocks."""
 
 
 @app.command("prune")
