@@ -174,12 +174,7 @@ def prune(source: str, options: PruneOptions, track: Track = silent) -> tuple[Fl
         InputError: anything a user can put right; see the message.
     """
     started = time.perf_counter()
-    checked = _check_source(source, options)
-    windows, text = _read_texts(source, options, checked.window_length)
-    model = load_model(source, options.dtype, options.device)
-    check_finite(model, track)
-    record = new_record(source, options, _resolved(options, checked))
-    plan, record = _choose_plan(model, windows, options, checked, record, track)
+    model, text, checked, plan, record = _plan_source(source, options, track)
     compact = compact_of(model, plan, options.output_norm)
     initialize_replicas(
         compact,
@@ -208,12 +203,7 @@ def plan_only(source: str, options: PruneOptions, track: Track = silent) -> tupl
         if getattr(options, field) != getattr(PruneOptions, field):
             raise InputError(f"{_flag(field)} has no effect with --plan-only, which makes no model: leave it out")
     started = time.perf_counter()
-    checked = _check_source(source, options)
-    windows, _ = _read_texts(source, options, checked.window_length)
-    model = load_model(source, options.dtype, options.device)
-    check_finite(model, track)
-    record = new_record(source, options, _resolved(options, checked))
-    plan, record = _choose_plan(model, windows, options, checked, record, track)
+    *_, plan, record = _plan_source(source, options, track)
     return plan, record | {"seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -288,17 +278,20 @@ def _read_texts(
     return windows, text
 
 
-def _choose_plan(
-    model: PreTrainedModel,
-    windows: torch.Tensor | None,
-    options: PruneOptions,
-    checked: _Checked,
-    record: Record,
-    track: Track,
-) -> tuple[Plan, Record]:
-    """Scores blocks, measures distances, and gives each pruned block its base; or takes the plan that was given."""
+def _plan_source(
+    source: str, options: PruneOptions, track: Track
+) -> tuple[PreTrainedModel, TokenizedText | None, _Checked, Plan, Record]:
+    """Opens the source, scores its blocks, measures distances, and gives each pruned block its base.
+
+    Or takes the plan that was given. What can be refused early is refused first.
+    """
+    checked = _check_source(source, options)
+    windows, text = _read_texts(source, options, checked.window_length)
+    model = load_model(source, options.dtype, options.device)
+    check_finite(model, track)
+    record = new_record(source, options, _resolved(options, checked))
     if checked.plan is not None:
-        return checked.plan, record
+        return model, text, checked, checked.plan, record
     if windows is not None:
         record["calibration"] = {"text": _calibration_text(options), "windows": list(windows.shape)}
         record["calibration"]["asked"] = record["options"]["windows"]
@@ -307,7 +300,7 @@ def _choose_plan(
     pruned = lowest(record["scores"], checked.pruned) if isinstance(checked.pruned, int) else checked.pruned
     record["base_distance"] = record["options"]["base_distance"]
     record["distances"] = base_distances(model, pruned, checked.rank, record["base_distance"], track)
-    return choose_bases(record["distances"], checked.rank, checked.depth), record
+    return model, text, checked, choose_bases(record["distances"], checked.rank, checked.depth), record
 
 
 def _pruned_or_count(
