@@ -74,6 +74,7 @@ def test_names_are_not_patterns(tmp_path: Path) -> None:
         ("broken.jsonl", b'{"text": "a"}\n{"text": ', "cannot be read from"),
         ("broken.parquet", b"PAR1 and nothing else", "cannot be read from"),
         ("broken.jsonl.gz", b"not gzip", "cannot be read from"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:-20], "cannot be read from"),
         ("other.jsonl", b'{"body": "a", "title": "b"}\n', "no column 'text': its columns are 'body', 'title'"),
         ("numbers.jsonl", b'{"text": 3}\n', "holds int: expected text"),
     ],

@@ -99,7 +99,7 @@ def open_empty(model: str) -> PreTrainedModel:
 
 
 def _dtype_in_files(model: str) -> torch.dtype:
-    """The dtype of a folder's first floating-point tensor, for configurations that name none; else float32."""
+    """The dtype in a folder's first weight file, for configurations that name none; float32 where there is no file."""
     for path in sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []:
         with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
             names = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118

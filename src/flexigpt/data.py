@@ -2,6 +2,7 @@
 
 import glob
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -47,7 +48,7 @@ def read_documents(text: str, column: str = "text", seed: int | None = None) -> 
                 raise InputError(f"column {column!r} of {text} holds {type(row[column]).__name__}: expected text")
             if row[column]:
                 yield row[column]
-    except (DatasetGenerationError, DatasetNotFoundError, OSError, ValueError) as error:
+    except (DatasetGenerationError, DatasetNotFoundError, OSError, ValueError, EOFError, zlib.error) as error:
         if isinstance(error, InputError):
             raise
         reason = str(error.__cause__ or error).splitlines()[0]

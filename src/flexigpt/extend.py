@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -216,9 +217,9 @@ def extend(source: str, options: ExtendOptions, track: Track = silent) -> tuple[
         track=track,
     )
     move(extended, model.device)
-    resolved = {"rank": checked.rank, "norm_init": norm_init, "window_length": window_length}
+    resolved: dict[str, Any] = {"rank": checked.rank, "norm_init": norm_init}
+    if text is not None:
+        resolved |= {"window_length": window_length, "text_column": options.text_column or "text"}
     record = new_record(source, options, resolved) | {"source_blocks": list(source_blocks)}
-    record |= measure_both(
-        model, extended, text, name=options.perplexity, window_length=checked.window_length, track=track
-    )
+    record |= measure_both(model, extended, text, name=options.perplexity, window_length=window_length, track=track)
     return extended, plan, record | {"seconds": round(time.perf_counter() - started, 1)}
