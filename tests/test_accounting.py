@@ -121,6 +121,26 @@ def test_target_size_out_of_range_is_refused(llama_2: ModelShape, size: str, rea
         llama_2.num_pruned_for(parse_size(size, itemsize=2), 256, 32)
 
 
+@pytest.mark.parametrize(("size", "removed"), [("5.5B", 7), ("11GB", 7), ("4.8B", 10), ("6.7B", 1)])
+def test_target_size_removes_just_enough(llama_2: ModelShape, size: str, removed: int) -> None:
+    """By hand: a block of LLaMA-2 7B has 4 x 4096^2 + 3 x 4096 x 11008 + 2 x 4096 = 202,383,360 parameters."""
+    target = parse_size(size, itemsize=2)
+    assert llama_2.num_removed_for(target, 32) == removed
+    assert 6_738_415_616 - removed * 202_383_360 <= target < 6_738_415_616 - (removed - 1) * 202_383_360
+
+
+@pytest.mark.parametrize(("size", "reason"), [("7B", "meets the target"), ("100M", "the least is 464,531,456; give a")])
+def test_target_size_out_of_range_of_removal_is_refused(llama_2: ModelShape, size: str, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        llama_2.num_removed_for(parse_size(size, itemsize=2), 32)
+
+
+def test_no_target_is_in_reach_of_a_single_block(llama_2: ModelShape) -> None:
+    for ask in (lambda: llama_2.num_removed_for(10**9, 1), lambda: llama_2.num_pruned_for(10**9, 256, 1)):
+        with pytest.raises(InputError, match="out of reach"):
+            ask()
+
+
 @pytest.mark.parametrize("size", ["", "big", "3.2", "-1GB", "0GB", "1.2.3GB", "3 potatoes"])
 def test_sizes_that_cannot_be_read_are_refused(size: str) -> None:
     with pytest.raises(InputError, match="cannot be read"):

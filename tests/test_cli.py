@@ -17,8 +17,9 @@ import typer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flexigpt import EvalOptions, PruneOptions, evaluate
-from flexigpt.cli import app, field_help, main
+from flexigpt import BaselineOptions, EvalOptions, PruneOptions, evaluate
+from flexigpt.cli import app, main
+from flexigpt.console import field_help
 from flexigpt.extend import ExtendOptions
 from flexigpt.generate import GenerateOptions
 
@@ -188,7 +189,7 @@ BAD_INPUT = {
     "prune SOURCE out --ratio 0.1": "prunes nothing: give at least 0.167",
     "prune SOURCE out --ratio lots": "Invalid value for '--ratio'",
     "prune SOURCE out --blocks 1,x": "--blocks 1,x cannot be read",
-    "prune SOURCE out --blocks 0,1,2,3,4,5": "leaves no base",
+    "prune SOURCE out --blocks 0,1,2,3,4,5": "leaves none",
     "prune SOURCE out --blocks 2 --rank 33": "rank 33 is above the size of self_attn.q_proj (64 x 32)",
     "prune SOURCE out --target-size huge": "size 'huge' cannot be read",
     "prune SOURCE out --ratio 0.4 --rnk 3": "No such option: --rnk",
@@ -230,6 +231,17 @@ BAD_INPUT = {
     "extend SOURCE out --blocks 1:4 --window-length 8": "--window-length has no effect",
     "extend SOURCE out": "Missing option '--blocks'",
     "extend COMPACT out --blocks 1:4": "is a compact model already",
+    "baseline SOURCE out": "exactly one of --ratio, --blocks and --target-size: got none",
+    "baseline SOURCE out --ratio 0.4 --blocks 2": "got --ratio and --blocks",
+    "baseline SOURCE out --blocks two": "--blocks two cannot be read",
+    "baseline SOURCE out --blocks 9": "blocks 9 cannot be pruned: name some of 0 to 5",
+    "baseline SOURCE out --blocks 0,1,2,3,4,5": "leaves none",
+    "baseline SOURCE out --blocks 2 --seed 1": "--seed has no effect",
+    "baseline SOURCE out --target-size 1K": "out of reach: the least is",
+    "baseline SOURCE out --blocks 2 --max-shard-size big": "size 'big'",
+    "baseline SOURCE full --blocks 2": "full is not empty: give another folder, or --overwrite",
+    "baseline notokenizer out --blocks 2": "the tokenizer of notokenizer cannot be opened",
+    "baseline COMPACT out --blocks 2": "is a compact model already",
     "inspect nowhere": "the model nowhere cannot be opened",
     "inspect mixtral": "mixtral is a mixture of experts",
     "eval SOURCE --perplexity TEXT --window-length 9999": "window length 9999 does not fit: give 2 to 128",
@@ -335,12 +347,18 @@ def test_a_full_disk_behind_stdout_is_one_line(tiny_source: Path) -> None:
 def test_every_option_is_a_flag_with_its_fields_help() -> None:
     commands = typer.main.get_command(app).commands
     by_command = {"prune": PruneOptions, "extend": ExtendOptions, "eval": EvalOptions, "generate": GenerateOptions}
+    by_command["baseline"] = BaselineOptions
     for name, options in by_command.items():
         flags = {parameter.name: parameter for parameter in commands[name].params}
         described = field_help(options)
         assert set(described) == set(options.__dataclass_fields__)
         for field, text in described.items():
             assert flags[field].help == text
+
+
+def test_help_keeps_square_brackets(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "NAME[:CONFIG][@SPLIT]" in run("prune", "--help")[1]
 
 
 def test_version(run: Run) -> None:
@@ -350,4 +368,4 @@ def test_version(run: Run) -> None:
 def test_help_lists_the_commands(run: Run) -> None:
     code, printed, _ = run("--help")
     assert code == 0
-    assert all(command in printed for command in ("prune", "inspect", "eval", "generate"))
+    assert all(command in printed for command in ("prune", "baseline", "inspect", "eval", "generate"))

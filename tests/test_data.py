@@ -1,5 +1,6 @@
 import gzip
 import json
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedToken
 
 from flexigpt import InputError
 from flexigpt.data import (
+    Documents,
     Separators,
     calibration_windows,
     check_window_length,
@@ -88,6 +90,83 @@ def test_text_that_cannot_be_used_is_one_clear_line(
         list(read_documents(str(tmp_path / name)))
     assert name in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".parquet", ".txt"])
+def test_several_files_are_read_in_the_order_of_their_names(tmp_path: Path, kind: str) -> None:
+    for name, document in zip("cab", DOCUMENTS, strict=True):
+        (tmp_path / name).mkdir()
+        Path(write(tmp_path / name, kind, [document])).rename(tmp_path / f"{name}{kind}")
+    (tmp_path / "README.md").write_text("not a text to read")
+    expected = [DOCUMENTS[1], DOCUMENTS[2], DOCUMENTS[0]]
+    assert list(read_documents(str(tmp_path))) == expected
+    assert list(read_documents(str(tmp_path / f"[ab]*{kind}"))) == expected[:2]
+    assert list(read_documents(str(tmp_path / f"?{kind}"))) == expected
+    if kind != ".parquet":  # `datasets` sleeps for five seconds after shuffling several of them
+        shuffled = list(read_documents(str(tmp_path), seed=1))
+        assert shuffled == list(read_documents(str(tmp_path), seed=1))
+        assert sorted(shuffled) == sorted(expected)
+
+
+@pytest.mark.parametrize("kind", [".jsonl.gz", ".parquet"])
+@pytest.mark.parametrize("rows", [(0, 2, 0, 1), (1, 0), (0, 0)])
+def test_files_without_rows_give_nothing(tmp_path: Path, kind: str, rows: tuple[int, ...]) -> None:
+    for number, count in enumerate(rows):
+        path = tmp_path / f"{number}{kind}"
+        if kind == ".parquet":
+            pq.write_table(pa.table({"text": pa.array([str(number)] * count, pa.string())}), path)
+        else:
+            path.write_bytes(gzip.compress(f'{{"text": "{number}"}}\n'.encode() * count))
+    if kind == ".parquet" or sum(rows):
+        expected = [str(number) for number, count in enumerate(rows) for _ in range(count)]
+        assert list(read_documents(str(tmp_path))) == expected
+    else:
+        with pytest.raises(InputError, match="holds no text"):
+            list(read_documents(str(tmp_path)))
+
+
+ROW = b'{"text": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("contents", "pattern", "reason"),
+    [
+        ({"a.jsonl": ROW, "b.jsonl": b""}, "", r"b\.jsonl is empty: remove it or"),
+        ({"a.jsonl": ROW, "b.jsonl": b""}, "*.jsonl", r"b\.jsonl is empty: remove it or"),
+        ({"a.jsonl": ROW, "b.txt": b"b"}, "", r"different kinds \(a\.jsonl, b\.txt\): give files of one kind"),
+        ({"a.jsonl": ROW, "a.jsonl.gz": gzip.compress(ROW)}, "a*", "different kinds"),
+        ({"a.jsonl": ROW, "b.md": b"b"}, "*", r"b\.md is of an unknown kind"),
+        ({"a.jsonl": ROW}, "*.parquet", r"no text file is in or matches .*\*\.parquet: give \.txt, \.jsonl"),
+        ({"README.md": b"a"}, "", r"no text file is in or matches"),
+        ({"a.jsonl": ROW, "b.jsonl": b'{"body": "b"}\n'}, "", r"from .*b\.jsonl \(of .*: .*because column names"),
+        ({"a.jsonl": b'{"text": null}\n', "b.jsonl": ROW}, "", r"from .*b\.jsonl \(of .*string to null"),
+        ({"a.jsonl.gz": gzip.compress(ROW), "b.jsonl.gz": gzip.compress(ROW * 999)[:-20]}, "?.*", r"b\.jsonl\.gz \(of"),
+    ],
+)
+def test_files_that_cannot_be_used_together_are_one_clear_line(
+    tmp_path: Path, contents: dict[str, bytes], pattern: str, reason: str
+) -> None:
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=reason) as raised:
+        list(read_documents(str(tmp_path / pattern)))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".parquet", ".txt"])
+def test_documents_go_on_from_a_kept_place(tmp_path: Path, kind: str) -> None:
+    for number, count in enumerate([1] * 4 if kind == ".txt" else [1, 5, 3]):
+        (tmp_path / str(number)).mkdir()
+        path = write(tmp_path / str(number), kind, [f"{number}-{row}" for row in range(count)])
+        Path(path).rename(tmp_path / f"{number}{kind}")
+    expected = list(Documents(str(tmp_path)))
+    for place in range(len(expected) + 1):
+        documents = Documents(str(tmp_path))
+        assert list(islice(documents, place)) == expected[:place]
+        # The place is kept while the reading goes on, and in a file.
+        other = Documents(str(tmp_path))
+        other.load_state_dict(json.loads(json.dumps(documents.state_dict())))
+        assert list(other) == expected[place:]
 
 
 def test_a_hub_data_set_that_cannot_be_reached_is_one_clear_line() -> None:

@@ -194,7 +194,7 @@ def test_plan_only_refuses_what_it_does_not_read(tiny_source: Path, option: str,
         ({"ratio": 0.1}, "prunes nothing"),
         ({"ratio": 1.0}, "outside"),
         ({"blocks": [9]}, "name some of 0 to 5"),
-        ({"blocks": list(range(6))}, "leaves no base"),
+        ({"blocks": list(range(6))}, "leaves none"),
         (
             {"blocks": [2], "rank": 33},
             r"rank 33 is above the size of self_attn.q_proj \(64 x 32\): .* up to 32",

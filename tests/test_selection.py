@@ -87,7 +87,7 @@ def test_a_ratio_that_prunes_nothing_says_which_would() -> None:
 
 
 @pytest.mark.parametrize(
-    ("blocks", "reason"), [((), "none"), ((6,), "0 to 5"), ((1, 1), "each once"), (range(6), "no base")]
+    ("blocks", "reason"), [((), "none"), ((6,), "0 to 5"), ((1, 1), "each once"), (range(6), "leaves none")]
 )
 def test_blocks_that_cannot_be_pruned_are_refused(blocks: tuple[int, ...], reason: str) -> None:
     with pytest.raises(InputError, match=reason):

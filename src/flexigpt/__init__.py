@@ -6,6 +6,8 @@ Importing it lets `AutoModelForCausalLM.from_pretrained` open compact checkpoint
 from transformers import AutoConfig as _AutoConfig
 from transformers import AutoModelForCausalLM as _AutoModelForCausalLM
 
+from flexigpt.baselines import BaselineOptions as BaselineOptions
+from flexigpt.baselines import baseline as baseline
 from flexigpt.configuration_flexigpt import FlexiGPTConfig as FlexiGPTConfig
 from flexigpt.errors import InputError as InputError
 from flexigpt.evaluate import EvalOptions as EvalOptions
@@ -18,6 +20,8 @@ from flexigpt.plan import Replica as Replica
 from flexigpt.prune import PruneOptions as PruneOptions
 from flexigpt.prune import plan_only as plan_only
 from flexigpt.prune import prune as prune
+from flexigpt.recover import recover as recover
+from flexigpt.recover_options import RecoverOptions as RecoverOptions
 from flexigpt.report import inspect_model as inspect_model
 from flexigpt.writing import write_checkpoint as write_checkpoint
 

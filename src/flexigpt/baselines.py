@@ -1,12 +1,78 @@
 """Baselines that pruning is compared with: plain removal of blocks (ShortGPT)."""
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
 from flexigpt.architecture import config_with_blocks, num_blocks
 from flexigpt.checkpoint import empty_model, fill_model, move, named_tensors
 from flexigpt.errors import InputError
+from flexigpt.progress import Track, silent
+from flexigpt.record import Record, measure_both, new_record
+from flexigpt.scoring import CheckedSource, ScoringOptions, check_source, chosen, open_scored, pruned_or_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineOptions(ScoringOptions):
+    """Which blocks to remove: the fields of `ScoringOptions`, so that they are those that `prune` would prune.
+
+    With `target_size` they are fewer, since nothing is stored in a removed block's place.
+    """
+
+
+def baseline(
+    source: str, options: BaselineOptions, track: Track = silent
+) -> tuple[PreTrainedModel, tuple[int, ...], Record]:
+    """Removes blocks of a source model and puts nothing in their place (ShortGPT).
+
+    Args:
+        source: folder or hub name of a source model.
+        options: which blocks to remove.
+        track: told of the progress of each stage.
+
+    Returns:
+        The shorter model, an ordinary one of the source's family; the removed blocks, ascending; and the record:
+        everything measured on the way, JSON-ready.
+
+    Raises:
+        InputError: anything a user can put right; see the message.
+    """
+    started = time.perf_counter()
+    checked, pruned = _check(source, options)
+    model, text, scored = open_scored(source, options, checked.window_length, track)
+    blocks = tuple(chosen(pruned, scored))
+    shorter = remove_blocks(model, blocks)
+    record = new_record(source, options, options.defaults(checked.window_length)) | scored
+    record["removed"] = {"blocks": list(blocks), "num_blocks": checked.depth, "source": source}
+    record |= measure_both(
+        {"source": model, "shorter": shorter},
+        text,
+        name=options.perplexity,
+        window_length=checked.window_length,
+        track=track,
+    )
+    return shorter, blocks, record | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def expected_bytes(source: str, options: BaselineOptions) -> int:
+    """Bytes of the weights that `baseline` with these options would have to store; no weight is read.
+
+    Raises:
+        InputError: what the source's configuration rules out.
+    """
+    checked, pruned = _check(source, options)
+    num_removed = pruned if isinstance(pruned, int) else len(pruned)
+    return checked.shape.removed_parameters(num_removed) * checked.itemsize
+
+
+def _check(source: str, options: BaselineOptions) -> tuple[CheckedSource, Sequence[int] | int]:
+    """The source, and the blocks to remove or, where their scores decide, how many."""
+    checked = check_source(source, options)
+    return checked, pruned_or_count(
+        options, checked, lambda target: checked.shape.num_removed_for(target, checked.depth)
+    )
 
 
 def remove_blocks(source: PreTrainedModel, blocks: Sequence[int]) -> PreTrainedModel:

@@ -20,6 +20,7 @@ from transformers import (
 
 from flexigpt.architecture import ARCHITECTURES, block_list, config_with_blocks, find_architecture, num_blocks
 from flexigpt.configuration_flexigpt import FlexiGPTConfig
+from flexigpt.data import fingerprint
 from flexigpt.errors import InputError
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
 from flexigpt.plan import Plan
@@ -160,6 +161,13 @@ def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """The model on that device. (`PreTrainedModel.to` loses nn.Module.to's types.)"""
     nn.Module.to(model, device)
     return model
+
+
+def model_fingerprint(model: str) -> str:
+    """What tells one model from another, without reading all of its weights; of a model on the hub its name."""
+    folder = Path(model)
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return fingerprint(model, [folder / "config.json", *files] if files else [])
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

@@ -1,89 +1,55 @@
 """Commands -> functions; no logic."""
 
-import json
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers.utils import logging as transformers_logging
 
 from flexigpt.checkpoint import load_tokenizer
+from flexigpt.cli_training import baseline_command, recover_command
+from flexigpt.console import (
+    MAX_SHARD_SIZE,
+    OVERWRITE,
+    Bars,
+    block_numbers,
+    field_help,
+    parse_shard_size,
+    print_json,
+    stdout,
+    write_and_show,
+)
 from flexigpt.errors import InputError
 from flexigpt.evaluate import EvalOptions, evaluate
 from flexigpt.extend import PATTERNS, ExtendOptions, extend
 from flexigpt.extend import expected_bytes as extend_bytes
 from flexigpt.generate import GenerateOptions, generate
 from flexigpt.initialization import ADAPTER_INITS
-from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
-from flexigpt.plan import Plan, parse_size
 from flexigpt.prune import PruneOptions, plan_only, prune
 from flexigpt.prune import expected_bytes as prune_bytes
-from flexigpt.record import Record
-from flexigpt.report import cost_table, inspect_model, inspection_tables, notes, plan_table
+from flexigpt.report import inspect_model, inspection_tables, notes, plan_table
 from flexigpt.selection import BASE_DISTANCES, BLOCK_SCORES
-from flexigpt.writing import check_output, check_space, write_checkpoint, write_plan
+from flexigpt.writing import check_output, check_space, write_plan
 
-T = TypeVar("T")
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-stdout = Console(soft_wrap=True)
 
 # typer brings its own copy of click or depends on it, by version; either way this is its base of usage errors.
 _UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 _INTERRUPTED = 130  # what typer returns after KeyboardInterrupt
 
-
-def field_help(options: type) -> dict[str, str]:
-    """The help of each option: the description of the field in the class's docstring."""
-    described = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", options.__doc__ or "", re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in described}
-
-
 _PRUNE, _EXTEND = field_help(PruneOptions), field_help(ExtendOptions)
 _EVAL, _GENERATE = field_help(EvalOptions), field_help(GenerateOptions)
-
-_SHARD_SIZE = "5GB"
-_MAX_SHARD_SIZE = f"largest weight file: larger checkpoints are split; default: {_SHARD_SIZE}."
-_OVERWRITE = "replace the checkpoint or plan in OUT."
-
-
-class Bars:
-    """Progress bars on stderr, one for each stage, with the time left."""
-
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description:22}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("elapsed"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-
-    def __enter__(self) -> "Bars":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, items: Iterable[T], stage: str, total: int) -> Iterator[T]:
-        return iter(self._progress.track(items, total=total, description=stage))
 
 
 def _print_version(asked: bool) -> None:
@@ -131,13 +97,13 @@ def prune_command(
     dtype: Annotated[str, typer.Option(help=_PRUNE["dtype"])] = PruneOptions.dtype,
     device: Annotated[str, typer.Option(help=_PRUNE["device"])] = PruneOptions.device,
     seed: Annotated[int | None, typer.Option(help=_PRUNE["seed"])] = None,
-    max_shard_size: Annotated[str | None, typer.Option(help=_MAX_SHARD_SIZE)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help=_OVERWRITE)] = False,
+    max_shard_size: Annotated[str | None, typer.Option(help=MAX_SHARD_SIZE)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
     """Prune a source model into a compact model and write its checkpoint."""
     options = PruneOptions(
         ratio=ratio,
-        blocks=None if blocks is None else _block_numbers(blocks),
+        blocks=None if blocks is None else block_numbers(blocks),
         target_size=target_size,
         plan=plan,
         rank=rank,
@@ -158,7 +124,7 @@ def prune_command(
     check_output(out, (source, plan, calibration, perplexity), overwrite)
     if plan_only_ and max_shard_size is not None:
         raise InputError("--max-shard-size has no effect with --plan-only, which writes no weights: leave it out")
-    shard_bytes = parse_size(_SHARD_SIZE if max_shard_size is None else max_shard_size, itemsize=1)
+    shard_bytes = parse_shard_size(max_shard_size)
     command = {"command": context.obj}
     if plan_only_:
         with Bars() as track:
@@ -172,8 +138,8 @@ def prune_command(
     check_space(out, prune_bytes(source, options))
     load_tokenizer(source)  # a source without one is told now, not after the work
     with Bars() as track:
-        model, decided, record = prune(source, options, track)
-    _write_and_show(out, source, model, decided, record | command, shard_bytes)
+        model, _, record = prune(source, options, track)
+    write_and_show(out, source, model, record | command, shard_bytes)
 
 
 @app.command("extend")
@@ -192,8 +158,8 @@ def extend_command(
     dtype: Annotated[str, typer.Option(help=_EXTEND["dtype"])] = ExtendOptions.dtype,
     device: Annotated[str, typer.Option(help=_EXTEND["device"])] = ExtendOptions.device,
     seed: Annotated[int, typer.Option(help=_EXTEND["seed"])] = ExtendOptions.seed,
-    max_shard_size: Annotated[str | None, typer.Option(help=_MAX_SHARD_SIZE)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help=_OVERWRITE)] = False,
+    max_shard_size: Annotated[str | None, typer.Option(help=MAX_SHARD_SIZE)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
     """Repeat blocks of a source model: a deeper model for almost no storage."""
     options = ExtendOptions(
@@ -210,12 +176,16 @@ def extend_command(
         seed=seed,
     )
     check_output(out, (source, perplexity), overwrite)
-    shard_bytes = parse_size(_SHARD_SIZE if max_shard_size is None else max_shard_size, itemsize=1)
+    shard_bytes = parse_shard_size(max_shard_size)
     check_space(out, extend_bytes(source, options))
     load_tokenizer(source)
     with Bars() as track:
-        model, decided, record = extend(source, options, track)
-    _write_and_show(out, source, model, decided, record | {"command": context.obj}, shard_bytes)
+        model, _, record = extend(source, options, track)
+    write_and_show(out, source, model, record | {"command": context.obj}, shard_bytes)
+
+
+app.command("baseline")(baseline_command)
+app.command("recover")(recover_command)
 
 
 @app.command("inspect")
@@ -226,7 +196,7 @@ def inspect_command(
     """Show the plan, stored and effective parameters, and the bytes of each part."""
     inspection = inspect_model(model)
     if as_json:
-        _print_json(inspection)
+        print_json(inspection)
         return
     for table in inspection_tables(inspection):
         stdout.print(table)
@@ -255,7 +225,7 @@ def eval_command(
     with Bars() as track:
         measured = evaluate(model, options, track)
     if as_json:
-        _print_json({"model": model, "text": perplexity, **measured.to_dict()})
+        print_json({"model": model, "text": perplexity, **measured.to_dict()})
         return
     print(
         f"perplexity {measured.perplexity:.4f} per token, {measured.bits_per_byte:.4f} bits per byte "
@@ -286,28 +256,6 @@ def generate_command(
     )
     generate(model, options, lambda piece: print(piece, end="", flush=True))
     print()
-
-
-def _write_and_show(
-    out: Path, source: str, model: FlexiGPTForCausalLM, plan: Plan, record: Record, shard_bytes: int
-) -> None:
-    write_checkpoint(out, model, record, source=source, max_shard_size=shard_bytes)
-    stdout.print(plan_table(plan, record))
-    stdout.print(cost_table(record))
-    for note in notes(record):
-        print(note)
-    print(f"checkpoint written to {out}")
-
-
-def _block_numbers(blocks: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(block) for block in blocks.split(","))
-    except ValueError:
-        raise InputError(f"--blocks {blocks} cannot be read: give numbers with commas between them, as 12,13") from None
-
-
-def _print_json(data: dict[str, Any]) -> None:
-    print(json.dumps(data, indent=2))
 
 
 def _interrupt(*_: object) -> None:

@@ -1,9 +1,12 @@
 """Text -> tokens -> windows."""
 
 import glob
+import hashlib
 import math
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,60 +22,150 @@ DEFAULT_SPLIT = "validation"
 DEFAULT_WINDOW_LENGTH = 2048
 _READERS = {".txt": "text", ".jsonl": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
 _SHUFFLE_BUFFER = 10_000
+_MIB = 2**20
+# TypeError: what `datasets` raises for a column of other values than in the first rows.
+_READING_ERRORS = (OSError, ValueError, EOFError, TypeError, zlib.error)
 
 
 def read_documents(text: str, column: str = "text", seed: int | None = None) -> Iterator[str]:
-    """Documents of a text file or of a data set on the hub, streamed; empty ones are passed over.
+    """Documents of a text, streamed; empty ones are passed over. Arguments and errors are those of `Documents`."""
+    yield from Documents(text, column, seed)
+
+
+class Documents:
+    """Documents of text files or of a data set on the hub, streamed; empty ones are passed over.
 
     Args:
-        text: a .txt file (one document), a .jsonl, .jsonl.gz or .parquet file (one document a row), or a data set on
-            the hub as NAME, NAME@SPLIT or NAME:CONFIG@SPLIT (the split is `validation` unless told).
+        text: a .txt file (one document), a .jsonl, .jsonl.gz or .parquet file (one document a row); a folder with such
+            files or a pattern (`shards/*.jsonl.gz`) of them, all of one kind, read in the order of their names; or a
+            data set on the hub as NAME, NAME@SPLIT or NAME:CONFIG@SPLIT (the split is `validation` unless told).
         column: the column that holds the text; a .txt file has only `text`.
         seed: shuffles the documents (in a buffer of 10,000); None leaves them in order.
 
     Raises:
-        InputError: a file that is missing, empty, of another kind or not valid; a column that is not there.
+        InputError: a file that is missing, empty, of another kind or not valid; a column that is not there. What only
+            reading can tell comes when the document is asked for.
     """
-    from datasets import disable_progress_bars  # noqa: PLC0415 - a second of import that only reading text needs
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError  # noqa: PLC0415
 
-    disable_progress_bars()
-    try:
-        rows = _open_rows(text)
+    def __init__(self, text: str, column: str = "text", seed: int | None = None) -> None:
+        self._text, self._column = text, column
+        self._files = local_files(text)
+        self._rows: Any = None
+        self._beginning: dict[str, Any] | None = None
+        with self._errors_told():
+            self._rows = _open_rows(text, self._files)
         if seed is not None:
-            rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-        for row in rows:
-            if column not in row:
-                raise InputError(f"{text} has no column {column!r}: its columns are {', '.join(map(repr, row))}")
-            if row[column] is not None and not isinstance(row[column], str):
-                raise InputError(f"column {column!r} of {text} holds {type(row[column]).__name__}: expected text")
-            if row[column]:
-                yield row[column]
-    except (DatasetGenerationError, DatasetNotFoundError, OSError, ValueError, EOFError, zlib.error) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = str(error.__cause__ or error).splitlines()[0]
-        hint = "" if Path(text).exists() else "; check the name and the connection, or give a file"
-        raise InputError(f"text cannot be read from {text}: {reason}{hint}") from error
+            self._rows = self._rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        else:
+            self._beginning = self._rows.state_dict()
+
+    def __iter__(self) -> Iterator[str]:
+        """From the loaded place (the beginning where none was loaded); one iterator at a time."""
+        column, text = self._column, self._text
+        with self._errors_told():
+            for row in self._rows:
+                if column not in row:
+                    raise InputError(f"{text} has no column {column!r}: its columns are {', '.join(map(repr, row))}")
+                if row[column] is not None and not isinstance(row[column], str):
+                    raise InputError(f"column {column!r} of {text} holds {type(row[column]).__name__}: expected text")
+                if row[column]:
+                    yield row[column]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the latest document, JSON-ready. Exact for documents in order only."""
+        state: dict[str, Any] = self._rows.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next iterator begins there."""
+        self._rows.load_state_dict(state)
+        if state != self._beginning:
+            # Only from the beginning does the state of `datasets` say which file is being read.
+            self._beginning = None
+
+    @contextmanager
+    def _errors_told(self) -> Iterator[None]:
+        from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError  # noqa: PLC0415
+
+        try:
+            yield
+        except (DatasetGenerationError, DatasetNotFoundError, *_READING_ERRORS) as error:
+            if isinstance(error, InputError):
+                raise
+            lines = str(error.__cause__ or error).splitlines() or [type(error).__name__]
+            # A failed cast tells the reason in the last of many lines.
+            reason = f"{lines[0]} {lines[-1]}" if lines[-1].startswith("because") else lines[0]
+            hint = "" if self._files else "; check the name and the connection, or give a file"
+            raise InputError(f"text cannot be read from {self._place()}: {reason}{hint}") from error
+
+    def _place(self) -> str:
+        """The text, and which of its several files is being read where `datasets` tells."""
+        state = self._rows.state_dict() if self._beginning is not None else None
+        while isinstance(state, dict) and "shard_idx" not in state:
+            state = state.get("examples_iterable")
+        if state is None or len(self._files) < 2:
+            return self._text
+        return f"{self._files[min(state['shard_idx'], len(self._files) - 1)]} (of {self._text})"
 
 
-def _open_rows(text: str) -> Any:
-    """A stream of rows (dictionaries)."""
-    from datasets import load_dataset  # noqa: PLC0415
+def local_files(text: str) -> list[Path]:
+    """The files that a text names, by name in order; none for a data set on the hub.
 
+    Raises:
+        InputError: a file that is missing, empty or of another kind; no files or files of different kinds.
+    """
     if not text:
         raise InputError("the name of the text is empty: give a file or a data set on the hub")
     path = Path(text)
-    reader = next((_READERS[suffix] for suffix in _READERS if text.lower().endswith(suffix)), None)
-    if path.exists() or reader is not None or path.is_absolute():
-        if not path.is_file():
-            raise InputError(f"text file {text} is not there: give {', '.join(_READERS)} or a data set on the hub")
-        if reader is None:
-            raise InputError(f"text file {text} is of an unknown kind: expected {', '.join(_READERS)}")
-        if path.stat().st_size == 0:
-            raise InputError(f"text file {text} is empty: give a file with text in it")
-        extra = {"sample_by": "document"} if reader == "text" else {}
-        return load_dataset(reader, data_files=glob.escape(str(path)), split="train", streaming=True, **extra)
+    several = path.is_dir() or (("*" in text or "?" in text) and not path.exists())
+    if several:
+        # A folder may hold other files too; what a pattern matches is meant.
+        pattern = os.path.join(glob.escape(text), "*") if path.is_dir() else text
+        found = [Path(name) for name in glob.glob(pattern, recursive=True) if not os.path.isdir(name)]
+        files = sorted(file for file in found if _kind(file.name) is not None or not path.is_dir())
+        if not files:
+            raise InputError(f"no text file is in or matches {text}: give {', '.join(_READERS)} files")
+    elif path.exists() or _kind(text) is not None or path.is_absolute():
+        files = [path]
+    else:
+        return []
+    for file in files:
+        _check_file(file, several)
+    kinds = {_kind(file.name): file.name for file in files}
+    if len(kinds) > 1:
+        raise InputError(f"{text} has files of different kinds ({', '.join(kinds.values())}): give files of one kind")
+    return files
+
+
+def _check_file(file: Path, one_of_several: bool) -> None:
+    if not file.is_file():
+        raise InputError(f"text file {file} is not there: give {', '.join(_READERS)} or a data set on the hub")
+    if _kind(file.name) is None:
+        raise InputError(f"text file {file} is of an unknown kind: expected {', '.join(_READERS)}")
+    if file.stat().st_size == 0:
+        remedy = "remove it or " if one_of_several else ""
+        raise InputError(f"text file {file} is empty: {remedy}give a file with text in it")
+
+
+def _kind(name: str) -> str | None:
+    return next((suffix for suffix in _READERS if name.lower().endswith(suffix)), None)
+
+
+def _open_rows(text: str, files: list[Path]) -> Any:
+    """A stream of rows (dictionaries)."""
+    from datasets import disable_progress_bars, load_dataset  # noqa: PLC0415 - a second that only reading text needs
+
+    disable_progress_bars()
+    if files:
+        reader = _READERS[_kind(files[0].name) or ""]
+        # Parquet's own batch size is the first row group's, which may be of no rows.
+        options: dict[str, dict[str, Any]] = {"text": {"sample_by": "document"}, "parquet": {"batch_size": 1000}}
+        escaped = [glob.escape(str(file)) for file in files]
+        try:
+            return load_dataset(reader, data_files=escaped, split="train", streaming=True, **options.get(reader, {}))
+        except StopIteration:
+            # The JSON reader looks at the first row for the columns: there is none in any file.
+            raise too_short(text, 0, 0) from None
     name, _, split = text.partition("@")
     name, _, config = name.partition(":")
     return load_dataset(name, config or None, split=split or DEFAULT_SPLIT, streaming=True)
@@ -137,7 +230,7 @@ def calibration_windows(
             break
     available = min(len(tokens), wanted) // window_length
     if available == 0:
-        raise _too_short(text, len(tokens), window_length)
+        raise too_short(text, len(tokens), window_length)
     return torch.tensor(tokens[: available * window_length]).view(available, window_length)
 
 
@@ -170,11 +263,12 @@ def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase, *, column: str,
 
     ids = torch.tensor(list(chain.from_iterable(tokenize_documents(counted(), tokenizer))), dtype=torch.int64)
     if len(ids) < window_length:
-        raise _too_short(text, len(ids), window_length)
+        raise too_short(text, len(ids), window_length)
     return TokenizedText(ids=ids, num_bytes=num_bytes)
 
 
-def _too_short(text: str, num_tokens: int, window_length: int) -> InputError:
+def too_short(text: str, num_tokens: int, window_length: int) -> InputError:
+    """The error for a text that does not fill one window."""
     if num_tokens == 0:
         return InputError(f"{text} holds no text: give a file with text in it")
     return InputError(
@@ -186,3 +280,16 @@ def _too_short(text: str, num_tokens: int, window_length: int) -> InputError:
 def batch_size_for(window_length: int, floats_per_token: int, budget: int) -> int:
     """Windows in one batch so that a tensor of `floats_per_token` for each token stays within `budget` numbers."""
     return max(1, math.floor(budget / (window_length * floats_per_token)))
+
+
+def fingerprint(name: str, files: Sequence[Path]) -> str:
+    """16 hexadecimal digits of these files' names without folders, sizes, first and last MiB, or of `name` alone."""
+    digest = hashlib.sha256(b"" if files else name.encode())
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}\n{size}\n".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(_MIB))
+            opened.seek(max(0, size - _MIB))
+            digest.update(opened.read(_MIB))
+    return digest.hexdigest()[:16]

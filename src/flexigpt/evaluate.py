@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from flexigpt.checkpoint import check_dtype, find_device, load_model, load_tokenizer, read_config
 from flexigpt.data import TokenizedText, batch_size_for, check_window_length, tokenize_text
+from flexigpt.distributed import ALONE, World
 from flexigpt.errors import InputError
 from flexigpt.progress import Track, silent
 
@@ -86,6 +87,7 @@ def perplexity(
     *,
     window_length: int,
     stride: int | None = None,
+    world: World = ALONE,
     track: Track = silent,
 ) -> Perplexity:
     """Perplexity over sliding windows.
@@ -99,6 +101,7 @@ def perplexity(
         text: at least 2 tokens.
         window_length: tokens in.
         stride: 1 to window_length; default: window_length.
+        world: processes that share the work; each must call this, and gets the result for the whole text.
         track: told of each batch.
 
     Raises:
@@ -110,13 +113,21 @@ def perplexity(
     starts = range(0, max(1, len(text.ids) - 1 - (window_length - stride)), stride)
     batch_size = batch_size_for(window_length, model.config.get_text_config().vocab_size, _LOGITS_BUDGET)
     batches = list(_batches(text.ids, starts, window_length, batch_size))
+    # As many batches for every process, since all must take part in every forward pass of a sharded model.
+    rounds = math.ceil(len(batches) / world.size)
     total, scored = 0.0, 0
-    for batch, first_scored in track(batches, "measuring perplexity", len(batches)):
+    for number in track(range(rounds), "measuring perplexity", rounds):
+        mine = number * world.size + world.rank
+        batch, first_scored = batches[min(mine, len(batches) - 1)]
         inputs, targets = batch[:, :-1].to(model.device), batch[:, 1:].to(model.device)
         logits = model(input_ids=inputs, use_cache=False).logits[:, first_scored:]
         targets = targets[:, first_scored:]
-        total += F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum").item()
-        scored += targets.numel()
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+        if mine < len(batches):
+            total += loss.item()
+            scored += targets.numel()
+    sums = world.sum(torch.tensor([total, scored], dtype=torch.float64, device=model.device))
+    total, scored = sums[0].item(), int(sums[1])
     if not math.isfinite(total):
         raise InputError("the model's logits are not finite on this text: give --dtype float32, or check the weights")
     return Perplexity(

@@ -221,5 +221,6 @@ def extend(source: str, options: ExtendOptions, track: Track = silent) -> tuple[
     if text is not None:
         resolved |= {"window_length": window_length, "text_column": options.text_column or "text"}
     record = new_record(source, options, resolved) | {"source_blocks": list(source_blocks)}
-    record |= measure_both(model, extended, text, name=options.perplexity, window_length=window_length, track=track)
+    models = {"source": model, "compact": extended}
+    record |= measure_both(models, text, name=options.perplexity, window_length=window_length, track=track)
     return extended, plan, record | {"seconds": round(time.perf_counter() - started, 1)}

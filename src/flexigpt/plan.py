@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,18 +190,31 @@ class ModelShape:
         Raises:
             InputError: a target that the source meets already, or that no number of pruned blocks reaches.
         """
-        if target_parameters >= self.parameters:
+        sizes = [self.stored_parameters([rank] * n) for n in range(1, num_blocks)]
+        return self._fewest(target_parameters, sizes, f" at rank {rank}", " or a lower --rank")
+
+    def num_removed_for(self, target_parameters: int, num_blocks: int) -> int:
+        """The fewest blocks whose plain removal brings the stored parameters down to the target.
+
+        Raises:
+            InputError: as `num_pruned_for`.
+        """
+        sizes = [self.removed_parameters(n) for n in range(1, num_blocks)]
+        return self._fewest(target_parameters, sizes)
+
+    def _fewest(self, target: int, sizes: Sequence[int], where: str = "", remedy: str = "") -> int:
+        """The first of the sizes, which are those with one pruned block, two and so on, that meets the target."""
+        if target >= self.parameters:
             raise InputError(
-                f"the source has {self.parameters:,} parameters, which meets the target of {target_parameters:,} "
-                "already: give a smaller --target-size"
+                f"the source has {self.parameters:,} parameters, which meets the target of {target:,} already: "
+                "give a smaller --target-size"
             )
-        for num_pruned in range(1, num_blocks):
-            if self.stored_parameters([rank] * num_pruned) <= target_parameters:
+        for num_pruned, size in enumerate(sizes, start=1):
+            if size <= target:
                 return num_pruned
-        least = min(self.stored_parameters([rank] * n) for n in range(1, num_blocks))
         raise InputError(
-            f"the target of {target_parameters:,} parameters is out of reach: at rank {rank} the least is {least:,}; "
-            "give a larger --target-size or a lower --rank"
+            f"the target of {target:,} parameters is out of reach:{where} the least is "
+            f"{min(sizes, default=self.parameters):,}; give a larger --target-size{remedy}"
         )
 
 

@@ -1,5 +1,6 @@
 """The record: what a flow was asked, what it ran on, and what it measured. JSON-ready."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -9,7 +10,6 @@ from transformers import PreTrainedModel
 from flexigpt.checkpoint import stored_bytes
 from flexigpt.data import TokenizedText
 from flexigpt.evaluate import perplexity
-from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
 from flexigpt.progress import Track
 
 Record = dict[str, Any]
@@ -27,31 +27,43 @@ def new_record(source: str, options: Any, resolved: dict[str, Any]) -> Record:
 
 
 def measure_both(
-    source: PreTrainedModel,
-    compact: FlexiGPTForCausalLM,
+    models: Mapping[str, PreTrainedModel],
     text: TokenizedText | None,
     *,
     name: str | None,
     window_length: int,
     track: Track,
 ) -> Record:
-    """Stored size of source and compact model and, where there is a text, their perplexity on it.
+    """Stored size of two models and, where there is a text, their perplexity on it.
 
     Args:
-        source: before.
-        compact: after.
+        models: what it was -> what it became, each by the name that it has in record and tables.
         text: what to measure perplexity on, tokenized.
         name: of the text.
         window_length: tokens in a window; windows do not overlap.
         track: told of each batch.
+
+    Returns:
+        `compared` (the two names), the size of each by its name and, where there is a text, `perplexity`: its `text`
+        and what was measured, by the same names.
     """
-    models = {"source": source, "compact": compact}
-    record: Record = {
-        label: {"parameters": model.num_parameters(), "bytes": stored_bytes(model)} for label, model in models.items()
-    }
+    record: Record = {"compared": list(models)}
+    record |= {label: model_size(model) for label, model in models.items()}
     if text is not None:
         record["perplexity"] = {"text": name} | {
             label: perplexity(model, text, window_length=window_length, track=track).to_dict()
             for label, model in models.items()
         }
     return record
+
+
+def model_size(model: PreTrainedModel) -> dict[str, int]:
+    """Stored parameters and bytes."""
+    return {"parameters": model.num_parameters(), "bytes": stored_bytes(model)}
+
+
+def find_in(record: Record, key: str) -> Any:
+    """What the record holds by that key, or else its `origin`, the record of the model that it began with; or None."""
+    while key not in record and "origin" in record:
+        record = record["origin"]
+    return record.get(key)

@@ -98,7 +98,7 @@ def check_blocks(blocks: Sequence[int], num_blocks: int) -> tuple[int, ...]:
     if not blocks or strange or len(set(blocks)) < len(blocks):
         raise InputError(f"blocks {given} cannot be pruned: name some of 0 to {num_blocks - 1}, each once")
     if len(blocks) == num_blocks:
-        raise InputError(f"pruning all {num_blocks} blocks leaves no base: keep at least one")
+        raise InputError(f"pruning all {num_blocks} blocks leaves none: keep at least one")
     return tuple(sorted(blocks))
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
-from flexigpt.checkpoint import load_tokenizer, one_line, plan_of, stored_bytes
+from flexigpt.checkpoint import load_tokenizer, one_line, stored_bytes
 from flexigpt.errors import InputError
-from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
 from flexigpt.plan import Plan
 from flexigpt.record import Record
 from flexigpt.report import model_card
@@ -118,21 +118,21 @@ def check_space(out: str | Path, num_bytes: int) -> None:
 
 def write_checkpoint(
     out: str | Path,
-    model: FlexiGPTForCausalLM,
+    model: PreTrainedModel,
     record: Record,
     *,
     source: str | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Writes a compact checkpoint; `out` is complete or untouched.
+    """Writes the checkpoint of a compact or an ordinary model; `out` is complete or untouched.
 
-    Weights (each tensor once, in shards where they are large), configuration, the model's own code, the source's
+    Weights (each tensor once, in shards where they are large), configuration, a compact model's own code, the source's
     tokenizer, a model card (README.md) and the record (record.json).
 
     Args:
         out: the folder; what is there is replaced, so call `check_output` first.
-        model: the compact model.
-        record: as `prune` returned it.
+        model: a compact model, or an ordinary one of its source's family.
+        record: as the flow that made the model returned it.
         source: where the tokenizer lies; None: no tokenizer is written.
         max_shard_size: largest weight file, in bytes or as 5GB.
 
@@ -147,7 +147,7 @@ def write_checkpoint(
             tokenizer.save_pretrained(folder)
         for file in folder.glob("*.safetensors"):
             shutil.copymode(folder / "config.json", file)  # safetensors lets only the owner read what it writes
-        (folder / "README.md").write_text(model_card(plan_of(model.config), record), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(model.config, record), encoding="utf-8")
         _write_json(folder / RECORD, record)
 
 

@@ -1,0 +1,117 @@
+"""What commands share: help of options, progress bars, printing, writing what a flow made. No command, no app."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PreTrainedModel
+
+from flexigpt.errors import InputError
+from flexigpt.plan import parse_size
+from flexigpt.record import Record
+from flexigpt.report import notes, result_tables
+from flexigpt.writing import write_checkpoint
+
+T = TypeVar("T")
+stdout = Console(soft_wrap=True)
+
+_SHARD_SIZE = "5GB"
+_STEP_LINES = 20
+MAX_SHARD_SIZE = f"largest weight file: larger checkpoints are split; default: {_SHARD_SIZE}."
+OVERWRITE = "replace the checkpoint or plan in OUT."
+
+
+def field_help(options: type) -> dict[str, str]:
+    """The help of each option: the description of the field in the class's docstring, or in that of a class above."""
+    described: dict[str, str] = {}
+    for cls in reversed(options.__mro__[:-1]):
+        found = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", cls.__doc__ or "", re.MULTILINE)
+        described |= {name: escape(" ".join(text.split())) for name, text in found}  # or rich would drop [@SPLIT]
+    return described
+
+
+class Bars:
+    """Progress bars on stderr, one for each stage, with the time left."""
+
+    def __init__(self, shown: bool = True) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:22}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True, soft_wrap=True),
+            disable=not shown,
+        )
+
+    def __enter__(self) -> "Bars":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, items: Iterable[T], stage: str, total: int) -> Iterator[T]:
+        return iter(self._progress.track(items, total=total, description=stage))
+
+    def tell(self, values: dict[str, float], steps: int) -> None:
+        """A line about a step of training, for some twenty steps of a run and wherever perplexity was measured."""
+        step = int(values["step"])
+        if step * _STEP_LINES // steps > (step - 1) * _STEP_LINES // steps or "perplexity" in values:
+            self._progress.console.print(step_line(values, steps), highlight=False)
+
+
+def step_line(values: dict[str, float], steps: int) -> str:
+    """What a step of training gave, in one line."""
+    parts = [f"step {int(values['step'])}/{steps}", f"loss {values['loss']:.4f}"]
+    if values["divergence"]:
+        parts.append(f"(cross-entropy {values['cross_entropy']:.4f}, divergence {values['divergence']:.4f})")
+    parts += [f"lr {values['lr']:.2e}", f"{values['tokens_per_second']:,.0f} tokens/s"]
+    if "model_flops_utilisation" in values:
+        parts.append(f"{values['model_flops_utilisation']:.1%} of peak FLOPs")
+    if "perplexity" in values:
+        parts.append(f"held-out perplexity {values['perplexity']:.2f}")
+    return "  ".join(parts)
+
+
+def parse_shard_size(max_shard_size: str | None) -> int:
+    """Bytes of the largest weight file.
+
+    Raises:
+        InputError: a size that cannot be read.
+    """
+    return parse_size(_SHARD_SIZE if max_shard_size is None else max_shard_size, itemsize=1)
+
+
+def block_numbers(blocks: str) -> tuple[int, ...]:
+    """The blocks in 12,13.
+
+    Raises:
+        InputError: what cannot be read.
+    """
+    try:
+        return tuple(int(block) for block in blocks.split(","))
+    except ValueError:
+        raise InputError(f"--blocks {blocks} cannot be read: give numbers with commas between them, as 12,13") from None
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """Data on stdout, for programs."""
+    print(json.dumps(data, indent=2))
+
+
+def write_and_show(out: Path, source: str, model: PreTrainedModel, record: Record, shard_bytes: int) -> None:
+    """Writes a checkpoint, and prints what became of its blocks, what it cost, and where it lies."""
+    write_checkpoint(out, model, record, source=source, max_shard_size=shard_bytes)
+    for table in result_tables(model.config, record):
+        stdout.print(table)
+    for note in notes(record):
+        print(note)
+    print(f"checkpoint written to {out}")

@@ -1,0 +1,182 @@
+"""What recovery trains, on what, and how."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from flexigpt.distributed import World, launched
+from flexigpt.errors import InputError, check_seed
+from flexigpt.tracking import check_trackers
+from flexigpt.trainable import TRAIN, USES_LORA
+from flexigpt.training import PRECISIONS, Settings
+
+# Sequences in a step (appendix A).
+_PAPER_BATCH = 480
+# Tokens in one forward pass of one process, where the user does not say: what fills a GPU, what fits a CPU's caches.
+_MICRO_BATCH_TOKENS = {"cuda": 8192, "cpu": 1024}
+_DISTILL_WEIGHT = 0.5
+DEFAULT_DATA = "cerebras/SlimPajama-627B@train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverOptions:
+    """What to train, on what, and how.
+
+    None stands for the default that a field's description names. A field that is given but has no effect is refused.
+
+    Attributes:
+        data: text to train on: a .txt, .jsonl, .jsonl.gz or .parquet file, a folder or pattern of such files, or
+            NAME[:CONFIG][@SPLIT] of a data set on the hub, which is streamed.
+        tokens: tokens to train on: 1B, 600M, 100K or a number; rounded down to whole steps.
+        epochs: times that the text may be read, each time in another order.
+        text_column: column that holds the text.
+        window_length: tokens in a window; default: the model's context, at most 2048.
+        batch_tokens: tokens in a step, over all processes; default: 480 windows, as in the paper.
+        micro_batch: windows in one forward pass of one process; default: as many as make 8192 tokens on a GPU, 1024 on
+            a CPU.
+        lr: learning rate after warm-up; a cosine to zero follows.
+        warmup: share of the steps over which the learning rate rises.
+        weight_decay: AdamW's.
+        clip: norm that gradients are clipped to.
+        train: replicas+kept (adapters and output norms of the replicas, and LoRA on the kept blocks that is merged into
+            them at the end), replicas, or all.
+        lora_rank: rank of the LoRA on kept blocks; default: the replicas' own, or hidden size / 16 without replicas.
+        match: compact model whose recovery trains as many parameters: gives a model without replicas LoRA of that
+            size.
+        precision: to compute in: fp32, bf16 or fp16; what is trained is held in float32; default: bf16 on a GPU, fp32
+            on a CPU.
+        activation_checkpointing: whether activations are computed again in the backward pass, to save memory.
+        teacher: folder or hub name of the source model, to distill from; default: none.
+        distill_weight: of the divergence from the teacher, beside 1 minus it of the cross-entropy; default: 0.5.
+        perplexity: held-out text to measure perplexity on before, during and after; default: none.
+        eval_every: steps between two such measurements; default: a tenth of the run.
+        save_every: steps between two checkpoints to resume from.
+        report_to: tensorboard, wandb, trackio or others that accelerate knows, with commas between; default: none.
+        fsdp: whether parameters are sharded over the processes (FSDP2); needs torchrun.
+        device: auto (a GPU where there is one), cpu, cuda or cuda:N.
+        seed: shuffles the text and draws the LoRA's random factors.
+    """
+
+    data: str = DEFAULT_DATA
+    tokens: str = "1B"
+    epochs: int = 1
+    text_column: str = "text"
+    window_length: int | None = None
+    batch_tokens: int | None = None
+    micro_batch: int | None = None
+    lr: float = 4e-3
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    train: str = "replicas+kept"
+    lora_rank: int | None = None
+    match: str | None = None
+    precision: str | None = None
+    activation_checkpointing: bool = False
+    teacher: str | None = None
+    distill_weight: float | None = None
+    perplexity: str | None = None
+    eval_every: int | None = None
+    save_every: int = 50
+    report_to: str | None = None
+    fsdp: bool = False
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("train", self.train, TRAIN), ("precision", self.precision, PRECISIONS)):
+            if value is not None and value not in known:
+                raise InputError(f"--{name} {value} is unknown: give {', '.join(known)}")
+        for name in ("epochs", "batch_tokens", "micro_batch", "lora_rank", "eval_every", "save_every"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise InputError(f"{flag(name)} {number} is too small: give at least 1")
+        ranges = {"lr": (0, 1e3), "warmup": (-1e-9, 1), "weight_decay": (-1e-9, 1e3), "clip": (0, 1e9)}
+        for name, (low, high) in ranges.items():
+            if not low < getattr(self, name) < high:
+                raise InputError(f"{flag(name)} {getattr(self, name)} is out of range: see --help")
+        if self.distill_weight is not None and not 0 < self.distill_weight <= 1:
+            raise InputError(f"--distill-weight {self.distill_weight} is outside (0, 1]")
+        parse_tokens(self.tokens)
+        check_seed(self.seed)
+        check_trackers(self.report_to)
+        self._refuse_without_effect()
+
+    def _refuse_without_effect(self) -> None:
+        idle = {
+            "distill_weight": self.teacher is None and "without --teacher",
+            "eval_every": self.perplexity is None and "without --perplexity",
+            "lora_rank": self.train not in USES_LORA and f"with --train {self.train}",
+            "match": (self.train not in USES_LORA and f"with --train {self.train}")
+            or (self.lora_rank is not None and "beside --lora-rank"),
+        }
+        for name, reason in idle.items():
+            if getattr(self, name) is not None and reason:
+                raise InputError(f"{flag(name)} has no effect {reason}: leave it out")
+        if self.fsdp and not launched():
+            raise InputError(
+                "--fsdp shards over processes, and there is one: start it with torchrun --nproc-per-node N -m flexigpt"
+            )
+
+
+def parse_tokens(tokens: str) -> int:
+    """Tokens as people write them: 1B, 600M, 100K, 4096.
+
+    Raises:
+        InputError: what cannot be read, or less than one token.
+    """
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([KMBT]?)", str(tokens).strip().upper())
+    count = int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[match[2]]) if match else 0
+    if count < 1:
+        raise InputError(f"--tokens {tokens} cannot be read: give a number of tokens, as 1B, 600M or 100000")
+    return count
+
+
+def flag(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
+def resolve_settings(options: RecoverOptions, window_length: int, world: World, device: torch.device) -> Settings:
+    """What the options make of one step of training.
+
+    Raises:
+        InputError: tokens that are fewer than a step, or a step that windows and processes do not divide.
+    """
+    batch_tokens = options.batch_tokens or _PAPER_BATCH * window_length
+    batch_windows, rest = divmod(batch_tokens, window_length)
+    if rest or batch_windows % world.size:
+        unit = window_length * world.size
+        near = max(unit, batch_tokens // unit * unit)
+        raise InputError(
+            f"{flag('batch_tokens')} {batch_tokens} is no multiple of {window_length} tokens x {world.size} processes: "
+            f"give {near} or {near + unit}"
+        )
+    steps = parse_tokens(options.tokens) // batch_tokens
+    if steps == 0:
+        raise InputError(
+            f"--tokens {options.tokens} is less than one step of {batch_tokens:,} tokens: "
+            "give more, or fewer --batch-tokens"
+        )
+    dtype = PRECISIONS[options.precision or ("bf16" if device.type == "cuda" else "fp32")]
+    share = batch_windows // world.size
+    most = max(1, _MICRO_BATCH_TOKENS.get(device.type, 1024) // window_length)
+    micro_batch = options.micro_batch or max(n for n in range(1, min(most, share) + 1) if share % n == 0)
+    if micro_batch > share:
+        raise InputError(f"--micro-batch {micro_batch} is more than the {share} windows a process has in a step")
+    distill_weight = _DISTILL_WEIGHT if options.distill_weight is None else options.distill_weight
+    return Settings(
+        steps=steps,
+        batch_windows=batch_windows,
+        micro_batch=micro_batch,
+        window_length=window_length,
+        lr=options.lr,
+        warmup_steps=round(options.warmup * steps),
+        weight_decay=options.weight_decay,
+        clip=options.clip,
+        dtype=dtype,
+        fsdp=options.fsdp,
+        activation_checkpointing=options.activation_checkpointing,
+        distill_weight=0.0 if options.teacher is None else distill_weight,
+        seed=options.seed,
+    )

@@ -1,0 +1,226 @@
+"""Which blocks are pruned: how many by the options, which by their scores on calibration text."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from flexigpt.architecture import find_architecture, model_shape, num_blocks
+from flexigpt.calibration import block_means
+from flexigpt.checkpoint import check_dtype, check_finite, load_model, load_tokenizer, open_empty, read_config
+from flexigpt.data import DEFAULT_TEXT, TokenizedText, calibration_windows, check_window_length, tokenize_text
+from flexigpt.errors import InputError, check_seed
+from flexigpt.plan import ModelShape, parse_size
+from flexigpt.progress import Track
+from flexigpt.selection import BLOCK_SCORES, check_blocks, lowest, num_pruned_at
+
+_DEFAULT_WINDOWS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringOptions:
+    """Which blocks to prune, by which scores on which text: the options of all flows that prune.
+
+    None stands for the default that a field's description names. A field that is given but has no effect is refused.
+
+    Attributes:
+        ratio: share of the blocks to prune, in (0, 1); rounded down to whole blocks.
+        blocks: the blocks to prune, from 0.
+        target_size: stored size to come down to: parameters (4.8B, 350M) or bytes (3.2GB, 900MiB).
+        calibration: text to score blocks on: a .txt, .jsonl, .jsonl.gz or .parquet file, or NAME[:CONFIG][@SPLIT] of a
+            data set on the hub; default: MiniPile's validation split, or no calibration where `blocks` are given.
+        text_column: column that holds the text; default: text.
+        windows: calibration windows; default: 64.
+        window_length: tokens in a window, for calibration and perplexity; default: the model's context, at most 2048.
+        block_score: score whose lowest blocks are pruned; default: influence.
+        perplexity: text to measure perplexity on before and after, as for calibration; default: none.
+        dtype: of the weights: auto (the source's), float32, bfloat16 or float16.
+        device: auto (a GPU where there is one), cpu, cuda or cuda:N.
+        seed: shuffles the calibration text; default: 0.
+    """
+
+    ratio: float | None = None
+    blocks: Sequence[int] | None = None
+    target_size: str | None = None
+    calibration: str | None = None
+    text_column: str | None = None
+    windows: int | None = None
+    window_length: int | None = None
+    block_score: str | None = None
+    perplexity: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [flag(name) for name in self.how_much if getattr(self, name) is not None]
+        if len(given) != 1:
+            *most, last = map(flag, self.how_much)
+            got = " and ".join(given) or "none of them"
+            raise InputError(f"give exactly one of {', '.join(most)} and {last}: got {got}")
+        if self.block_score is not None and self.block_score not in BLOCK_SCORES:
+            raise InputError(f"--block-score {self.block_score} is unknown: give {', '.join(BLOCK_SCORES)}")
+        if self.windows is not None and self.windows < 1:
+            raise InputError(f"--windows {self.windows} is too small: give at least 1")
+        check_seed(self.seed)
+        for name, reason in self.idle_settings():
+            if getattr(self, name) is not None:
+                raise InputError(f"{flag(name)} has no effect, since {reason}: leave it out")
+
+    def idle_settings(self) -> list[tuple[str, str]]:
+        """Fields that have no effect beside the others, each with the reason: giving one is an error."""
+        idle: list[tuple[str, str]] = []
+        if self.blocks is not None and self.calibration is None:
+            reason = "--blocks needs no calibration text unless --calibration gives one"
+            idle += [("windows", reason), ("block_score", reason)]
+        if not self.calibrates and self.perplexity is None:
+            idle += [(name, "no text is read") for name in ("text_column", "window_length")]
+        if not self.is_random:
+            idle.append(("seed", "nothing is random"))
+        return idle
+
+    @property
+    def how_much(self) -> tuple[str, ...]:
+        """The fields of which exactly one is given."""
+        return "ratio", "blocks", "target_size"
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether blocks are scored on a text."""
+        return self.blocks is None or self.calibration is not None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether anything depends on the seed."""
+        return self.calibrates
+
+    def defaults(self, window_length: int) -> dict[str, Any]:
+        """What the fields stand for that have an effect and are None; `window_length` is the one in use."""
+        values: dict[str, Any] = {}
+        if self.is_random:
+            values["seed"] = self.seed or 0
+        if self.calibrates:
+            values |= {"calibration": _calibration_text(self), "windows": self.windows or _DEFAULT_WINDOWS}
+            values["block_score"] = self.block_score or "influence"
+        if self.calibrates or self.perplexity is not None:
+            values |= {"window_length": window_length, "text_column": self.text_column or "text"}
+        return values
+
+
+def flag(field: str) -> str:
+    """The flag of a field."""
+    return f"--{field.replace('_', '-')}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedSource:
+    """What the source's configuration says, before any text or weight is read.
+
+    Attributes:
+        shape: of the source.
+        depth: blocks of the source.
+        itemsize: bytes of a stored parameter.
+        window_length: for calibration and perplexity.
+    """
+
+    shape: ModelShape
+    depth: int
+    itemsize: int
+    window_length: int
+
+
+def check_source(source: str, options: ScoringOptions, output_norm: bool = True) -> CheckedSource:
+    """What the source's configuration says; no weight is read.
+
+    Raises:
+        InputError: what the configuration rules out.
+    """
+    check_dtype(options.dtype)
+    find_architecture(read_config(source))
+    empty = open_empty(source)
+    stored: torch.dtype = empty.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    return CheckedSource(
+        shape=model_shape(empty, output_norm),
+        depth=num_blocks(empty.config),
+        itemsize=stored.itemsize,
+        window_length=check_window_length(options.window_length, empty.config),
+    )
+
+
+def pruned_or_count(
+    options: ScoringOptions, checked: CheckedSource, num_pruned_for: Callable[[int], int]
+) -> Sequence[int] | int:
+    """The blocks to prune, or, where their scores decide, how many.
+
+    Args:
+        options: which say it.
+        checked: the source.
+        num_pruned_for: stored parameters to come down to -> how many blocks.
+    """
+    if options.blocks is not None:
+        return check_blocks(options.blocks, checked.depth)
+    if options.ratio is not None:
+        return num_pruned_at(options.ratio, checked.depth)
+    assert options.target_size is not None
+    return num_pruned_for(parse_size(options.target_size, checked.itemsize))
+
+
+def open_scored(
+    source: str, options: ScoringOptions, window_length: int, track: Track
+) -> tuple[PreTrainedModel, TokenizedText | None, dict[str, Any]]:
+    """Opens the source and scores its blocks, where the options ask for it; what can be refused early is, first.
+
+    Returns:
+        The source, the text to measure perplexity on, and what the record says of the scores: nothing, or
+        `calibration`, `block_score` and `scores`.
+    """
+    windows, text = _read_texts(source, options, window_length)
+    model = load_model(source, options.dtype, options.device)
+    check_finite(model, track)
+    if windows is None:
+        return model, text, {}
+    defaults = options.defaults(window_length)
+    scored: dict[str, Any] = {
+        "calibration": {
+            "text": defaults["calibration"],
+            "windows": list(windows.shape),
+            "asked": defaults["windows"],
+        },
+        "block_score": defaults["block_score"],
+        "scores": block_means(model, windows, BLOCK_SCORES[defaults["block_score"]], track),
+    }
+    return model, text, scored
+
+
+def chosen(pruned: Sequence[int] | int, scored: dict[str, Any]) -> Sequence[int]:
+    """The blocks that were named, or as many of the lowest scores as were counted."""
+    return lowest(scored["scores"], pruned) if isinstance(pruned, int) else pruned
+
+
+def _read_texts(
+    source: str, options: ScoringOptions, window_length: int
+) -> tuple[torch.Tensor | None, TokenizedText | None]:
+    """The calibration windows and the text for perplexity, where the options ask for them."""
+    windows, text = None, None
+    if not options.calibrates and options.perplexity is None:
+        return windows, text
+    tokenizer = load_tokenizer(source)
+    column = options.text_column or "text"
+    if options.perplexity is not None:
+        text = tokenize_text(options.perplexity, tokenizer, column=column, window_length=window_length)
+    if options.calibrates:
+        windows = calibration_windows(
+            _calibration_text(options),
+            tokenizer,
+            column=column,
+            windows=options.windows or _DEFAULT_WINDOWS,
+            window_length=window_length,
+            seed=options.seed or 0,
+        )
+    return windows, text
+
+
+def _calibration_text(options: ScoringOptions) -> str:
+    return DEFAULT_TEXT if options.calibration is None else options.calibration

@@ -1,0 +1,257 @@
+"""The training loop of recovery: the same on one CPU, one GPU, or many processes with DDP or FSDP2."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from transformers import PreTrainedModel
+
+from flexigpt.distillation import Teacher
+from flexigpt.distributed import World, reduced, replicate, shard, whole
+from flexigpt.losses import token_loss
+from flexigpt.trainable import layout_of, trained_parameters, training_flops
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# fp16 loses small gradients: the loss is scaled up, by less after an overflow, by more after as many steps without.
+_FIRST_LOSS_SCALE, _STEPS_TO_RAISE, _MOST_SKIPPED = 2.0**16, 200, 16
+_TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
+
+# Dense FLOP/s without sparsity by the makers' data sheets, 16-bit; by what torch calls the device.
+_PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "L4": 121e12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What one step of training is.
+
+    Attributes:
+        steps: of the whole run.
+        batch_windows: windows in a step, over all processes.
+        micro_batch: windows in one forward pass of one process.
+        window_length: tokens that a window predicts.
+        lr: the learning rate after warm-up.
+        warmup_steps: over which it rises from near zero; a cosine to zero follows.
+        weight_decay: AdamW's.
+        clip: the norm that gradients are scaled down to.
+        dtype: to compute in; what is trained is held in float32.
+        fsdp: whether parameters are sharded.
+        activation_checkpointing: whether a block's activations are computed again in the backward pass.
+        distill_weight: of the divergence from the teacher.
+        seed: of dropout, where the model has any.
+    """
+
+    steps: int
+    batch_windows: int
+    micro_batch: int
+    window_length: int
+    lr: float
+    warmup_steps: int
+    weight_decay: float
+    clip: float
+    dtype: torch.dtype
+    fsdp: bool
+    activation_checkpointing: bool
+    distill_weight: float
+    seed: int
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens predicted in a step."""
+        return self.batch_windows * self.window_length
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step, from 0: a pure function, so that resuming needs no state."""
+        rise = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        done = max(0, step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.lr * rise * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class NotFiniteError(Exception):
+    """A loss, or gradients, that are not finite; the step was not taken."""
+
+
+class Training:
+    """A model under training.
+
+    Args:
+        model: prepared by `prepare_training`, on the CPU or the device.
+        settings: what a step is.
+        world: the processes.
+        device: of this process.
+        teacher: not settled yet, or None.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, settings: Settings, world: World, device: torch.device, teacher: Teacher | None
+    ) -> None:
+        self.model, self.settings, self.world, self.device, self.teacher = model, settings, world, device, teacher
+        hold_in(model, settings.dtype, frozen_only=True)
+        self.flops_per_token = training_flops(model, settings.window_length)
+        self.trained_parameters = sum(p.numel() for p in trained_parameters(model).values())
+        if settings.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if settings.fsdp:
+            if teacher is not None:
+                teacher.settle(model, device, share=False)
+                shard(teacher.model, [[b] for b in layout_of(teacher.model).blocks], device, world, settings.dtype)
+            shard(model, layout_of(model).groups, device, world, settings.dtype)
+            self.wrapped: nn.Module = model
+        else:
+            nn.Module.to(model, device)
+            if teacher is not None:
+                teacher.settle(model, device)
+            self.wrapped = replicate(model, world)
+        model.train()
+        trained = list(trained_parameters(model).values())
+        self.optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
+        fp16 = settings.dtype is torch.float16
+        self._scale = {"loss_scale": _FIRST_LOSS_SCALE if fp16 else 1.0, "since": 0, "skipped": 0}
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Computes in the precision asked for; with FSDP its policy does that."""
+        mixed = self.settings.dtype is not torch.float32 and not self.settings.fsdp
+        with torch.autocast(self.device.type, self.settings.dtype, enabled=mixed):
+            yield
+
+    def step(self, number: int, windows: torch.Tensor) -> dict[str, float]:
+        """One step of the optimizer.
+
+        Args:
+            number: of the step, from 0.
+            windows: (batch_windows, window_length + 1) ids, the same on every process; each takes its share.
+
+        Returns:
+            loss, cross_entropy and divergence a token in nats, the learning rate, and the gradients' norm.
+
+        Raises:
+            NotFiniteError: the parameters are as they were before.
+        """
+        settings, world = self.settings, self.world
+        # Dropout must not depend on what ran before, or a resumed run would differ.
+        torch.manual_seed(hash((settings.seed, number, world.rank)) % 2**63)
+        share = windows.tensor_split(world.size)[world.rank].to(self.device)
+        parts = share.split(settings.micro_batch)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for index, part in enumerate(parts):
+            with reduced(self.wrapped, last=index == len(parts) - 1):
+                loss = self._loss(part, self._scale["loss_scale"] / (share.shape[0] * settings.window_length))
+                loss.loss.backward()
+            sums += torch.stack((loss.cross_entropy, loss.divergence))
+        entropy, divergence = (world.sum(sums) / settings.batch_tokens).tolist()
+        mean = (1 - settings.distill_weight) * entropy + settings.distill_weight * divergence
+        if not math.isfinite(mean):
+            raise NotFiniteError(f"the loss of step {number + 1} is not finite")
+        lr = settings.lr_at(number)
+        norm = self._update(number, lr)
+        return {"loss": mean, "cross_entropy": entropy, "divergence": divergence, "lr": lr, "gradient_norm": norm}
+
+    def _loss(self, part: torch.Tensor, scale: float) -> Any:
+        inputs, targets = part[:, :-1], part[:, 1:]
+        with self.computing():
+            teacher_logits, entering = (None, None) if self.teacher is None else self.teacher.logits(inputs)
+            with contextlib.nullcontext() if self.teacher is None else self.teacher.entered(entering):
+                logits = self.wrapped(input_ids=inputs, use_cache=False).logits
+        return token_loss(
+            logits.flatten(0, 1),
+            targets.flatten(),
+            scale=scale,
+            teacher_logits=None if teacher_logits is None else teacher_logits.flatten(0, 1),
+            distill_weight=self.settings.distill_weight,
+        )
+
+    def _update(self, number: int, lr: float) -> float:
+        """Clips and steps; returns the gradients' norm. Steps whose fp16 gradients overflow are skipped."""
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = whole(torch.nn.utils.get_total_norm(gradients)).item() / self._scale["loss_scale"]
+        if math.isfinite(norm):
+            torch._foreach_mul_(gradients, min(1.0, self.settings.clip / (norm + 1e-6)) / self._scale["loss_scale"])
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._adjust_scale(number, math.isfinite(norm))
+        return norm
+
+    def _adjust_scale(self, number: int, finite: bool) -> None:
+        scale = self._scale
+        scale["since"] = scale["since"] + 1 if finite else 0
+        scale["skipped"] = 0 if finite else scale["skipped"] + 1
+        if not finite and (self.settings.dtype is not torch.float16 or scale["skipped"] == _MOST_SKIPPED):
+            raise NotFiniteError(f"the gradients of step {number + 1} are not finite")
+        if self.settings.dtype is torch.float16 and (not finite or scale["since"] == _STEPS_TO_RAISE):
+            scale["loss_scale"] *= 2.0 if finite else 0.5
+            scale["since"] = 0
+
+    def tensors(self) -> dict[str, Any]:
+        """What is trained and the optimizer's state, for a distributed checkpoint."""
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=_TRAINED_ONLY)
+        return {"model": model, "optimizer": optimizer}
+
+    def state(self) -> dict[str, Any]:
+        """What else the next step depends on, JSON-ready."""
+        return {"scale": self._scale}
+
+    def restore(self, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+        """Takes over what `tensors` and `state` gave."""
+        options = StateDictOptions(strict=False)
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=tensors["model"],
+            optim_state_dict=tensors["optimizer"],
+            options=options,
+        )
+        self._scale = dict(state["scale"])
+
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        """What is trained, in full, on the CPU, by name; every process must call it."""
+        return {name: whole(p.detach()).cpu() for name, p in trained_parameters(self.model).items()}
+
+
+class Speed:
+    """Tokens a second, and what share of the device's peak that is.
+
+    Args:
+        training: whose device and operations count.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self._flops, self._size = training.flops_per_token, training.world.size
+        name = torch.cuda.get_device_name(training.device) if training.device.type == "cuda" else ""
+        self._peak = next((peak for known, peak in _PEAK_FLOPS.items() if known in name), None)
+        self._last, self._seconds, self._tokens = (0, 1.0), 0.0, 0
+
+    @contextlib.contextmanager
+    def timing(self, tokens: int) -> Iterator[None]:
+        """Counts what happens within it as training of so many tokens."""
+        started = time.perf_counter()
+        yield
+        self._last = (tokens, time.perf_counter() - started)
+        self._tokens += tokens
+        self._seconds += self._last[1]
+
+    def read(self) -> dict[str, float]:
+        """tokens_per_second of the last timing and, where the peak is known, model_flops_utilisation."""
+        tokens, seconds = self._last
+        reading = {"tokens_per_second": tokens / seconds}
+        if self._peak is not None:
+            reading["model_flops_utilisation"] = tokens / seconds * self._flops / (self._peak * self._size)
+        return reading
+
+    def mean(self) -> float:
+        """Tokens a second over all timings; 0 before the first."""
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+
+def hold_in(model: nn.Module, dtype: torch.dtype, frozen_only: bool = False) -> None:
+    """Casts parameters, or those that are not trained; buffers, such as rotary frequencies, stay as they are."""
+    for parameter in model.parameters():
+        if not (frozen_only and parameter.requires_grad):
+            parameter.data = parameter.data.to(dtype)
