@@ -72,7 +72,8 @@ def test_every_block_of_a_page_runs(page: str, workplace: Path, monkeypatch: pyt
                 assert make_recipe(arguments[0])
             elif program == "flexigpt" and language == "bash":
                 run_flexigpt(arguments)
-            elif program == "flexigpt":
+            elif program in ("flexigpt", "torchrun"):
+                arguments = arguments[arguments.index("flexigpt") + 1 :] if program == "torchrun" else arguments
                 typer.main.get_command(app).commands[arguments[0]].make_context(arguments[0], arguments[1:])
             else:
                 assert language == "sh"

@@ -70,7 +70,9 @@ class NormedOutput(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., inputs) -> (..., hidden_size)."""
-        return self.output_norm(self.inner(x))
+        y = self.inner(x)
+        # Under autocast a norm returns float32, and every block from here on would carry that.
+        return self.output_norm(y).to(y.dtype)
 
 
 class FlexiGPTForCausalLM(PreTrainedModel, GenerationMixin):

@@ -33,10 +33,12 @@ from flexigpt.recover_options import RecoverOptions, resolve_settings
 from flexigpt.run_folder import RunFolder
 from flexigpt.tracking import Trackers
 from flexigpt.trainable import USES_LORA, lora_rank_for, matching_lora_rank, merge_lora, prepare_training
-from flexigpt.training import NotFiniteError, Speed, Training, hold_in
+from flexigpt.training import NotFiniteError, Speed, Training, hold_in, peak_bytes
 from flexigpt.writing import RECORD, check_output, check_space, write_checkpoint
 
 _EVALUATIONS = 10
+# A checkpoint holds each trained parameter and AdamW's two averages in float32; there are two, and one being written.
+_BYTES_PER_TRAINED, _CHECKPOINTS = 12, 3
 
 # (what a step gave, steps of the run)
 Log = Callable[[dict[str, float], int], None]
@@ -162,6 +164,7 @@ class _Run:
             except NotFiniteError as error:
                 self._fall_back(training, str(error))
         self.measured["trained_parameters"] = training.trained_parameters
+        self.measured["peak_bytes"] = peak_bytes(self.device)
         return training.trained_tensors()
 
     def _held_out_text(self) -> TokenizedText | None:
@@ -192,12 +195,12 @@ class _Run:
 
     def _prepare(self) -> Training:
         model = load_model(self.model, device="cpu")
-        if self.world.leads:
-            check_space(self.out, stored_bytes(model))
-        dtype = self.settings.dtype
+        stored, dtype = stored_bytes(model), self.settings.dtype
         teacher = None if self.options.teacher is None else Teacher(self.options.teacher, model, dtype)
         prepare_training(model, self.options.train, self.lora_rank, self.options.seed)
         training = Training(model, self.settings, self.world, self.device, teacher)
+        if self.world.leads:
+            check_space(self.out, stored + _CHECKPOINTS * _BYTES_PER_TRAINED * training.trained_parameters)
         if teacher is not None:
             self.measured["teacher"] = {
                 "shared_bytes": teacher.shared_bytes,

@@ -2,11 +2,13 @@
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -255,3 +257,15 @@ def hold_in(model: nn.Module, dtype: torch.dtype, frozen_only: bool = False) -> 
     for parameter in model.parameters():
         if not (frozen_only and parameter.requires_grad):
             parameter.data = parameter.data.to(dtype)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has held: on its GPU, or, without one, in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    process: Any = psutil.Process().memory_info()
+    if hasattr(process, "peak_wset"):  # Windows, which has no `resource`
+        return int(process.peak_wset)
+    import resource  # noqa: PLC0415 - see above
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,239 @@
+"""Perplexity after recovery: plain removal, the paper's recipe, its ablations, and ours, trained on the same batches.
+
+python benchmarks/recovery.py --ratios 0.3 0.4 --workers 2
+
+Every run is a `flexigpt` command. What each gave is kept in benchmarks/results/recovery.json and not run again; the
+table goes to benchmarks/results/recovery.md. The learning rate of each row is the best of three, by perplexity on
+another text after a tenth of the tokens.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "novel16"
+RESULTS = Path(__file__).parent / "results"
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+DEVELOPMENT_CHAPTERS = 4
+SEARCH_SHARE = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of the table.
+
+    Attributes:
+        label: what it is called.
+        start: arguments of the command that makes the model to train; RATIO, FEWER, COMPACT stand for what they say.
+        train: further arguments of `flexigpt recover`.
+    """
+
+    label: str
+    start: tuple[str, ...]
+    train: tuple[str, ...] = ()
+
+
+PRUNE = ("prune", "--ratio", "RATIO")
+REMOVE = ("baseline", "--ratio", "RATIO")
+REMOVE_FEWER = ("baseline", "--ratio", "FEWER")
+MATCH = ("--match", "COMPACT")
+TEACH = ("--teacher", str(EXAMPLE))
+ONLY = ("--train", "replicas")
+
+ROWS = {
+    "removal": Row(label="plain removal + LoRA", start=REMOVE, train=MATCH),
+    "kept": Row(label="the paper's start + LoRA on kept blocks", start=PRUNE),
+    "paper": Row(label="the paper's recipe: replicas only", start=PRUNE, train=ONLY),
+    "fewer": Row(label="plain removal of one block fewer + LoRA", start=REMOVE_FEWER, train=MATCH),
+    "distilled": Row(label="the paper's start + LoRA on kept blocks + distillation", start=PRUNE, train=TEACH),
+    "removal-distilled": Row(label="plain removal + LoRA + distillation", start=REMOVE, train=MATCH + TEACH),
+    "fewer-distilled": Row(
+        label="plain removal of one block fewer + LoRA + distillation", start=REMOVE_FEWER, train=MATCH + TEACH
+    ),
+    "no-norm": Row(label="replicas only, without output norm", start=(*PRUNE, "--no-output-norm"), train=ONLY),
+    "zero-init": Row(
+        label="replicas only, without SVD adapter initialisation",
+        start=(*PRUNE, "--adapter-init", "zero"),
+        train=ONLY,
+    ),
+    "no-elimination": Row(
+        label="replicas only, without high-rank elimination",
+        start=(*PRUNE, "--base-distance", "full-rank"),
+        train=ONLY,
+    ),
+}
+
+
+class Bench:
+    """Runs commands, a few at a time, and remembers what they gave."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.work = Path(arguments.work)
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.file = RESULTS / "recovery.json"
+        self.known: dict[str, dict] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.lock = threading.Lock()
+        self.depth = AutoConfig.from_pretrained(EXAMPLE).num_hidden_layers
+        self.development = self.work / "development.jsonl"
+        rows = (EXAMPLE / "calibration.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        self.development.write_text("".join(rows[:DEVELOPMENT_CHAPTERS]), encoding="utf-8")
+
+    def flexigpt(self, *command: str) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.arguments.threads)}
+        ran = subprocess.run(
+            [sys.executable, "-m", "flexigpt", *command], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        if ran.returncode:
+            raise RuntimeError(f"flexigpt {' '.join(command)}\n{ran.stderr[-2000:]}")
+
+    def start(self, start: tuple[str, ...], ratio: float) -> Path:
+        """The folder of a model to train, made where it is not there yet."""
+        fewer = (int(ratio * self.depth + 1e-9) - 1) / self.depth
+        names = {"RATIO": str(ratio), "FEWER": str(fewer)}
+        command = [names.get(word, word) for word in start]
+        out = self.work / "-".join(word.strip("-").replace("/", "_") for word in command)
+        with self.lock:
+            if not (out / "record.json").exists():
+                shutil.rmtree(out, ignore_errors=True)
+                calibration = str(EXAMPLE / "calibration.jsonl")
+                self.flexigpt(
+                    *(command[0], str(EXAMPLE), str(out), *command[1:]),
+                    *("--calibration", calibration, "--window-length", "256"),
+                )
+        return out
+
+    def train(self, name: str, ratio: float, lr: float, tokens: int, held_out: Path) -> dict:
+        """What `flexigpt recover` measured; from the file where it has run before."""
+        key = f"{name} {ratio} {tokens} {lr}"
+        if key not in self.known:
+            row = ROWS[name]
+            out = self.work / f"recovered-{key.replace(' ', '-')}"
+            compact = str(self.start(PRUNE, ratio))
+            unfinished = out.with_name(f"{out.name}.recovery").exists()
+            self.flexigpt(
+                *("recover", str(self.start(row.start, ratio)), str(out)),
+                *(compact if word == "COMPACT" else word for word in row.train),
+                *("--data", str(EXAMPLE / "recovery.parquet"), "--epochs", "3", "--tokens", str(tokens)),
+                *("--batch-tokens", "4096", "--window-length", "256", "--lr", str(lr), "--precision", "fp32"),
+                *("--perplexity", str(held_out), "--eval-every", "1000000", "--save-every", "20"),
+                *(("--resume",) if unfinished else ()),
+            )
+            record = json.loads((out / "record.json").read_text())
+            with self.lock:
+                self.known[key] = {
+                    "before": record["perplexity"]["before"]["perplexity"],
+                    "after": record["perplexity"]["after"]["perplexity"],
+                    "parameters": record["after"]["parameters"],
+                    "bytes": record["after"]["bytes"],
+                    "trained_parameters": record["recovery"]["trained_parameters"],
+                    "tokens_per_second": round(record["recovery"]["tokens_per_second"]),
+                }
+                self.file.write_text(json.dumps(self.known, indent=1, sort_keys=True) + "\n")
+            print(key, self.known[key]["after"], flush=True)
+            shutil.rmtree(out)
+        return self.known[key]
+
+    def best_rate(self, name: str, ratio: float) -> float:
+        tokens = self.arguments.tokens // SEARCH_SHARE
+        tried = {lr: self.train(name, ratio, lr, tokens, self.development)["after"] for lr in LEARNING_RATES}
+        return min(tried, key=tried.__getitem__)
+
+    def run(self, name: str, ratio: float) -> None:
+        lr = self.best_rate(name, ratio)
+        self.train(name, ratio, lr, self.arguments.tokens, EXAMPLE / "validation.jsonl")
+        self.write_table()
+
+    def finished(self, name: str, ratio: float) -> tuple[float, dict] | None:
+        """The learning rate and what was measured, where the row is done."""
+        for lr in LEARNING_RATES:
+            found = self.known.get(f"{name} {ratio} {self.arguments.tokens} {lr}")
+            if found is not None:
+                return lr, found
+        return None
+
+    def write_table(self) -> None:
+        lines = [
+            "# Perplexity after recovery of novel16",
+            "",
+            f"`python benchmarks/recovery.py --ratios {' '.join(map(str, self.arguments.ratios))}`: "
+            f"{self.arguments.tokens:,} tokens of recovery.parquet, 4,096 a step,",
+            f"fp32, {platform.machine()}, torch {torch.__version__}; perplexity on all of validation.jsonl, windows of "
+            "256.",
+            f"The learning rate is the best of {', '.join(f'{lr:g}' for lr in LEARNING_RATES)} by perplexity on "
+            f"{DEVELOPMENT_CHAPTERS} other chapters",
+            f"after 1/{SEARCH_SHARE} of the tokens. The source has 34.86.",
+            "",
+            "| ratio | model | stored MB | trained parameters | lr | before | after |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for ratio in self.arguments.ratios:
+            for name, row in ROWS.items():
+                done = self.finished(name, ratio)
+                if done:
+                    lines.append(table_line(ratio, row.label, *done))
+            lines += self.rivals(ratio)
+        (RESULTS / "recovery.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def rivals(self, ratio: float) -> list[str]:
+        """Plain removal at the compact model's stored bytes, interpolated between two numbers of blocks."""
+        lines = []
+        for ours, more, fewer in (
+            ("kept", "removal", "fewer"),
+            ("distilled", "removal-distilled", "fewer-distilled"),
+        ):
+            done = [self.finished(name, ratio) for name in (ours, more, fewer)]
+            if all(done):
+                compact, removed, larger = (found for _, found in done)
+                share = (compact["bytes"] - removed["bytes"]) / (larger["bytes"] - removed["bytes"])
+                between = {
+                    key: removed[key] + share * (larger[key] - removed[key]) for key in ("bytes", "before", "after")
+                }
+                label = f"**{ROWS[more].label} at the bytes of `{ROWS[ours].label}`**"
+                lines.append(
+                    f"| {ratio} | {label} | {between['bytes'] / 1e6:.2f} | | | {between['before']:.2f} | "
+                    f"{between['after']:.2f} |"
+                )
+        return lines
+
+
+def table_line(ratio: float, label: str, lr: float, found: dict) -> str:
+    return (
+        f"| {ratio} | {label} | {found['bytes'] / 1e6:.2f} | {found['trained_parameters']:,} | {lr:g} | "
+        f"{found['before']:.2f} | {found['after']:.2f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.4])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--work", default=str(ROOT / "out" / "benchmark-recovery"))
+    arguments = parser.parse_args()
+
+    bench = Bench(arguments)
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        runs = [pool.submit(bench.run, name, ratio) for ratio in arguments.ratios for name in arguments.rows]
+        for run in runs:
+            run.result()
+    bench.write_table()
+    print((RESULTS / "recovery.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
