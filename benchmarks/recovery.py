@@ -1,4 +1,4 @@
-"""Perplexity after recovery: plain removal, the paper's recipe, its ablations, and ours, trained on the same batches.
+"""Perplexity after recovery: plain removal, the paper's recipe, its ablations, ours, and extension; the same batches.
 
 python benchmarks/recovery.py --ratios 0.3 0.4 --workers 2
 
@@ -25,7 +25,7 @@ from transformers import AutoConfig
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "novel16"
 RESULTS = Path(__file__).parent / "results"
-LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+LEARNING_RATES = (3e-3, 1e-2, 3e-2)
 DEVELOPMENT_CHAPTERS = 4
 SEARCH_SHARE = 10
 
@@ -36,8 +36,9 @@ class Row:
 
     Attributes:
         label: what it is called.
-        start: arguments of the command that makes the model to train; RATIO, FEWER, COMPACT stand for what they say.
-        train: further arguments of `flexigpt recover`.
+        start: arguments of the command that makes the model to train, with RATIO or FEWER in the place of a ratio;
+            none: the source itself is trained.
+        train: further arguments of `flexigpt recover`, with COMPACT in the place of the compact model of that ratio.
     """
 
     label: str
@@ -52,7 +53,11 @@ MATCH = ("--match", "COMPACT")
 TEACH = ("--teacher", str(EXAMPLE))
 ONLY = ("--train", "replicas")
 
-ROWS = {
+EXTEND = ("extend", "--blocks", "4:12", "--pattern")
+# What stands in the place of a ratio where blocks are repeated.
+EXTENSION = "extension"
+
+PRUNING = {
     "removal": Row(label="plain removal + LoRA", start=REMOVE, train=MATCH),
     "kept": Row(label="the paper's start + LoRA on kept blocks", start=PRUNE),
     "paper": Row(label="the paper's recipe: replicas only", start=PRUNE, train=ONLY),
@@ -74,6 +79,14 @@ ROWS = {
         train=ONLY,
     ),
 }
+EXTENDING = {
+    "source": Row(label="the source + LoRA", start=(), train=MATCH),
+    "block": Row(label="block pattern, + LoRA on kept blocks", start=(*EXTEND, "block")),
+    "sequential": Row(label="sequential pattern, + LoRA on kept blocks", start=(*EXTEND, "sequential")),
+    "block-only": Row(label="block pattern, replicas only", start=(*EXTEND, "block"), train=ONLY),
+    "sequential-only": Row(label="sequential pattern, replicas only", start=(*EXTEND, "sequential"), train=ONLY),
+}
+ROWS = PRUNING | EXTENDING
 
 
 class Bench:
@@ -99,29 +112,30 @@ class Bench:
         if ran.returncode:
             raise RuntimeError(f"flexigpt {' '.join(command)}\n{ran.stderr[-2000:]}")
 
-    def start(self, start: tuple[str, ...], ratio: float) -> Path:
+    def start(self, start: tuple[str, ...], ratio: str) -> Path:
         """The folder of a model to train, made where it is not there yet."""
-        fewer = (int(ratio * self.depth + 1e-9) - 1) / self.depth
-        names = {"RATIO": str(ratio), "FEWER": str(fewer)}
+        if not start:
+            return EXAMPLE
+        names = {"RATIO": ratio}
+        if "FEWER" in start:
+            names["FEWER"] = str((int(float(ratio) * self.depth + 1e-9) - 1) / self.depth)
         command = [names.get(word, word) for word in start]
-        out = self.work / "-".join(word.strip("-").replace("/", "_") for word in command)
+        out = self.work / "-".join(word.strip("-").replace("/", "_").replace(":", "_") for word in command)
+        scored = ("--calibration", str(EXAMPLE / "calibration.jsonl"), "--window-length", "256")
         with self.lock:
             if not (out / "record.json").exists():
                 shutil.rmtree(out, ignore_errors=True)
-                calibration = str(EXAMPLE / "calibration.jsonl")
-                self.flexigpt(
-                    *(command[0], str(EXAMPLE), str(out), *command[1:]),
-                    *("--calibration", calibration, "--window-length", "256"),
-                )
+                scored = () if command[0] == "extend" else scored
+                self.flexigpt(command[0], str(EXAMPLE), str(out), *command[1:], *scored)
         return out
 
-    def train(self, name: str, ratio: float, lr: float, tokens: int, held_out: Path) -> dict:
+    def train(self, name: str, ratio: str, lr: float, tokens: int, held_out: Path) -> dict:
         """What `flexigpt recover` measured; from the file where it has run before."""
         key = f"{name} {ratio} {tokens} {lr}"
         if key not in self.known:
             row = ROWS[name]
             out = self.work / f"recovered-{key.replace(' ', '-')}"
-            compact = str(self.start(PRUNE, ratio))
+            compact = str(self.start((*EXTEND, "block") if ratio == EXTENSION else PRUNE, ratio))
             unfinished = out.with_name(f"{out.name}.recovery").exists()
             self.flexigpt(
                 *("recover", str(self.start(row.start, ratio)), str(out)),
@@ -146,17 +160,17 @@ class Bench:
             shutil.rmtree(out)
         return self.known[key]
 
-    def best_rate(self, name: str, ratio: float) -> float:
+    def best_rate(self, name: str, ratio: str) -> float:
         tokens = self.arguments.tokens // SEARCH_SHARE
         tried = {lr: self.train(name, ratio, lr, tokens, self.development)["after"] for lr in LEARNING_RATES}
         return min(tried, key=tried.__getitem__)
 
-    def run(self, name: str, ratio: float) -> None:
+    def run(self, name: str, ratio: str) -> None:
         lr = self.best_rate(name, ratio)
         self.train(name, ratio, lr, self.arguments.tokens, EXAMPLE / "validation.jsonl")
         self.write_table()
 
-    def finished(self, name: str, ratio: float) -> tuple[float, dict] | None:
+    def finished(self, name: str, ratio: str) -> tuple[float, dict] | None:
         """The learning rate and what was measured, where the row is done."""
         for lr in LEARNING_RATES:
             found = self.known.get(f"{name} {ratio} {self.arguments.tokens} {lr}")
@@ -168,7 +182,7 @@ class Bench:
         lines = [
             "# Perplexity after recovery of novel16",
             "",
-            f"`python benchmarks/recovery.py --ratios {' '.join(map(str, self.arguments.ratios))}`: "
+            f"`python benchmarks/recovery.py --ratios {' '.join(self.arguments.ratios)}`: "
             f"{self.arguments.tokens:,} tokens of recovery.parquet, 4,096 a step,",
             f"fp32, {platform.machine()}, torch {torch.__version__}; perplexity on all of validation.jsonl, windows of "
             "256.",
@@ -179,15 +193,16 @@ class Bench:
             "| ratio | model | stored MB | trained parameters | lr | before | after |",
             "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
         ]
-        for ratio in self.arguments.ratios:
+        for ratio in (*self.arguments.ratios, EXTENSION):
             for name, row in ROWS.items():
                 done = self.finished(name, ratio)
                 if done:
                     lines.append(table_line(ratio, row.label, *done))
-            lines += self.rivals(ratio)
+            if ratio != EXTENSION:
+                lines += self.rivals(ratio)
         (RESULTS / "recovery.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def rivals(self, ratio: float) -> list[str]:
+    def rivals(self, ratio: str) -> list[str]:
         """Plain removal at the compact model's stored bytes, interpolated between two numbers of blocks."""
         lines = []
         for ours, more, fewer in (
@@ -209,7 +224,7 @@ class Bench:
         return lines
 
 
-def table_line(ratio: float, label: str, lr: float, found: dict) -> str:
+def table_line(ratio: str, label: str, lr: float, found: dict) -> str:
     return (
         f"| {ratio} | {label} | {found['bytes'] / 1e6:.2f} | {found['trained_parameters']:,} | {lr:g} | "
         f"{found['before']:.2f} | {found['after']:.2f} |"
@@ -218,7 +233,8 @@ def table_line(ratio: float, label: str, lr: float, found: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.4])
+    parser.add_argument("--ratios", nargs="*", default=["0.3", "0.4"])
+    parser.add_argument("--extension", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
@@ -228,7 +244,9 @@ def main() -> None:
 
     bench = Bench(arguments)
     with ThreadPoolExecutor(arguments.workers) as pool:
-        runs = [pool.submit(bench.run, name, ratio) for ratio in arguments.ratios for name in arguments.rows]
+        jobs = [(name, ratio) for ratio in arguments.ratios for name in PRUNING]
+        jobs += [(name, EXTENSION) for name in EXTENDING if arguments.extension]
+        runs = [pool.submit(bench.run, name, ratio) for name, ratio in jobs if name in arguments.rows]
         for run in runs:
             run.result()
     bench.write_table()

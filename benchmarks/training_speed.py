@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--data", default=str(EXAMPLE / "recovery.parquet"))
     parser.add_argument("--calibration", default=str(EXAMPLE / "calibration.jsonl"))
     parser.add_argument("--ratio", default="0.3")
+    parser.add_argument("--blocks", help="the blocks to prune, instead of a ratio")
     parser.add_argument("--window-length", type=int, default=256)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=6)
@@ -79,8 +80,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        scored = ("--ratio", arguments.ratio, "--calibration", arguments.calibration)
-        scored += ("--window-length", str(arguments.window_length), "--device", arguments.device)
+        scored: tuple[str, ...] = ("--blocks", arguments.blocks, "--device", arguments.device)
+        if arguments.blocks is None:
+            scored = ("--ratio", arguments.ratio, "--calibration", arguments.calibration)
+            scored += ("--window-length", str(arguments.window_length), "--device", arguments.device)
         flexigpt(arguments, "prune", arguments.source, str(work / "compact"), *scored)
         flexigpt(arguments, "baseline", arguments.source, str(work / "removed"), *scored)
         rounds = [{name: measure(arguments, work, name) for name in VARIANTS} for _ in range(arguments.rounds)]
@@ -93,7 +96,8 @@ def print_table(arguments: argparse.Namespace, rounds: list[dict[str, dict[str, 
         torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {os.cpu_count()} cores"
     )
     print(f"# Training speed and memory, {Path(arguments.source).name}\n")
-    print(f"`python benchmarks/training_speed.py --rounds {arguments.rounds}`: {arguments.steps} steps of")
+    which = f"--ratio {arguments.ratio}" if arguments.blocks is None else f"--blocks {arguments.blocks}"
+    print(f"`python benchmarks/training_speed.py {which} --rounds {arguments.rounds}`: {arguments.steps} steps of")
     print(
         f"{arguments.batch_tokens:,} tokens, windows of {arguments.window_length}, torch {torch.__version__}, {device}."
     )
@@ -108,7 +112,10 @@ def print_table(arguments: argparse.Namespace, rounds: list[dict[str, dict[str, 
         runs = [measured[name] for measured in rounds]
         ratios = [measured[name]["rate"] / measured[reference]["rate"] for measured in rounds]
         teacher = runs[0].get("teacher")
-        memory = "" if teacher is None else f"{teacher['own_bytes'] / 1e6:.1f}, {teacher['shared_bytes'] / 1e6:.1f}"
+        memory = "| |"
+        if teacher is not None:
+            own, shared = teacher["own_bytes"] / 1e6, teacher["shared_bytes"] / 1e6
+            memory = f"{own:.1f} | {shared:.1f} | {teacher['blocks_run_once']}"
         print(
             f"| {name} | {runs[0]['trained_parameters']:,} | {statistics.median(run['rate'] for run in runs):,.0f} | "
             f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | "

@@ -26,6 +26,7 @@ from flexigpt.console import (
     stdout,
     write_and_show,
 )
+from flexigpt.distributed import tells
 from flexigpt.errors import InputError
 from flexigpt.evaluate import EvalOptions, evaluate
 from flexigpt.extend import PATTERNS, ExtendOptions, extend
@@ -290,6 +291,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str) -> None:
-    if message:  # a bare `flexigpt` has printed its help, and that is all
+    if message and tells():  # a bare `flexigpt` has printed its help, and that is all
         print(f"flexigpt: {message}", file=sys.stderr)
     sys.exit(2)

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,10 +44,22 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def wait(self) -> None:
-        """Returns when every process has come here."""
+    def lead(self, action: Callable[[], None]) -> None:
+        """Runs it in the first process, while the others wait for its end.
+
+        Raises:
+            InputError: that of the action, in every process: none is left waiting.
+        """
+        refusal: list[str | None] = [None]
+        if self.leads:
+            try:
+                action()
+            except InputError as error:
+                refusal = [str(error)]
         if self.joined:
-            dist.barrier()
+            dist.broadcast_object_list(refusal)
+        if refusal[0] is not None:
+            raise InputError(refusal[0])
 
 
 ALONE = World()
@@ -61,6 +73,11 @@ def launched() -> bool:
 def launched_rank() -> int:
     """This process's number by torchrun; 0 where it was started without."""
     return int(os.environ["RANK"]) if launched() else 0
+
+
+def tells() -> bool:
+    """Whether this process tells its user of errors: of those that torchrun started, one on each machine does."""
+    return not launched() or os.environ["LOCAL_RANK"] == "0"
 
 
 @contextlib.contextmanager
@@ -100,8 +117,9 @@ def local_device(device: str) -> str:
     if device not in ("auto", "cuda"):
         raise InputError(f"--device {device} would put every process on one GPU: leave it out under torchrun")
     local_rank, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if local_rank >= found:
-        raise InputError(f"torchrun started process {local_rank} of this machine, which has {found} GPUs: start fewer")
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    if started > found:
+        raise InputError(f"torchrun started {started} processes on this machine, which has {found} GPUs: start fewer")
     torch.cuda.set_device(local_rank)
     return f"cuda:{local_rank}"
 

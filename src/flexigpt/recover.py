@@ -83,7 +83,7 @@ def recover(
         run = _Run(model, out, options, world, device)
         if world.leads:
             run.track, run.log = track, log
-        run.open_folder(resume, overwrite)
+        world.lead(lambda: run.open_folder(resume, overwrite))
         trained = run.train(resume)
         part()  # what follows is one process's work
         return run.finish(trained, command) if world.leads else None
@@ -135,6 +135,7 @@ class _Run:
             "lora_rank": self.lora_rank,
             "teacher": None if options.teacher is None else model_fingerprint(options.teacher),
             "distill_weight": settings.distill_weight,
+            "perplexity": None if options.perplexity is None else text_fingerprint(options.perplexity),
             "lr": settings.lr,
             "warmup_steps": settings.warmup_steps,
             "weight_decay": settings.weight_decay,
@@ -146,9 +147,8 @@ class _Run:
     def train(self, resume: bool) -> dict[str, torch.Tensor]:
         """Loads, prepares and trains; returns what was trained, by name, on the CPU."""
         text = self._held_out_text()
-        if not resume and self.world.leads:
-            self._check_enough()
-        self.world.wait()
+        if not resume:
+            self.world.lead(self._check_enough)
         training = self._prepare()
         stream = self._stream()
         if resume and self.folder.steps():
@@ -199,8 +199,8 @@ class _Run:
         teacher = None if self.options.teacher is None else Teacher(self.options.teacher, model, dtype)
         prepare_training(model, self.options.train, self.lora_rank, self.options.seed)
         training = Training(model, self.settings, self.world, self.device, teacher)
-        if self.world.leads:
-            check_space(self.out, stored + _CHECKPOINTS * _BYTES_PER_TRAINED * training.trained_parameters)
+        needed = stored + _CHECKPOINTS * _BYTES_PER_TRAINED * training.trained_parameters
+        self.world.lead(lambda: check_space(self.out, needed))
         if teacher is not None:
             self.measured["teacher"] = {
                 "shared_bytes": teacher.shared_bytes,
@@ -227,6 +227,7 @@ class _Run:
         batches = iterate(stream, settings.batch_windows, settings.steps - start)
         saved = start
         state = stream.state_dict()
+        self.measured["tokens_per_second"] = 0.0
         with closing(batches):
             for step in self.track(range(start, settings.steps), "recovering", settings.steps - start):
                 try:
@@ -237,10 +238,14 @@ class _Run:
                 with speed.timing(settings.batch_tokens):
                     values = training.step(step, windows)
                 self.history.append(values)
+                self.measured["tokens_per_second"] = speed.mean()
                 done = step + 1
                 values |= {"step": done, "tokens": done * settings.batch_tokens, **speed.read()}
                 if text is not None and (done % self.eval_every == 0) and done < settings.steps:
-                    values["perplexity"] = self._measure(training, text)["perplexity"]
+                    try:
+                        values["perplexity"] = self._measure(training, text)["perplexity"]
+                    except InputError as error:  # the text was fine before
+                        raise NotFiniteError(f"the held-out perplexity after step {done} is not finite") from error
                 trackers.log(values, done)
                 if self.log is not None:
                     self.log(values, settings.steps)
@@ -250,7 +255,6 @@ class _Run:
                     saved = done
                 if stop and done < settings.steps:
                     raise InputError(f"interrupted after step {done} of {settings.steps}: --resume goes on from there")
-        self.measured["tokens_per_second"] = speed.mean()
 
     def _agree(self, interrupted: threading.Event) -> bool:
         """Whether any process was told to stop: all have to save together."""

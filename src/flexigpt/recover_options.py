@@ -78,7 +78,7 @@ class RecoverOptions:
     distill_weight: float | None = None
     perplexity: str | None = None
     eval_every: int | None = None
-    save_every: int = 50
+    save_every: int = 20
     report_to: str | None = None
     fsdp: bool = False
     device: str = "auto"

@@ -38,12 +38,13 @@ class RunFolder:
 
     def start(self, identity: dict[str, Any]) -> None:
         """Makes the folder anew for a run of this identity (JSON-ready)."""
+        self._world.lead(lambda: self._start(identity))
+
+    def _start(self, identity: dict[str, Any]) -> None:
         with self._writing("started"):
-            if self._world.leads:
-                shutil.rmtree(self.path, ignore_errors=True)
-                self.path.mkdir(parents=True)
-                _write(self.path / _IDENTITY, identity)
-        self._world.wait()
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True)
+            _write(self.path / _IDENTITY, identity)
 
     def check(self, identity: dict[str, Any]) -> None:
         """Refuses to resume a run of another identity.
@@ -82,20 +83,19 @@ class RunFolder:
             InputError: a disk that is full or cannot be written to; the checkpoints before stay.
         """
         partial = self.path / f"checkpoint-{step}.partial"
-        if self._world.leads:
-            shutil.rmtree(partial, ignore_errors=True)
-        self._world.wait()
+        self._world.lead(lambda: shutil.rmtree(partial, ignore_errors=True))
+        with self._writing("saved", partial), _quietly():
+            save_tensors(tensors, checkpoint_id=partial, no_dist=not self._world.joined)
+        self._world.lead(lambda: self._complete(step, partial, state))
+
+    def _complete(self, step: int, partial: Path, state: dict[str, Any]) -> None:
         with self._writing("saved", partial):
-            with _quietly():
-                save_tensors(tensors, checkpoint_id=partial, no_dist=not self._world.joined)
-            if self._world.leads:
-                _write(partial / _STATE, state)
-                final = self.path / f"checkpoint-{step}"
-                shutil.rmtree(final, ignore_errors=True)
-                partial.rename(final)
-                for old in self.steps()[:-_KEPT]:
-                    shutil.rmtree(self.path / f"checkpoint-{old}", ignore_errors=True)
-        self._world.wait()
+            _write(partial / _STATE, state)
+            final = self.path / f"checkpoint-{step}"
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            for old in self.steps()[:-_KEPT]:
+                shutil.rmtree(self.path / f"checkpoint-{old}", ignore_errors=True)
 
     def load(self, step: int, tensors: dict[str, Any]) -> dict[str, Any]:
         """Reads a checkpoint into these tensors, whatever number of processes wrote it, and returns its state.

@@ -73,12 +73,16 @@ def _train_replicas(model: PreTrainedModel, lora_rank: int) -> None:
 
 def _train_replicas_and_kept(model: PreTrainedModel, lora_rank: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model  # noqa: PLC0415 - seconds of import that only this needs
+    from peft.tuners.lora import LoraLayer  # noqa: PLC0415
 
     layout = layout_of(model)
     targets = [f"{layout.prefix}.{block}.{path}" for block in layout.kept for path in layout.linears]
     transposed = isinstance(model.get_submodule(targets[0]), Conv1D)
     config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=targets, fan_in_fan_out=transposed)
     inject_adapter_in_model(config, model)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False  # autocast does it, without a detour through float32
     for name, parameter in model.named_parameters():
         if name.endswith((".adapter_A", ".adapter_B", ".output_norm.weight")):
             parameter.requires_grad_(True)
@@ -188,23 +192,22 @@ def _sides(layout: Layout) -> int:
 
 
 def training_flops(model: PreTrainedModel, window_length: int) -> int:
-    """Floating-point operations of one training step for one token, by the usual count.
+    """Floating-point operations of training on one token, by the usual count.
 
-    A forward pass takes 2 for each weight that a token meets (a base's once more for each of its replicas) and the
-    causal half of attention's 4 x tokens x hidden size. A backward pass takes as much for the gradients of the
-    activations, from the last block down to the first trained one, and 2 for each trained weight.
+    A forward pass takes 2 for each weight that a token meets (a base's once more for each of its replicas) and, in each
+    block, the causal half of attention's 4 x tokens x hidden size. A backward pass takes 2 again for each weight and
+    twice attention's, from the head down to the first trained block, and 2 for each trained weight.
     """
-    layout = layout_of(model)
-    first = first_trained_block(model)
+    layout, first = layout_of(model), first_trained_block(model)
     weights = [sum(p.numel() for p in block.parameters() if p.ndim == 2) for block in layout.blocks]
     for block, base in layout.bases.items():
         weights[block] += sum(_size(layout.blocks[base].get_submodule(path)) for path in layout.linears)
     attention = 2 * window_length * model.config.get_text_config().hidden_size
     head = model.get_output_embeddings()
     outside = 0 if head is None else 2 * head.weight.numel()
-    forward = [2 * number + attention for number in weights]
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2)
-    return sum(forward) + outside + sum(forward[first:]) + outside + 2 * trained
+    forward = outside + sum(2 * number + attention for number in weights)
+    backward = outside + sum(2 * number + 2 * attention for number in weights[first:])
+    return forward + backward + 2 * sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2)
 
 
 def _size(linear: nn.Module) -> int:
