@@ -105,9 +105,10 @@ def print_table(arguments: argparse.Namespace, rounds: list[dict[str, dict[str, 
         "Rates are medians; ratios are medians (and ranges) of ratios within a round. Peak memory is the process's.\n"
     )
     print(
-        "| variant | trained parameters | tokens/s | to plain removal + LoRA | peak MB | teacher's own MB, shared MB |"
+        "| variant | trained parameters | tokens/s | to plain removal + LoRA | peak MB | teacher: own MB | shared MB | "
+        "blocks run once |"
     )
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name in VARIANTS:
         runs = [measured[name] for measured in rounds]
         ratios = [measured[name]["rate"] / measured[reference]["rate"] for measured in rounds]

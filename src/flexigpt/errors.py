@@ -12,3 +12,8 @@ def check_seed(seed: int | None) -> None:
     """Raises InputError for a seed that not every random generator takes."""
     if seed is not None and not 0 <= seed < 2**32:
         raise InputError(f"--seed {seed} is out of range: give 0 to {2**32 - 1}")
+
+
+def flag(field: str) -> str:
+    """The flag of an option's field: --batch-tokens of batch_tokens."""
+    return f"--{field.replace('_', '-')}"

@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 
 from flexigpt.checkpoint import check_depth, compact_of, move
 from flexigpt.data import TokenizedText
-from flexigpt.errors import InputError
+from flexigpt.errors import InputError, flag
 from flexigpt.initialization import ADAPTER_INITS, DEFAULT_NORM_INIT, check_norm_init, default_rank, initialize_replicas
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
 from flexigpt.plan import ModelShape, Plan
 from flexigpt.progress import Track, silent
 from flexigpt.record import Record, measure_both, new_record
-from flexigpt.scoring import CheckedSource, ScoringOptions, check_source, chosen, flag, open_scored, pruned_or_count
+from flexigpt.scoring import CheckedSource, ScoringOptions, check_source, chosen, open_scored, pruned_or_count
 from flexigpt.selection import BASE_DISTANCES, base_distances, choose_bases
 
 

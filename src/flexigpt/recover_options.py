@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from flexigpt.distributed import World, launched
-from flexigpt.errors import InputError, check_seed
+from flexigpt.errors import InputError, check_seed, flag
 from flexigpt.tracking import check_trackers
 from flexigpt.trainable import TRAIN, USES_LORA
 from flexigpt.training import PRECISIONS, Settings
@@ -131,10 +131,6 @@ def parse_tokens(tokens: str) -> int:
     if count < 1:
         raise InputError(f"--tokens {tokens} cannot be read: give a number of tokens, as 1B, 600M or 100000")
     return count
-
-
-def flag(field: str) -> str:
-    return f"--{field.replace('_', '-')}"
 
 
 def resolve_settings(options: RecoverOptions, window_length: int, world: World, device: torch.device) -> Settings:

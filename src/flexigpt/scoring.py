@@ -11,7 +11,7 @@ from flexigpt.architecture import find_architecture, model_shape, num_blocks
 from flexigpt.calibration import block_means
 from flexigpt.checkpoint import check_dtype, check_finite, load_model, load_tokenizer, open_empty, read_config
 from flexigpt.data import DEFAULT_TEXT, TokenizedText, calibration_windows, check_window_length, tokenize_text
-from flexigpt.errors import InputError, check_seed
+from flexigpt.errors import InputError, check_seed, flag
 from flexigpt.plan import ModelShape, parse_size
 from flexigpt.progress import Track
 from flexigpt.selection import BLOCK_SCORES, check_blocks, lowest, num_pruned_at
@@ -107,11 +107,6 @@ class ScoringOptions:
         if self.calibrates or self.perplexity is not None:
             values |= {"window_length": window_length, "text_column": self.text_column or "text"}
         return values
-
-
-def flag(field: str) -> str:
-    """The flag of a field."""
-    return f"--{field.replace('_', '-')}"
 
 
 @dataclass(frozen=True, kw_only=True)

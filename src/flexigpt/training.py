@@ -97,7 +97,7 @@ class Training:
         self.flops_per_token = training_flops(model, settings.window_length)
         self.trained_parameters = sum(p.numel() for p in trained_parameters(model).values())
         if settings.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            _checkpoint_activations(model)
         if settings.fsdp:
             if teacher is not None:
                 teacher.settle(model, device, share=False)
@@ -130,7 +130,8 @@ class Training:
             windows: (batch_windows, window_length + 1) ids, the same on every process; each takes its share.
 
         Returns:
-            loss, cross_entropy and divergence a token in nats, the learning rate, and the gradients' norm.
+            loss, cross_entropy and divergence a token in nats, the learning rate, and, where fp16 has not overflowed,
+            the gradients' norm.
 
         Raises:
             NotFiniteError: the parameters are as they were before.
@@ -152,7 +153,8 @@ class Training:
             raise NotFiniteError(f"the loss of step {number + 1} is not finite")
         lr = settings.lr_at(number)
         norm = self._update(number, lr)
-        return {"loss": mean, "cross_entropy": entropy, "divergence": divergence, "lr": lr, "gradient_norm": norm}
+        values = {"loss": mean, "cross_entropy": entropy, "divergence": divergence, "lr": lr}
+        return values | ({"gradient_norm": norm} if math.isfinite(norm) else {})
 
     def _loss(self, part: torch.Tensor, scale: float) -> Any:
         inputs, targets = part[:, :-1], part[:, 1:]
@@ -257,6 +259,14 @@ def hold_in(model: nn.Module, dtype: torch.dtype, frozen_only: bool = False) -> 
     for parameter in model.parameters():
         if not (frozen_only and parameter.requires_grad):
             parameter.data = parameter.data.to(dtype)
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    """Lets the blocks' activations be computed again in the backward pass."""
+    named: Any = getattr(model, "activation_checkpointing_enable", None)  # the older name warns where this one is there
+    (named or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    # transformers made the embeddings' output need a gradient: the backward pass would run through all blocks.
+    model.disable_input_require_grads()
 
 
 def peak_bytes(device: torch.device) -> int:
