@@ -39,11 +39,13 @@ class Row:
         start: arguments of the command that makes the model to train, with RATIO or FEWER in the place of a ratio;
             none: the source itself is trained.
         train: further arguments of `flexigpt recover`, with COMPACT in the place of the compact model of that ratio.
+        rate_of: the row, trained alike, whose search for a learning rate serves this one too; None: its own.
     """
 
     label: str
     start: tuple[str, ...]
     train: tuple[str, ...] = ()
+    rate_of: str | None = None
 
 
 PRUNE = ("prune", "--ratio", "RATIO")
@@ -61,30 +63,45 @@ PRUNING = {
     "removal": Row(label="plain removal + LoRA", start=REMOVE, train=MATCH),
     "kept": Row(label="the paper's start + LoRA on kept blocks", start=PRUNE),
     "paper": Row(label="the paper's recipe: replicas only", start=PRUNE, train=ONLY),
-    "fewer": Row(label="plain removal of one block fewer + LoRA", start=REMOVE_FEWER, train=MATCH),
-    "distilled": Row(label="the paper's start + LoRA on kept blocks + distillation", start=PRUNE, train=TEACH),
-    "removal-distilled": Row(label="plain removal + LoRA + distillation", start=REMOVE, train=MATCH + TEACH),
-    "fewer-distilled": Row(
-        label="plain removal of one block fewer + LoRA + distillation", start=REMOVE_FEWER, train=MATCH + TEACH
+    "fewer": Row(label="plain removal of one block fewer + LoRA", start=REMOVE_FEWER, train=MATCH, rate_of="removal"),
+    "distilled": Row(
+        label="the paper's start + LoRA on kept blocks + distillation", start=PRUNE, train=TEACH, rate_of="kept"
     ),
-    "no-norm": Row(label="replicas only, without output norm", start=(*PRUNE, "--no-output-norm"), train=ONLY),
+    "removal-distilled": Row(
+        label="plain removal + LoRA + distillation", start=REMOVE, train=MATCH + TEACH, rate_of="removal"
+    ),
+    "fewer-distilled": Row(
+        label="plain removal of one block fewer + LoRA + distillation",
+        start=REMOVE_FEWER,
+        train=MATCH + TEACH,
+        rate_of="removal",
+    ),
+    "no-norm": Row(
+        label="replicas only, without output norm", start=(*PRUNE, "--no-output-norm"), train=ONLY, rate_of="paper"
+    ),
     "zero-init": Row(
         label="replicas only, without SVD adapter initialisation",
         start=(*PRUNE, "--adapter-init", "zero"),
         train=ONLY,
+        rate_of="paper",
     ),
     "no-elimination": Row(
         label="replicas only, without high-rank elimination",
         start=(*PRUNE, "--base-distance", "full-rank"),
         train=ONLY,
+        rate_of="paper",
     ),
 }
 EXTENDING = {
     "source": Row(label="the source + LoRA", start=(), train=MATCH),
     "block": Row(label="block pattern, + LoRA on kept blocks", start=(*EXTEND, "block")),
-    "sequential": Row(label="sequential pattern, + LoRA on kept blocks", start=(*EXTEND, "sequential")),
+    "sequential": Row(
+        label="sequential pattern, + LoRA on kept blocks", start=(*EXTEND, "sequential"), rate_of="block"
+    ),
     "block-only": Row(label="block pattern, replicas only", start=(*EXTEND, "block"), train=ONLY),
-    "sequential-only": Row(label="sequential pattern, replicas only", start=(*EXTEND, "sequential"), train=ONLY),
+    "sequential-only": Row(
+        label="sequential pattern, replicas only", start=(*EXTEND, "sequential"), train=ONLY, rate_of="block-only"
+    ),
 }
 ROWS = PRUNING | EXTENDING
 
@@ -98,7 +115,8 @@ class Bench:
         self.work.mkdir(parents=True, exist_ok=True)
         self.file = RESULTS / "recovery.json"
         self.known: dict[str, dict] = json.loads(self.file.read_text()) if self.file.exists() else {}
-        self.lock = threading.Lock()
+        self.lock, self.starting = threading.Lock(), threading.Lock()
+        self.running: dict[str, threading.Lock] = {}
         self.depth = AutoConfig.from_pretrained(EXAMPLE).num_hidden_layers
         self.development = self.work / "development.jsonl"
         rows = (EXAMPLE / "calibration.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -122,7 +140,7 @@ class Bench:
         command = [names.get(word, word) for word in start]
         out = self.work / "-".join(word.strip("-").replace("/", "_").replace(":", "_") for word in command)
         scored = ("--calibration", str(EXAMPLE / "calibration.jsonl"), "--window-length", "256")
-        with self.lock:
+        with self.starting:
             if not (out / "record.json").exists():
                 shutil.rmtree(out, ignore_errors=True)
                 scored = () if command[0] == "extend" else scored
@@ -132,43 +150,59 @@ class Bench:
     def train(self, name: str, ratio: str, lr: float, tokens: int, held_out: Path) -> dict:
         """What `flexigpt recover` measured; from the file where it has run before."""
         key = f"{name} {ratio} {tokens} {lr}"
-        if key not in self.known:
-            row = ROWS[name]
-            out = self.work / f"recovered-{key.replace(' ', '-')}"
-            compact = str(self.start((*EXTEND, "block") if ratio == EXTENSION else PRUNE, ratio))
-            unfinished = out.with_name(f"{out.name}.recovery").exists()
-            self.flexigpt(
-                *("recover", str(self.start(row.start, ratio)), str(out)),
-                *(compact if word == "COMPACT" else word for word in row.train),
-                *("--data", str(EXAMPLE / "recovery.parquet"), "--epochs", "3", "--tokens", str(tokens)),
-                *("--batch-tokens", "4096", "--window-length", "256", "--lr", str(lr), "--precision", "fp32"),
-                *("--perplexity", str(held_out), "--eval-every", "1000000", "--save-every", "20"),
-                *(("--resume",) if unfinished else ()),
-            )
-            record = json.loads((out / "record.json").read_text())
-            with self.lock:
-                self.known[key] = {
-                    "before": record["perplexity"]["before"]["perplexity"],
-                    "after": record["perplexity"]["after"]["perplexity"],
-                    "parameters": record["after"]["parameters"],
-                    "bytes": record["after"]["bytes"],
-                    "trained_parameters": record["recovery"]["trained_parameters"],
-                    "tokens_per_second": round(record["recovery"]["tokens_per_second"]),
-                }
-                self.file.write_text(json.dumps(self.known, indent=1, sort_keys=True) + "\n")
-            print(key, self.known[key]["after"], flush=True)
-            shutil.rmtree(out)
+        with self.lock:
+            running = self.running.setdefault(key, threading.Lock())
+        with running:  # rows that share a run wait for it
+            if key not in self.known:
+                self.remember(key, self.recover(ROWS[name], ratio, lr, tokens, held_out, key.replace(" ", "-")))
+                print(key, self.known[key]["after"], flush=True)
         return self.known[key]
+
+    def recover(self, row: Row, ratio: str, lr: float, tokens: int, held_out: Path, name: str) -> dict:
+        """Runs the command, going on where it was killed."""
+        out = self.work / f"recovered-{name}"
+        compact = str(self.start((*EXTEND, "block") if ratio == EXTENSION else PRUNE, ratio))
+        self.flexigpt(
+            *("recover", str(self.start(row.start, ratio)), str(out)),
+            *(compact if word == "COMPACT" else word for word in row.train),
+            *("--data", str(EXAMPLE / "recovery.parquet"), "--epochs", "3", "--tokens", str(tokens)),
+            *("--batch-tokens", "4096", "--window-length", "256", "--lr", str(lr), "--precision", "fp32"),
+            *("--perplexity", str(held_out), "--eval-every", "1000000", "--save-every", "20"),
+            *(("--resume",) if out.with_name(f"{out.name}.recovery").exists() else ()),
+        )
+        record = json.loads((out / "record.json").read_text())
+        shutil.rmtree(out)
+        return {
+            "before": record["perplexity"]["before"]["perplexity"],
+            "after": record["perplexity"]["after"]["perplexity"],
+            "parameters": record["after"]["parameters"],
+            "bytes": record["after"]["bytes"],
+            "trained_parameters": record["recovery"]["trained_parameters"],
+            "tokens_per_second": round(record["recovery"]["tokens_per_second"]),
+        }
 
     def best_rate(self, name: str, ratio: str) -> float:
         tokens = self.arguments.tokens // SEARCH_SHARE
         tried = {lr: self.train(name, ratio, lr, tokens, self.development)["after"] for lr in LEARNING_RATES}
         return min(tried, key=tried.__getitem__)
 
+    def twin(self, name: str, ratio: str) -> str:
+        """The row that is trained alike from the very same weights: itself, but for ablations that change nothing."""
+        if ratio == EXTENSION or ROWS[name].train != ROWS["paper"].train:
+            return name
+        weights = [self.start(ROWS[row].start, ratio) / "model.safetensors" for row in (name, "paper")]
+        return "paper" if weights[0].read_bytes() == weights[1].read_bytes() else name
+
     def run(self, name: str, ratio: str) -> None:
-        lr = self.best_rate(name, ratio)
-        self.train(name, ratio, lr, self.arguments.tokens, EXAMPLE / "validation.jsonl")
+        lr, tokens = self.best_rate(ROWS[name].rate_of or name, ratio), self.arguments.tokens
+        found = self.train(self.twin(name, ratio), ratio, lr, tokens, EXAMPLE / "validation.jsonl")
+        self.remember(f"{name} {ratio} {tokens} {lr}", found)
         self.write_table()
+
+    def remember(self, key: str, found: dict) -> None:
+        with self.lock:
+            self.known[key] = found
+            self.file.write_text(json.dumps(self.known, indent=1, sort_keys=True) + "\n")
 
     def finished(self, name: str, ratio: str) -> tuple[float, dict] | None:
         """The learning rate and what was measured, where the row is done."""
@@ -188,7 +222,7 @@ class Bench:
             "256.",
             f"The learning rate is the best of {', '.join(f'{lr:g}' for lr in LEARNING_RATES)} by perplexity on "
             f"{DEVELOPMENT_CHAPTERS} other chapters",
-            f"after 1/{SEARCH_SHARE} of the tokens. The source has 34.86.",
+            f"after 1/{SEARCH_SHARE} of the tokens; rows that train alike, as an ablation does, share it.",
             "",
             "| ratio | model | stored MB | trained parameters | lr | before | after |",
             "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
