@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 
 # Everything that has to pass before a change lands.
 test: check
-	$(VENV)/bin/pytest -n 2
+	$(VENV)/bin/pytest -n 2 --dist loadgroup
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check .

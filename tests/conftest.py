@@ -6,6 +6,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from families import tiny_config
+from flexigpt import PruneOptions, prune, write_checkpoint
+from flexigpt.cli import main
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "novel16"
 
@@ -43,3 +46,37 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
     path.write_text("".join(json.dumps({"text": json.loads(row)["text"][:2000]}) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="session")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8,000 characters of the shipped validation text as one document, so that nothing is shuffled."""
+    rows = (EXAMPLE / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    path = tmp_path_factory.mktemp("single") / "text.txt"
+    path.write_text(json.loads(max(rows, key=len))["text"][:8000])
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_compact(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny LLaMA with blocks 2 and 4 pruned."""
+    folder = tmp_path_factory.mktemp("tiny") / "compact"
+    model, _, record = prune(str(tiny_source), PruneOptions(blocks=(2, 4), rank=4))
+    write_checkpoint(folder, model, record, source=str(tiny_source))
+    return folder
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process: exit code, stdout, stderr."""
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return int(stopped.value.code or 0), printed.out, printed.err
+
+    return command

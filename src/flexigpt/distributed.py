@@ -1,6 +1,7 @@
 """Processes that train together: joining them, wrapping a model for them, and what they tell each other."""
 
 import contextlib
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -150,7 +151,10 @@ def replicate(model: nn.Module, world: World) -> nn.Module:
     """The model behind DDP; itself where there is no process group."""
     if not world.joined:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Buffers (rotary frequencies) never change. By its old name before torch 2.13, which warns of that.
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers: Any = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **buffers)
 
 
 @contextlib.contextmanager

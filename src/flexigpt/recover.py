@@ -97,8 +97,8 @@ class _Run:
         self.track: Track = silent
         self.log: Log | None = None
         self.folder = RunFolder(out, world)
-        self.tokenizer = load_tokenizer(model)
         empty = open_empty(model)
+        self.tokenizer = load_tokenizer(model)
         self.window_length = check_window_length(options.window_length, empty.config)
         if options.teacher is not None:
             check_teacher(options.teacher, self.tokenizer, self.window_length)

@@ -110,7 +110,7 @@ class RunFolder:
             state: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         except (CheckpointException, OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
             raise InputError(
-                f"{folder} cannot be read ({one_line(error)[:200]}): remove it to go on from the checkpoint before"
+                f"{folder} cannot be read ({one_line(_cause(error))[:200]}): remove it to go on from the checkpoint before"
             ) from error
         return state
 
@@ -140,11 +140,14 @@ def _quietly() -> Iterator[None]:
         yield
 
 
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong, out of what torch wraps it in."""
+    causes = [wrapped[0] for wrapped in error.failures.values()] if isinstance(error, CheckpointException) else []
+    return causes[0] if causes else error
+
+
 def _reason(error: BaseException) -> str:
-    """A disk's error out of what torch wraps it in."""
-    if isinstance(error, CheckpointException):
-        causes = [wrapped[0] for wrapped in error.failures.values()]
-        error = causes[0] if causes else error
+    error = _cause(error)
     full = any(
         sign in str(error)
         for sign in ("No space left", "File too large", "quota", "file write failed", "PytorchStreamWriter")

@@ -21,10 +21,11 @@ def check_trackers(report_to: str | None) -> None:
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers  # noqa: PLC0415 - slow to import
 
+    installed = {tracker.value for tracker in get_available_trackers()}
     for name in _names(report_to):
         if name not in LOGGER_TYPE_TO_CLASS:
             raise InputError(f"--report-to {name} is unknown: give {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
-        if name not in get_available_trackers():
+        if name not in installed:
             raise InputError(f"--report-to {name} needs a package that is not installed: pip install {name}")
 
 
@@ -39,9 +40,12 @@ class Trackers:
     """
 
     def __init__(self, report_to: str | None, *, run: str, folder: Path, options: dict[str, Any]) -> None:
+        from accelerate import PartialState  # noqa: PLC0415
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS  # noqa: PLC0415
 
         self._trackers: list[Any] = []
+        if report_to:
+            PartialState()  # or the trackers' own log messages are errors
         for name in _names(report_to):
             tracker_class: Any = LOGGER_TYPE_TO_CLASS[name]
             place = {"logging_dir": str(folder)} if tracker_class.requires_logging_directory else {}

@@ -196,20 +196,19 @@ def training_flops(model: PreTrainedModel, window_length: int) -> int:
 
     A forward pass takes 2 for each weight that a token meets (a base's once more for each of its replicas) and, in each
     block, the causal half of attention's 4 x tokens x hidden size. A backward pass takes 2 again for each weight and
-    twice attention's, from the head down to the first trained block, and 2 for each trained weight.
+    twice attention's, from the head down to the first trained block, and 2 for each trained weight (a base's likewise).
     """
     layout, first = layout_of(model), first_trained_block(model)
     weights = [sum(p.numel() for p in block.parameters() if p.ndim == 2) for block in layout.blocks]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2)
     for block, base in layout.bases.items():
-        weights[block] += sum(_size(layout.blocks[base].get_submodule(path)) for path in layout.linears)
+        for path in layout.linears:
+            again = [p for p in layout.blocks[base].get_submodule(path).parameters() if p.ndim == 2]
+            weights[block] += sum(p.numel() for p in again)
+            trained += sum(p.numel() for p in again if p.requires_grad)
     attention = 2 * window_length * model.config.get_text_config().hidden_size
     head = model.get_output_embeddings()
     outside = 0 if head is None else 2 * head.weight.numel()
     forward = outside + sum(2 * number + attention for number in weights)
     backward = outside + sum(2 * number + 2 * attention for number in weights[first:])
-    return forward + backward + 2 * sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2)
-
-
-def _size(linear: nn.Module) -> int:
-    outputs, inputs = linear_size(linear)
-    return outputs * inputs
+    return forward + backward + 2 * trained

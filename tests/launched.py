@@ -1,0 +1,48 @@
+"""Recoveries one after another in each process that torchrun started, since imports take longer than they do.
+
+Its argument is a JSON file of jobs; what came of them goes beside it, a file for each process.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from flexigpt import InputError, RecoverOptions, recover
+from flexigpt.cli import main
+
+
+def command(words: list[str]) -> str:
+    """The exit code of a command."""
+    try:
+        main(words)
+    except SystemExit as stopped:
+        return str(stopped.code)
+    return "none"
+
+
+def run(job: dict[str, Any]) -> str | None:
+    """One recovery; the error's message, or None. With `stop_after` the first process is told to stop then."""
+
+    def log(values: dict[str, float], steps: int) -> None:
+        if values["step"] == job.get("stop_after"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    options = RecoverOptions(**job["options"])
+    try:
+        recover(job["model"], job["out"], options, resume=job.get("resume", False), log=log)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    came_of: dict[str, str | None] = {}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # it serves one process group only
+    for name, asked in json.loads(path.read_text()).items():
+        os.environ["MASTER_PORT"] = str(asked["port"])
+        came_of[name] = command(asked["command"]) if "command" in asked else run(asked)
+    path.with_suffix(f".{os.environ['RANK']}").write_text(json.dumps(came_of))
