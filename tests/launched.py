@@ -3,6 +3,7 @@
 Its argument is a JSON file of jobs; what came of them goes beside it, a file for each process.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -39,6 +40,7 @@ def run(job: dict[str, Any]) -> str | None:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(240, exit=True)  # who waits for whom
     path = Path(sys.argv[1])
     came_of: dict[str, str | None] = {}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # it serves one process group only

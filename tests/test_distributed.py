@@ -1,6 +1,8 @@
 """Two real processes under torchrun (gloo) against one: same losses, same weights, checkpoints that change hands."""
 
+import contextlib
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -44,11 +46,12 @@ def torchrun(*arguments: object) -> "subprocess.CompletedProcess[str]":
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [opened.getsockname()[1] for opened in sockets]
-    for opened in sockets:
-        opened.close()
-    return ports
+    """Below those that systems give to sockets that ask for any: whoever waits for a port must not be given it."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(15000, 32000))) as found:
+            ports.add(found.getsockname()[1])
+    return list(ports)
 
 
 class Two:

@@ -109,8 +109,9 @@ class RunFolder:
                 load_tensors(tensors, checkpoint_id=folder, no_dist=not self._world.joined)
             state: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         except (CheckpointException, OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+            reason = one_line(_cause(error))[:200]
             raise InputError(
-                f"{folder} cannot be read ({one_line(_cause(error))[:200]}): remove it to go on from the checkpoint before"
+                f"{folder} cannot be read ({reason}): remove it to go on from the checkpoint before"
             ) from error
         return state
 
