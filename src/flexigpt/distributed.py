@@ -1,8 +1,10 @@
 """Processes that train together: joining them, wrapping a model for them, and what they tell each other."""
 
 import contextlib
+import gc
 import inspect
 import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +95,9 @@ def joined_world(device: torch.device) -> Iterator[World]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=_group_device(device))
     try:
         yield World(rank=dist.get_rank(), size=dist.get_world_size())
+    except BaseException as error:
+        _free_frames(error)
+        raise
     finally:
         part()
 
@@ -100,7 +105,16 @@ def joined_world(device: torch.device) -> Iterator[World]:
 def part() -> None:
     """Leaves the process group, where there is one: what follows keeps no other process waiting."""
     if dist.is_initialized():
+        # A DDP must not outlive its group: freed last, it joins gloo's threads, and these may be waiting for the GIL.
+        gc.collect()
         dist.destroy_process_group()
+
+
+def _free_frames(error: BaseException | None) -> None:
+    """Lets go of what the frames that an error came through still hold, such as a model behind DDP."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _group_device(device: torch.device) -> torch.device | None:

@@ -161,7 +161,7 @@ def lora_rank_for(model: PreTrainedModel, rank: int | None) -> int:
         return max(layout.ranks.values(), default=default_rank(model.config.get_text_config().hidden_size))
     most = min(min(linear_size(layout.blocks[layout.kept[0]].get_submodule(path))) for path in layout.linears)
     if not 1 <= rank <= most:
-        raise InputError(f"--lora-rank {rank} does not fit: give 1 to {most}")
+        raise InputError(f"a LoRA of rank {rank} does not fit the linears: give --lora-rank 1 to {most}")
     return rank
 
 
