@@ -41,7 +41,7 @@ BAD_INPUT = {
     "COMPACT out --clip 0": "--clip 0.0 is out of range",
     "COMPACT out --seed -1": "--seed -1 is out of range",
     "COMPACT out --device cuda:9": "device cuda:9 cannot be used here",
-    "COMPACT out --lora-rank 99": "--lora-rank 99 does not fit: give 1 to 32",
+    "COMPACT out --lora-rank 99": "a LoRA of rank 99 does not fit the linears: give --lora-rank 1 to 32",
     "COMPACT out --lora-rank 2 --train all": "--lora-rank has no effect with --train all",
     "COMPACT out --eval-every 2": "--eval-every has no effect without --perplexity",
     "COMPACT out --distill-weight 0.5": "--distill-weight has no effect without --teacher",

@@ -86,7 +86,10 @@ def recover(
         world.lead(lambda: run.open_folder(resume, overwrite))
         trained = run.train(resume)
         part()  # what follows is one process's work
-        return run.finish(trained, command) if world.leads else None
+        try:
+            return run.finish(trained, command) if world.leads else None
+        except KeyboardInterrupt:
+            raise InputError(f"interrupted before {out} was written: --resume does what is left") from None
 
 
 class _Run:
