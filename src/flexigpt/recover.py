@@ -112,7 +112,7 @@ class _Run:
         self.settings = resolve_settings(options, self.window_length, world, device)
         self.eval_every = options.eval_every or max(1, round(self.settings.steps / _EVALUATIONS))
         self.history: list[dict[str, float]] = []
-        self.measured: dict[str, Any] = {"window_length": self.window_length}
+        self.measured: dict[str, Any] = {}
         self.stopped: str | None = None
 
     def open_folder(self, resume: bool, overwrite: bool) -> None:
@@ -343,7 +343,7 @@ class _Run:
             "train": self.options.train,
             "processes": self.world.size,
             "history": self.history,
-            **{name: value for name, value in self.measured.items() if name not in ("before", "window_length")},
+            **{name: value for name, value in self.measured.items() if name != "before"},
         }
         if self.stopped is not None:
             record["recovery"]["stopped"] = self.stopped
