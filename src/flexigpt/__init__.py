@@ -14,6 +14,7 @@ from flexigpt.evaluate import EvalOptions as EvalOptions
 from flexigpt.evaluate import evaluate as evaluate
 from flexigpt.extend import ExtendOptions as ExtendOptions
 from flexigpt.extend import extend as extend
+from flexigpt.inspection import inspect_model as inspect_model
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM as FlexiGPTForCausalLM
 from flexigpt.plan import Plan as Plan
 from flexigpt.plan import Replica as Replica
@@ -22,7 +23,6 @@ from flexigpt.prune import plan_only as plan_only
 from flexigpt.prune import prune as prune
 from flexigpt.recover import recover as recover
 from flexigpt.recover_options import RecoverOptions as RecoverOptions
-from flexigpt.report import inspect_model as inspect_model
 from flexigpt.writing import write_checkpoint as write_checkpoint
 
 _AutoConfig.register(FlexiGPTConfig.model_type, FlexiGPTConfig)

@@ -33,10 +33,11 @@ from flexigpt.extend import PATTERNS, ExtendOptions, extend
 from flexigpt.extend import expected_bytes as extend_bytes
 from flexigpt.generate import GenerateOptions, generate
 from flexigpt.initialization import ADAPTER_INITS
+from flexigpt.inspection import inspect_model, inspection_tables
 from flexigpt.prune import PruneOptions, plan_only, prune
 from flexigpt.prune import expected_bytes as prune_bytes
-from flexigpt.report import inspect_model, inspection_tables, notes, plan_table
 from flexigpt.selection import BASE_DISTANCES, BLOCK_SCORES
+from flexigpt.tables import notes, plan_table
 from flexigpt.writing import check_output, check_space, write_plan
 
 app = typer.Typer(

@@ -22,8 +22,8 @@ from flexigpt.distributed import launched_rank
 from flexigpt.errors import InputError
 from flexigpt.recover import recover
 from flexigpt.recover_options import RecoverOptions
-from flexigpt.report import cost_table, notes
 from flexigpt.selection import BLOCK_SCORES
+from flexigpt.tables import cost_table, notes
 from flexigpt.trainable import TRAIN
 from flexigpt.training import PRECISIONS
 from flexigpt.writing import check_output, check_space

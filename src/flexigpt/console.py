@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from flexigpt.errors import InputError
 from flexigpt.plan import parse_size
 from flexigpt.record import Record
-from flexigpt.report import notes, result_tables
+from flexigpt.tables import notes, result_tables
 from flexigpt.writing import write_checkpoint
 
 T = TypeVar("T")

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from flexigpt.checkpoint import load_tokenizer, one_line, stored_bytes
 from flexigpt.errors import InputError
+from flexigpt.model_card import model_card
 from flexigpt.plan import Plan
 from flexigpt.record import Record
-from flexigpt.report import model_card
 
 RECORD = "record.json"
 

@@ -7,7 +7,7 @@ import pytest
 
 from flexigpt import BaselineOptions, PruneOptions, baseline, prune, write_checkpoint
 from flexigpt.record import find_in
-from flexigpt.report import cost_rows, notes, plan_rows, result_tables
+from flexigpt.tables import cost_rows, notes, plan_rows, result_tables
 
 SIZE = {"parameters": 2000, "bytes": 8000}
 
