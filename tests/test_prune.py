@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import flexigpt
 from families import token_ids
 from flexigpt import InputError, Plan, PruneOptions, plan_only, prune
+from flexigpt.architecture import find_architecture
 from flexigpt.checkpoint import stored_bytes
 from flexigpt.initialization import ADAPTER_INITS
 from flexigpt.prune import expected_bytes
@@ -163,6 +165,9 @@ def test_the_method_on_the_shipped_model(example: Path, tmp_path: Path) -> None:
         ({"ratio": 0.3, "blocks": [1]}, "got --ratio and --blocks"),
         ({"ratio": 0.3, "block_score": "best"}, "--block-score best is unknown: give influence, angular"),
         ({"ratio": 0.3, "base_distance": "best"}, "--base-distance best is unknown: give low-rank, full-rank, frob"),
+        ({"ratio": 0.3, "compare_distances": ["far"]}, "--compare-distances far is unknown: give low-rank, full-rank"),
+        ({"ratio": 0.3, "compare_distances": ["low-rank"]}, "names the distance by which bases are chosen"),
+        ({"plan": "p", "compare_distances": ["frobenius"]}, "--compare-distances has no effect"),
         ({"ratio": 0.3, "adapter_init": "best"}, "--adapter-init best is unknown: give svd, zero"),
         ({"ratio": 0.3, "rank": 0}, "--rank 0 is too small"),
         ({"ratio": 0.3, "windows": 0}, "--windows 0 is too small"),
@@ -221,3 +226,37 @@ def test_a_plan_must_fit_the_source(tiny_source: Path, tmp_path: Path) -> None:
         path.write_text(json.dumps(plan.to_dict()))
         with pytest.raises(InputError, match=reason):
             prune(str(tiny_source), PruneOptions(plan=path))
+
+
+def test_what_the_adapters_mend_is_recorded(tiny_source: Path) -> None:
+    """The share of |W_i - W_j|^2 within the first singular values, by a full SVD."""
+    _, _, record = prune(str(tiny_source), PruneOptions(blocks=[2], rank=3))
+    source = AutoModelForCausalLM.from_pretrained(tiny_source)
+    base = next(iter(min(record["distances"][2].items(), key=lambda item: item[1])))
+    spectra = record["adapter_spectra"][2]
+    assert set(spectra) == set(find_architecture(source.config).linears)
+    for path, spectrum in spectra.items():
+        weights = [source.model.layers[i].get_submodule(path).weight.detach().double() for i in (2, base)]
+        energy = torch.linalg.svdvals(weights[0] - weights[1]).square()
+        assert spectrum["ranks"] == [1, 2, 3]
+        for rank, mended in zip(spectrum["ranks"], spectrum["mended"], strict=True):
+            assert mended == pytest.approx((energy[:rank].sum() / energy.sum()).item(), abs=2e-5)
+
+
+def test_further_distances_are_recorded_and_choose_nothing(tiny_source: Path) -> None:
+    plain, compared = (
+        prune(str(tiny_source), PruneOptions(blocks=[2, 4], rank=3, compare_distances=names))
+        for names in (None, ["full-rank", "frobenius"])
+    )
+    assert plain[1] == compared[1]
+    assert set(compared[2]["compared_distances"]) == {"full-rank", "frobenius"}
+    by_frobenius = prune(str(tiny_source), PruneOptions(blocks=[2, 4], rank=3, base_distance="frobenius"))[2]
+    assert compared[2]["compared_distances"]["frobenius"] == by_frobenius["distances"]
+
+
+def test_the_parts_of_both_models_are_recorded(tiny_source: Path) -> None:
+    _, _, record = prune(str(tiny_source), PruneOptions(blocks=[2, 4], rank=3))
+    for name in ("source", "compact"):
+        assert sum(record[name]["parts"].values()) == record[name]["parameters"]
+    assert record["compact"]["parts"]["replicas, adapters"] > 0
+    assert "replicas, adapters" not in record["source"]["parts"]

@@ -90,6 +90,9 @@ def prune_command(
     base_distance: Annotated[
         str | None, typer.Option(help=_PRUNE["base_distance"], metavar="|".join(BASE_DISTANCES))
     ] = None,
+    compare_distances: Annotated[
+        str | None, typer.Option(help=_PRUNE["compare_distances"], metavar="full-rank,frobenius")
+    ] = None,
     adapter_init: Annotated[
         str, typer.Option(help=_PRUNE["adapter_init"], metavar="|".join(ADAPTER_INITS))
     ] = PruneOptions.adapter_init,
@@ -115,6 +118,7 @@ def prune_command(
         window_length=window_length,
         block_score=block_score,
         base_distance=base_distance,
+        compare_distances=None if compare_distances is None else compare_distances.split(","),
         adapter_init=adapter_init,
         norm_init=norm_init,
         output_norm=output_norm,

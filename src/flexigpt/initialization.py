@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from flexigpt.progress import Track, silent
 _HIDDEN_SIZE_PER_RANK = 16
 DEFAULT_NORM_INIT = 0.05
 
+# ranks 1, 2, 4 ... r, and the share of |W_i - W_j|_F^2 that so many of an adapter's directions mend.
+Spectrum = dict[str, list[Any]]
 AdapterInit = Callable[[torch.Tensor, torch.Tensor, int, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -71,7 +73,7 @@ def initialize_replicas(
     seed: int,
     source_blocks: Sequence[int] | None = None,
     track: Track = silent,
-) -> None:
+) -> dict[int, dict[str, Spectrum]]:
     """Fills what is the replicas' own: adapters, output norms and bias differences.
 
     Args:
@@ -83,10 +85,14 @@ def initialize_replicas(
         seed: for random adapters.
         source_blocks: the source's block behind each logical block; None: the same numbering.
         track: told of each replica.
+
+    Returns:
+        By block and path of the linear: what its adapter mends.
     """
     generator = torch.Generator().manual_seed(seed)
     own_blocks = model.block_list
     origins = block_list(source) if source_blocks is None else [block_list(source)[i] for i in source_blocks]
+    spectra: dict[int, dict[str, Spectrum]] = {}
     for replica in track(plan.replicas, "initialising replicas", len(plan.replicas)):
         for path, module in own_blocks[replica.block].named_modules():
             if isinstance(module, SharedLinear):
@@ -95,9 +101,11 @@ def initialize_replicas(
                     cast(nn.Linear, origins[i].get_submodule(linear_path)) for i in (replica.block, replica.base)
                 )
                 _fill_linear(module, own, base, replica, ADAPTER_INITS[adapter_init], generator)
+                spectra.setdefault(replica.block, {})[linear_path] = _spectrum(module, own, base)
             elif isinstance(module, NormedOutput):
                 like = next(source.parameters())
                 module.output_norm.weight = _parameter(torch.full(module.output_norm.normalized_shape, norm_init), like)
+    return spectra
 
 
 def _fill_linear(
@@ -114,6 +122,19 @@ def _fill_linear(
     )
     if shared.bias_difference is not None:
         shared.bias_difference = _parameter(own.bias - base.bias, own.bias)
+
+
+def _spectrum(shared: SharedLinear, own: nn.Linear, base: nn.Linear) -> Spectrum:
+    """What is left of W_i - W_j after the first 1, 2, 4 ... of the adapter's directions."""
+    difference = (weight_matrix(own) - weight_matrix(base)).float()
+    energy = difference.square().sum().item()
+    rank = len(shared.adapter_A)
+    ranks = [*(2**power for power in range(rank.bit_length()) if 2**power < rank), rank]
+    shares = []
+    for r in ranks:
+        left = difference - shared.adapter_B[:, :r].float() @ shared.adapter_A[:r].float()
+        shares.append(round(1 - left.square().sum().item() / energy, 5) if energy else 1.0)
+    return {"ranks": ranks, "mended": shares}
 
 
 def _parameter(values: torch.Tensor, like: torch.Tensor) -> nn.Parameter:

@@ -17,7 +17,7 @@ from flexigpt.plan import ModelShape, Plan
 from flexigpt.progress import Track, silent
 from flexigpt.record import Record, measure_both, new_record
 from flexigpt.scoring import CheckedSource, ScoringOptions, check_source, chosen, open_scored, pruned_or_count
-from flexigpt.selection import BASE_DISTANCES, base_distances, choose_bases
+from flexigpt.selection import BASE_DISTANCES, DEFAULT_DISTANCE, base_distances, choose_bases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class PruneOptions(ScoringOptions):
         plan: a plan file to apply as it is.
         rank: rank of the adapters; default: hidden size / 16.
         base_distance: distance by which each pruned block's base is chosen; default: low-rank.
+        compare_distances: further distances to measure and record, for the report; they choose nothing.
         adapter_init: how adapters start.
         norm_init: constant that the output norms' gamma starts at; default: 0.05.
         output_norm: whether replicas have output norms.
@@ -39,27 +40,33 @@ class PruneOptions(ScoringOptions):
     plan: str | Path | None = None
     rank: int | None = None
     base_distance: str | None = None
+    compare_distances: Sequence[str] | None = None
     adapter_init: str = "svd"
     norm_init: float | None = None
     output_norm: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value, known in (
-            ("base_distance", self.base_distance, BASE_DISTANCES),
-            ("adapter_init", self.adapter_init, ADAPTER_INITS),
-        ):
-            if value is not None and value not in known:
-                raise InputError(f"{flag(name)} {value} is unknown: give {', '.join(known)}")
+        distances = [("compare_distances", name) for name in self.compare_distances or ()]
+        for name, value in (("base_distance", self.base_distance), *distances):
+            if value is not None and value not in BASE_DISTANCES:
+                raise InputError(f"{flag(name)} {value} is unknown: give {', '.join(BASE_DISTANCES)}")
+        if self.adapter_init not in ADAPTER_INITS:
+            raise InputError(f"--adapter-init {self.adapter_init} is unknown: give {', '.join(ADAPTER_INITS)}")
         if self.rank is not None and self.rank < 1:
             raise InputError(f"--rank {self.rank} is too small: give at least 1")
         check_norm_init(self.norm_init)
+        if self.compare_distances and (self.base_distance or DEFAULT_DISTANCE) in self.compare_distances:
+            raise InputError(
+                f"--compare-distances {','.join(self.compare_distances)} names the distance by which bases are chosen, "
+                "which is recorded anyway: name others"
+            )
 
     def idle_settings(self) -> list[tuple[str, str]]:
         """Fields that have no effect beside the others, each with the reason: giving one is an error."""
         idle = super().idle_settings()
         if self.plan is not None:
-            by_plan = ("rank", "calibration", "windows", "block_score", "base_distance")
+            by_plan = ("rank", "calibration", "windows", "block_score", "base_distance", "compare_distances")
             idle += [(name, "the plan decides it") for name in by_plan]
         if not self.output_norm:
             idle.append(("norm_init", "--no-output-norm leaves no output norm"))
@@ -115,7 +122,7 @@ def prune(source: str, options: PruneOptions, track: Track = silent) -> tuple[Fl
     started = time.perf_counter()
     model, text, checked, plan, record = _plan_source(source, options, track)
     compact = compact_of(model, plan, options.output_norm)
-    initialize_replicas(
+    record["adapter_spectra"] = initialize_replicas(
         compact,
         model,
         plan,
@@ -197,9 +204,11 @@ def _plan_source(
     if checked.plan is not None:
         return model, text, checked, checked.plan, record
     record["base_distance"] = record["options"]["base_distance"]
-    record["distances"] = base_distances(
-        model, chosen(checked.pruned, scored), checked.rank, record["base_distance"], track
-    )
+    pruned = chosen(checked.pruned, scored)
+    record["distances"] = base_distances(model, pruned, checked.rank, record["base_distance"], track)
+    record["compared_distances"] = {
+        name: base_distances(model, pruned, checked.rank, name, track) for name in options.compare_distances or ()
+    }
     return model, text, checked, choose_bases(record["distances"], checked.rank, checked.source.depth), record
 
 
@@ -207,7 +216,7 @@ def _resolved(options: PruneOptions, checked: _Checked) -> dict[str, Any]:
     """What the defaults that have an effect stand for."""
     values = options.defaults(checked.source.window_length)
     if checked.plan is None:
-        values |= {"rank": checked.rank, "base_distance": options.base_distance or "low-rank"}
+        values |= {"rank": checked.rank, "base_distance": options.base_distance or DEFAULT_DISTANCE}
     if options.output_norm:
         values["norm_init"] = _norm_init(options)
     return values

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from flexigpt.accounting import count_parts
 from flexigpt.checkpoint import stored_bytes
 from flexigpt.data import TokenizedText
 from flexigpt.evaluate import perplexity
@@ -57,9 +58,10 @@ def measure_both(
     return record
 
 
-def model_size(model: PreTrainedModel) -> dict[str, int]:
-    """Stored parameters and bytes."""
-    return {"parameters": model.num_parameters(), "bytes": stored_bytes(model)}
+def model_size(model: PreTrainedModel) -> dict[str, Any]:
+    """Stored parameters and bytes, and the parameters of each part."""
+    parts = {part: number for part, number in count_parts(model).items() if number}
+    return {"parameters": model.num_parameters(), "bytes": stored_bytes(model), "parts": parts}
 
 
 def find_in(record: Record, key: str) -> Any:

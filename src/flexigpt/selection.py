@@ -69,6 +69,7 @@ BASE_DISTANCES: dict[str, BaseDistance] = {
         between=lambda pruned, candidate, rank: (pruned.double() - candidate.double()).norm(),
     ),
 }
+DEFAULT_DISTANCE = "low-rank"
 
 
 def num_pruned_at(ratio: float, num_blocks: int) -> int:
