@@ -14,6 +14,7 @@ import typer
 from transformers.utils import logging as transformers_logging
 
 from flexigpt.checkpoint import load_tokenizer
+from flexigpt.cli_results import eval_command, inspect_command
 from flexigpt.cli_training import baseline_command, recover_command
 from flexigpt.console import (
     MAX_SHARD_SIZE,
@@ -22,18 +23,15 @@ from flexigpt.console import (
     block_numbers,
     field_help,
     parse_shard_size,
-    print_json,
     stdout,
     write_and_show,
 )
 from flexigpt.distributed import tells
 from flexigpt.errors import InputError
-from flexigpt.evaluate import EvalOptions, evaluate
 from flexigpt.extend import PATTERNS, ExtendOptions, extend
 from flexigpt.extend import expected_bytes as extend_bytes
 from flexigpt.generate import GenerateOptions, generate
 from flexigpt.initialization import ADAPTER_INITS
-from flexigpt.inspection import inspect_model, inspection_tables
 from flexigpt.prune import PruneOptions, plan_only, prune
 from flexigpt.prune import expected_bytes as prune_bytes
 from flexigpt.selection import BASE_DISTANCES, BLOCK_SCORES
@@ -51,7 +49,7 @@ _UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__na
 _INTERRUPTED = 130  # what typer returns after KeyboardInterrupt
 
 _PRUNE, _EXTEND = field_help(PruneOptions), field_help(ExtendOptions)
-_EVAL, _GENERATE = field_help(EvalOptions), field_help(GenerateOptions)
+_GENERATE = field_help(GenerateOptions)
 
 
 def _print_version(asked: bool) -> None:
@@ -192,51 +190,8 @@ def extend_command(
 
 app.command("baseline")(baseline_command)
 app.command("recover")(recover_command)
-
-
-@app.command("inspect")
-def inspect_command(
-    model: Annotated[str, typer.Argument(help="Folder or hub name of a source or compact model.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Show the plan, stored and effective parameters, and the bytes of each part."""
-    inspection = inspect_model(model)
-    if as_json:
-        print_json(inspection)
-        return
-    for table in inspection_tables(inspection):
-        stdout.print(table)
-
-
-@app.command("eval")
-def eval_command(
-    model: Annotated[str, typer.Argument(help="Folder or hub name of a source or compact model.")],
-    perplexity: Annotated[str, typer.Option(help=_EVAL["perplexity"])],
-    text_column: Annotated[str, typer.Option(help=_EVAL["text_column"])] = EvalOptions.text_column,
-    window_length: Annotated[int | None, typer.Option(help=_EVAL["window_length"])] = None,
-    stride: Annotated[int | None, typer.Option(help=_EVAL["stride"])] = None,
-    dtype: Annotated[str, typer.Option(help=_EVAL["dtype"])] = EvalOptions.dtype,
-    device: Annotated[str, typer.Option(help=_EVAL["device"])] = EvalOptions.device,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Measure perplexity per token and bits per byte."""
-    options = EvalOptions(
-        perplexity=perplexity,
-        text_column=text_column,
-        window_length=window_length,
-        stride=stride,
-        dtype=dtype,
-        device=device,
-    )
-    with Bars() as track:
-        measured = evaluate(model, options, track)
-    if as_json:
-        print_json({"model": model, "text": perplexity, **measured.to_dict()})
-        return
-    print(
-        f"perplexity {measured.perplexity:.4f} per token, {measured.bits_per_byte:.4f} bits per byte "
-        f"({measured.tokens:,} tokens scored, windows of {measured.window_length}, stride {measured.stride})"
-    )
+app.command("inspect")(inspect_command)
+app.command("eval")(eval_command)
 
 
 @app.command("generate")
