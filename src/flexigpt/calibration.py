@@ -48,7 +48,7 @@ def block_means(
         total = torch.zeros((), dtype=torch.float64, device=model.device)
         for number, inputs in enumerate(hidden):
             args, kwargs = arguments[inputs.shape[0]][index]
-            outputs = _first(block(inputs, *args, **kwargs))
+            outputs = block_output(block(inputs, *args, **kwargs))
             values = statistic(inputs.flatten(0, 1).float(), outputs.flatten(0, 1).float())
             total += values.sum(dtype=torch.float64)
             hidden[number] = outputs
@@ -94,5 +94,6 @@ def _enter_blocks(
     return entering, arguments
 
 
-def _first(output: Any) -> torch.Tensor:
+def block_output(output: Any) -> torch.Tensor:
+    """The hidden states that a block returns, in some families with more."""
     return output[0] if isinstance(output, tuple) else output

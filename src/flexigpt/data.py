@@ -277,6 +277,24 @@ def too_short(text: str, num_tokens: int, window_length: int) -> InputError:
     )
 
 
+def window_batches(
+    ids: torch.Tensor, starts: range, window_length: int, batch_size: int
+) -> list[tuple[torch.Tensor, int]]:
+    """(windows, tokens + 1) ids and the first position to score: the overlap has been scored by the window before."""
+    overlap = window_length - starts.step
+    windows = [(ids[start : start + window_length + 1], overlap if start else 0) for start in starts]
+    batches: list[tuple[torch.Tensor, int]] = []
+    group: list[tuple[torch.Tensor, int]] = []
+    for window in windows:
+        alike = group and len(window[0]) == len(group[0][0]) and window[1] == group[0][1]
+        if group and (not alike or len(group) == batch_size):
+            batches.append((torch.stack([ids for ids, _ in group]), group[0][1]))
+            group = []
+        group.append(window)
+    batches.append((torch.stack([ids for ids, _ in group]), group[0][1]))
+    return batches
+
+
 def batch_size_for(window_length: int, floats_per_token: int, budget: int) -> int:
     """Windows in one batch so that a tensor of `floats_per_token` for each token stays within `budget` numbers."""
     return max(1, math.floor(budget / (window_length * floats_per_token)))

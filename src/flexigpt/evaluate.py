@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from flexigpt.checkpoint import check_dtype, find_device, load_model, load_tokenizer, read_config
-from flexigpt.data import TokenizedText, batch_size_for, check_window_length, tokenize_text
+from flexigpt.data import TokenizedText, batch_size_for, check_window_length, tokenize_text, window_batches
 from flexigpt.distributed import ALONE, World
 from flexigpt.errors import InputError
 from flexigpt.progress import Track, silent
@@ -112,7 +112,7 @@ def perplexity(
         raise InputError(f"stride {stride} is outside 1 to the window length {window_length}")
     starts = range(0, max(1, len(text.ids) - 1 - (window_length - stride)), stride)
     batch_size = batch_size_for(window_length, model.config.get_text_config().vocab_size, _LOGITS_BUDGET)
-    batches = list(_batches(text.ids, starts, window_length, batch_size))
+    batches = list(window_batches(text.ids, starts, window_length, batch_size))
     # As many batches for every process, since all must take part in every forward pass of a sharded model.
     rounds = math.ceil(len(batches) / world.size)
     total, scored = 0.0, 0
@@ -138,19 +138,3 @@ def perplexity(
         window_length=window_length,
         stride=stride,
     )
-
-
-def _batches(ids: torch.Tensor, starts: range, window_length: int, batch_size: int) -> "list[tuple[torch.Tensor, int]]":
-    """(windows, tokens + 1) ids and the first position to score: the overlap has been scored by the window before."""
-    overlap = window_length - starts.step
-    windows = [(ids[start : start + window_length + 1], overlap if start else 0) for start in starts]
-    batches: list[tuple[torch.Tensor, int]] = []
-    group: list[tuple[torch.Tensor, int]] = []
-    for window in windows:
-        alike = group and len(window[0]) == len(group[0][0]) and window[1] == group[0][1]
-        if group and (not alike or len(group) == batch_size):
-            batches.append((torch.stack([ids for ids, _ in group]), group[0][1]))
-            group = []
-        group.append(window)
-    batches.append((torch.stack([ids for ids, _ in group]), group[0][1]))
-    return batches
