@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from flexigpt.architecture import block_list, find_architecture
 from flexigpt.data import batch_size_for
 from flexigpt.errors import InputError
+from flexigpt.half_precision import fast_half
 from flexigpt.progress import Track, silent
 
 # Tokens that go through a block at once. Enough to fill the matrix units, few enough for the caches of a CPU.
@@ -48,7 +49,8 @@ def block_means(
         total = torch.zeros((), dtype=torch.float64, device=model.device)
         for number, inputs in enumerate(hidden):
             args, kwargs = arguments[inputs.shape[0]][index]
-            outputs = block_output(block(inputs, *args, **kwargs))
+            with fast_half(model):
+                outputs = block_output(block(inputs, *args, **kwargs))
             values = statistic(inputs.flatten(0, 1).float(), outputs.flatten(0, 1).float())
             total += values.sum(dtype=torch.float64)
             hidden[number] = outputs

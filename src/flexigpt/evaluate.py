@@ -12,6 +12,7 @@ from flexigpt.checkpoint import check_dtype, find_device, load_model, load_token
 from flexigpt.data import TokenizedText, batch_size_for, check_window_length, tokenize_text, window_batches
 from flexigpt.distributed import ALONE, World
 from flexigpt.errors import InputError
+from flexigpt.half_precision import fast_half
 from flexigpt.progress import Track, silent
 
 # Numbers in one batch's logits: 64 MiB in float32.
@@ -120,7 +121,8 @@ def perplexity(
         mine = number * world.size + world.rank
         batch, first_scored = batches[min(mine, len(batches) - 1)]
         inputs, targets = batch[:, :-1].to(model.device), batch[:, 1:].to(model.device)
-        logits = model(input_ids=inputs, use_cache=False).logits[:, first_scored:]
+        with fast_half(model):
+            logits = model(input_ids=inputs, use_cache=False).logits[:, first_scored:]
         targets = targets[:, first_scored:]
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
         if mine < len(batches):

@@ -15,6 +15,7 @@ from flexigpt.calibration import block_output
 from flexigpt.checkpoint import plan_of
 from flexigpt.data import TokenizedText, batch_size_for, window_batches
 from flexigpt.errors import InputError
+from flexigpt.half_precision import fast_half
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
 from flexigpt.progress import Track, silent
 
@@ -63,7 +64,8 @@ def measure_fidelity(
     with _replicas_beside(model, source) as beside:
         for batch, _ in track(batches, "measuring fidelity", len(batches)):
             inputs, targets = batch[:, :-1].to(source.device), batch[:, 1:].to(source.device)
-            theirs, ours = (m(input_ids=inputs, use_cache=False).logits.float() for m in (source, model))
+            with fast_half(source):
+                theirs, ours = (m(input_ids=inputs, use_cache=False).logits.float() for m in (source, model))
             sums.add(theirs, ours, targets)
     measured = {"against": against, **sums.result()}
     if beside:

@@ -1,0 +1,62 @@
+"""bfloat16 and float16 on CPUs that cannot multiply them: as hardware that can computes, at the speed of float32."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+_HALF = (torch.bfloat16, torch.float16)
+# On x86 without AVX-512 torch falls back to loops for these; elsewhere it has kernels.
+_WITHOUT_KERNELS = "AVX2"
+# Below so many rows a product is bound by reading the weight, and half of the bytes win.
+_MIN_ROWS = 4
+
+
+def fast_half(model: PreTrainedModel) -> AbstractContextManager[Any]:
+    """Within it a half-precision model on such a CPU multiplies in float32 and rounds each product once.
+
+    So do the units of CPUs and GPUs that multiply bfloat16: they add up in float32. On any other machine, or for a
+    float32 model, it does nothing. A weight is held in float32 for the length of one product.
+    """
+    slow = model.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == _WITHOUT_KERNELS
+    return _InFloat32() if slow and model.dtype in _HALF else nullcontext()
+
+
+class _InFloat32(TorchFunctionMode):
+    _PRODUCTS = frozenset(
+        (
+            F.linear,
+            F.scaled_dot_product_attention,
+            torch.addmm,
+            torch.baddbmm,
+            torch.bmm,
+            torch.matmul,
+            torch.Tensor.matmul,
+            torch.Tensor.__matmul__,
+        )
+    )
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function not in self._PRODUCTS or args[0].dtype not in _HALF or _rows(args[0]) < _MIN_ROWS:
+            return function(*args, **kwargs)
+        widened = {name: _widened(value) for name, value in kwargs.items()}
+        return function(*map(_widened, args), **widened).to(args[0].dtype)
+
+
+def _rows(tensor: torch.Tensor) -> int:
+    return tensor.numel() // max(1, tensor.shape[-1])
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype in _HALF else value
