@@ -52,6 +52,7 @@ def test_it_holds_what_a_hugging_face_folder_holds(checkpoint: Path) -> None:
         "generation_config.json",
         "model.safetensors",
         "modeling_flexigpt.py",
+        "plan.png",
         "README.md",
         "record.json",
         "tokenizer.json",

@@ -23,6 +23,10 @@ from flexigpt.prune import plan_only as plan_only
 from flexigpt.prune import prune as prune
 from flexigpt.recover import recover as recover
 from flexigpt.recover_options import RecoverOptions as RecoverOptions
+from flexigpt.report import report as report
+from flexigpt.speculate import speculative_generate as speculative_generate
+from flexigpt.speculate_options import SpeculateOptions as SpeculateOptions
+from flexigpt.speculate_options import SpeculateStatistics as SpeculateStatistics
 from flexigpt.writing import write_checkpoint as write_checkpoint
 
 _AutoConfig.register(FlexiGPTConfig.model_type, FlexiGPTConfig)

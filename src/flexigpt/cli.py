@@ -14,7 +14,8 @@ import typer
 from transformers.utils import logging as transformers_logging
 
 from flexigpt.checkpoint import load_tokenizer
-from flexigpt.cli_results import eval_command, inspect_command
+from flexigpt.cli_reproduce import reproduce_command
+from flexigpt.cli_results import eval_command, inspect_command, report_command
 from flexigpt.cli_training import baseline_command, recover_command
 from flexigpt.console import (
     MAX_SHARD_SIZE,
@@ -94,7 +95,7 @@ def prune_command(
     adapter_init: Annotated[
         str, typer.Option(help=_PRUNE["adapter_init"], metavar="|".join(ADAPTER_INITS))
     ] = PruneOptions.adapter_init,
-    norm_init: Annotated[float | None, typer.Option(help=_PRUNE["norm_init"])] = None,
+    norm_init: Annotated[str | None, typer.Option(help=_PRUNE["norm_init"], metavar="0.05|fitted")] = None,
     output_norm: Annotated[bool, typer.Option(help=_PRUNE["output_norm"])] = PruneOptions.output_norm,
     perplexity: Annotated[str | None, typer.Option(help=_PRUNE["perplexity"])] = None,
     dtype: Annotated[str, typer.Option(help=_PRUNE["dtype"])] = PruneOptions.dtype,
@@ -192,6 +193,8 @@ app.command("baseline")(baseline_command)
 app.command("recover")(recover_command)
 app.command("inspect")(inspect_command)
 app.command("eval")(eval_command)
+app.command("report")(report_command)
+app.command("reproduce")(reproduce_command)
 
 
 @app.command("generate")
@@ -202,6 +205,10 @@ def generate_command(
     temperature: Annotated[float | None, typer.Option(help=_GENERATE["temperature"])] = None,
     top_p: Annotated[float | None, typer.Option(help=_GENERATE["top_p"])] = None,
     seed: Annotated[int | None, typer.Option(help=_GENERATE["seed"])] = None,
+    speculative: Annotated[bool, typer.Option("--speculative", help=_GENERATE["speculative"])] = False,
+    draft_length: Annotated[int | None, typer.Option(help=_GENERATE["draft_length"])] = None,
+    draft_blocks: Annotated[str | None, typer.Option(help=_GENERATE["draft_blocks"], metavar="3,4,...")] = None,
+    prompt_lookup: Annotated[int | None, typer.Option(help=_GENERATE["prompt_lookup"])] = None,
     dtype: Annotated[str, typer.Option(help=_GENERATE["dtype"])] = GenerateOptions.dtype,
     device: Annotated[str, typer.Option(help=_GENERATE["device"])] = GenerateOptions.device,
 ) -> None:
@@ -212,11 +219,17 @@ def generate_command(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        speculative=speculative,
+        draft_length=draft_length,
+        draft_blocks=None if draft_blocks is None else block_numbers(draft_blocks, "--draft-blocks"),
+        prompt_lookup=prompt_lookup,
         dtype=dtype,
         device=device,
     )
-    generate(model, options, lambda piece: print(piece, end="", flush=True))
+    statistics = generate(model, options, lambda piece: print(piece, end="", flush=True))
     print()
+    if statistics is not None:
+        print(statistics.line(), file=sys.stderr)
 
 
 def _interrupt(*_: object) -> None:
@@ -228,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before = signal.signal(signal.SIGTERM, _interrupt)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for library in ("datasets", "huggingface_hub"):
+    for library in ("datasets", "huggingface_hub", "matplotlib"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         arguments = list(sys.argv[1:] if arguments is None else arguments)

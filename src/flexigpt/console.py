@@ -90,7 +90,7 @@ def parse_shard_size(max_shard_size: str | None) -> int:
     return parse_size(_SHARD_SIZE if max_shard_size is None else max_shard_size, itemsize=1)
 
 
-def block_numbers(blocks: str) -> tuple[int, ...]:
+def block_numbers(blocks: str, flag: str = "--blocks") -> tuple[int, ...]:
     """The blocks in 12,13.
 
     Raises:
@@ -99,7 +99,7 @@ def block_numbers(blocks: str) -> tuple[int, ...]:
     try:
         return tuple(int(block) for block in blocks.split(","))
     except ValueError:
-        raise InputError(f"--blocks {blocks} cannot be read: give numbers with commas between them, as 12,13") from None
+        raise InputError(f"{flag} {blocks} cannot be read: give numbers with commas between them, as 12,13") from None
 
 
 def print_json(data: dict[str, Any]) -> None:

@@ -1,13 +1,18 @@
 """The model card of a checkpoint."""
 
+import re
 from pathlib import Path
 
 from transformers import PreTrainedConfig
 
 from flexigpt.checkpoint import plan_of
 from flexigpt.configuration_flexigpt import FlexiGPTConfig
+from flexigpt.evaluate import Evaluation
+from flexigpt.evaluation_tables import evaluation_markdown
 from flexigpt.record import Record, find_in
-from flexigpt.tables import block_rows, cost_rows, markdown, notes, shown_name
+from flexigpt.tables import block_rows, cost_rows, markdown, notes, plan_in_words, shown_name
+
+PLAN_PICTURE = "plan.png"  # lies beside a compact model's card
 
 
 def model_card(config: PreTrainedConfig, record: Record) -> str:
@@ -22,7 +27,10 @@ def model_card(config: PreTrainedConfig, record: Record) -> str:
     base_model = "" if is_local else f"base_model: {name}\n"
     title, summary, trust, hint = _card_words(config, record)
     rows = block_rows(config, record)
-    blocks = "" if rows is None else f"## Blocks\n\n{markdown(*rows)}\n"
+    picture = ""
+    if isinstance(config, FlexiGPTConfig):
+        picture = f"![{plan_in_words(plan_of(config))}]({PLAN_PICTURE})\n\n"
+    blocks = "" if rows is None else f"## Blocks\n\n{picture}{markdown(*rows)}\n"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -50,6 +58,14 @@ model = AutoModelForCausalLM.from_pretrained("."{trust})
 {made}
 Source: {name}. Versions: {versions}. All that was measured is in `record.json`.
 """
+
+
+def with_evaluation(card: str, evaluation: Evaluation) -> str:
+    """The card with what an evaluation says, in place of what one said before; all else in it stays."""
+    section = f"## Evaluation\n\n{evaluation_markdown(evaluation)}\n"
+    rest = re.sub(r"^## Evaluation\n.*?(?=^## |\Z)", "", card, flags=re.MULTILINE | re.DOTALL)
+    before, origin, after = rest.partition("## Origin\n")
+    return f"{before}{section}{origin}{after}" if origin else f"{rest.rstrip()}\n\n{section}".lstrip()
 
 
 def _card_words(config: PreTrainedConfig, record: Record) -> tuple[str, str, str, str]:

@@ -14,6 +14,7 @@ from flexigpt.evaluate import perplexity
 from flexigpt.progress import Track
 
 Record = dict[str, Any]
+FORMAT = 1  # of what is recorded; raised when an older flexigpt could no longer read it
 
 
 def new_record(source: str, options: Any, resolved: dict[str, Any]) -> Record:
@@ -21,6 +22,7 @@ def new_record(source: str, options: Any, resolved: dict[str, Any]) -> Record:
     given = {name: value for name, value in (asdict(options) | resolved).items() if value is not None}
     plain = (int, float, list, tuple)
     return {
+        "format": FORMAT,
         "source_name": source,
         "versions": {name: version(name) for name in ("flexigpt", "torch", "transformers")},
         "options": {name: value if isinstance(value, plain) else str(value) for name, value in given.items()},

@@ -43,6 +43,19 @@ def _distance(distances: dict[Any, dict[Any, float]], replica: Replica) -> float
     return row[replica.base] if replica.base in row else row[str(replica.base)]
 
 
+def plan_in_words(plan: Plan) -> str:
+    """Which blocks borrow the linears of which, in a sentence: for those who do not see the picture."""
+    borrowers: dict[int, list[int]] = {}
+    for replica in plan.replicas:
+        borrowers.setdefault(replica.base, []).append(replica.block)
+    told = "; ".join(
+        f"block{'s' if len(blocks) > 1 else ''} {', '.join(map(str, blocks))} borrow{'' if len(blocks) > 1 else 's'} "
+        f"the linears of block {base}"
+        for base, blocks in sorted(borrowers.items())
+    )
+    return f"The stack of {plan.num_blocks} blocks: {told or 'none is a replica'}."
+
+
 def plan_table(plan: Plan, record: Record) -> Table:
     """The plan, for a terminal."""
     return _block_table(plan_rows(plan, record))

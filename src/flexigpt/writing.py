@@ -13,13 +13,19 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from flexigpt.checkpoint import load_tokenizer, one_line, stored_bytes
+from flexigpt.checkpoint import load_tokenizer, one_line, plan_of, stored_bytes
+from flexigpt.configuration_flexigpt import FlexiGPTConfig
+from flexigpt.drawing import drawing
 from flexigpt.errors import InputError
-from flexigpt.model_card import model_card
+from flexigpt.evaluate import Evaluation
+from flexigpt.evaluation_tables import evaluation_markdown, merged
+from flexigpt.model_card import PLAN_PICTURE, model_card, with_evaluation
 from flexigpt.plan import Plan
 from flexigpt.record import Record
 
 RECORD = "record.json"
+EVALUATION = "evaluation.json"
+_EVALUATION_FILES = (".json", ".md")
 
 
 def check_output(out: str | Path, inputs: Iterable[str | Path | None], overwrite: bool) -> None:
@@ -127,7 +133,8 @@ def write_checkpoint(
     """Writes the checkpoint of a compact or an ordinary model; `out` is complete or untouched.
 
     Weights (each tensor once, in shards where they are large), configuration, a compact model's own code, the source's
-    tokenizer, a model card (README.md) and the record (record.json).
+    tokenizer, a model card (README.md) with, for a compact model, a picture of its plan (plan.png), and the record
+    (record.json).
 
     Args:
         out: the folder; what is there is replaced, so call `check_output` first.
@@ -147,6 +154,8 @@ def write_checkpoint(
             tokenizer.save_pretrained(folder)
         for file in folder.glob("*.safetensors"):
             shutil.copymode(folder / "config.json", file)  # safetensors lets only the owner read what it writes
+        if isinstance(model.config, FlexiGPTConfig):
+            (folder / PLAN_PICTURE).write_bytes(drawing("plan_picture").plan_png(plan_of(model.config)))
         (folder / "README.md").write_text(model_card(model.config, record), encoding="utf-8")
         _write_json(folder / RECORD, record)
 
@@ -162,5 +171,94 @@ def write_plan(out: str | Path, plan: Plan, record: Record) -> None:
         _write_json(folder / RECORD, record)
 
 
+def check_evaluation_file(path: str | Path, overwrite: bool) -> None:
+    """Refuses a file for an evaluation before the work begins.
+
+    Raises:
+        InputError: a file of another kind, or that is there (without `overwrite`); a place that cannot be written to.
+    """
+    path = Path(path)
+    if path.suffix not in _EVALUATION_FILES:
+        raise InputError(f"--output {path} is of an unknown kind: give {' or '.join(_EVALUATION_FILES)}")
+    if path.is_dir():
+        raise InputError(f"--output {path} is a folder: give a file")
+    if path.exists() and not overwrite:
+        raise InputError(f"--output {path} is there: give another file, or --overwrite to replace it")
+    parent = _existing_parent(path)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{parent} is no folder that can be written to: give another one")
+
+
+def check_recordable(folder: str | Path) -> None:
+    """Refuses a model beside which no evaluation can be recorded, before the work begins.
+
+    Raises:
+        InputError: a model that flexigpt did not write, a folder that cannot be written to, or an evaluation.json there
+            that cannot be read.
+    """
+    if not (Path(folder) / RECORD).is_file():
+        raise InputError(
+            f"--record goes with a checkpoint that flexigpt wrote as the first model: {folder} has no {RECORD}; "
+            "leave --record out, or give --output"
+        )
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--record: {folder} cannot be written to")
+    _recorded_evaluation(Path(folder) / EVALUATION)
+
+
+def write_evaluation(path: str | Path, evaluation: Evaluation) -> None:
+    """Writes an evaluation as JSON or Markdown, by the file's suffix; the file is complete or untouched.
+
+    Raises:
+        InputError: a disk that is full or cannot be written to.
+    """
+    path = Path(path)
+    replace_file(path, evaluation_markdown(evaluation) if path.suffix == ".md" else _json_text(evaluation))
+
+
+def record_evaluation(folder: str | Path, evaluation: Evaluation) -> None:
+    """Writes evaluation.json into a checkpoint that flexigpt wrote, beside what is in it, and a table into its card.
+
+    Raises:
+        InputError: an evaluation.json that cannot be read, or a disk that is full or cannot be written to.
+    """
+    path, card = Path(folder) / EVALUATION, Path(folder) / "README.md"
+    before = _recorded_evaluation(path)
+    together = evaluation if before is None else merged(before, evaluation)
+    replace_file(path, _json_text(together))
+    replace_file(card, with_evaluation(card.read_text(encoding="utf-8") if card.is_file() else "", together))
+
+
+def _recorded_evaluation(path: Path) -> Evaluation | None:
+    if not path.exists():
+        return None
+    try:
+        found: Evaluation = json.loads(path.read_text(encoding="utf-8"))
+        sound = found["format"] == 1 and all("name" in model for model in found["models"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read: remove it, and record anew") from error
+    if not sound:
+        raise InputError(f"{path} is not of a format that this flexigpt reads: remove it, and record anew")
+    return found
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Written beside its place and renamed."""
+    path = path.resolve()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise _write_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _json_text(data: dict[str, Any]) -> str:
+    return json.dumps(data, indent=2, default=str) + "\n"
+
+
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
+    path.write_text(_json_text(data), encoding="utf-8")

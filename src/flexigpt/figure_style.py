@@ -1,0 +1,199 @@
+"""How figures look, in the light and in the dark, and how they become SVG and PNG."""
+
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib import colormaps, rc_context, rcdefaults, rcParams
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+GENERATOR = "flexigpt report"  # stands in every file, so that only such files are ever replaced
+WIDTH = 7.4  # inches: what a page shows in full
+DASHES = (0, (3, 1.5))
+_FONT = "DejaVu Sans"  # comes with matplotlib: the same everywhere
+
+# name -> (in the light, in the dark). Figures are drawn in the light colours; in an SVG they become CSS variables.
+# Hues of Okabe and Ito (2008), which colour-blind readers tell apart, darker or lighter for contrast with the page.
+_RAMP = colormaps["plasma"]
+_STEPS = 9
+PALETTE: dict[str, tuple[str, str]] = {
+    "ink": ("#1c2128", "#e4e8ee"),
+    "muted": ("#5a6472", "#a3adba"),
+    "grid": ("#dde2e8", "#363e49"),
+    "paper": ("#fffffe", "#14181d"),
+    "kept": ("#b9c4d0", "#4b5868"),
+    "rest": ("#eef1f4", "#222932"),
+    "blue": ("#0069a8", "#58b4ec"),
+    "orange": ("#c14d00", "#ff9454"),
+    "green": ("#007f5c", "#3ecfa3"),
+    "purple": ("#9c4785", "#e6a1cd"),
+    "amber": ("#946900", "#eec04a"),
+    "sky": ("#2d86b8", "#a5d8f7"),
+    "red": ("#a3263b", "#ff8f9f"),
+    "slate": ("#4d5a94", "#b3bdf5"),
+} | {
+    f"ramp{n}": (to_hex(_RAMP(0.63 * n / (_STEPS - 1))), to_hex(_RAMP(0.4 + 0.56 * n / (_STEPS - 1))))
+    for n in range(_STEPS)
+}
+SERIES = ("blue", "orange", "green", "purple", "amber", "sky", "red", "slate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A figure.
+
+    Attributes:
+        name: of its file, and of what its SVG's ids begin with.
+        alt: what it shows, for those who do not see it.
+        figure: drawn in the light colours.
+    """
+
+    name: str
+    alt: str
+    figure: Figure
+
+
+def colour(name: str) -> str:
+    """The colour as it is drawn."""
+    return PALETTE[name][0]
+
+
+def series(number: int) -> str:
+    """The colour of a series; they come round again."""
+    return colour(SERIES[number % len(SERIES)])
+
+
+def ramp(position: float) -> str:
+    """A colour for a place in an order, 0 to 1: dark to bright."""
+    return colour(f"ramp{round(position * (_STEPS - 1))}")
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Within it figures are drawn our way, whatever the user's matplotlibrc says; nothing of it stays behind."""
+    ink, muted, grid = colour("ink"), colour("muted"), colour("grid")
+    with rc_context(), warnings.catch_warnings():
+        # Names of models may be in a script that the font lacks; a browser has it.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
+        rcdefaults()
+        rcParams.update(
+            {
+                "font.family": [_FONT],
+                "font.size": 9,
+                "text.color": ink,
+                "text.parse_math": False,  # a $ in a name is a $
+                "axes.edgecolor": muted,
+                "axes.labelcolor": muted,
+                "axes.labelsize": 9,
+                "axes.titlesize": 9,
+                "axes.titlelocation": "left",
+                "axes.facecolor": "none",
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+                "axes.grid": True,
+                "axes.grid.axis": "y",
+                "axes.axisbelow": True,
+                "grid.color": grid,
+                "grid.linewidth": 0.8,
+                "xtick.color": muted,
+                "ytick.color": muted,
+                "xtick.labelsize": 8,
+                "ytick.labelsize": 8,
+                "legend.frameon": False,
+                "legend.fontsize": 8.5,
+                "legend.handlelength": 1.2,
+                "svg.fonttype": "none",
+                "svg.hashsalt": GENERATOR,
+            }
+        )
+        yield
+
+
+def new_figure(width: float, height: float, title: str) -> Figure:
+    """An empty figure of so many inches under a title that says what is seen."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(h_pad=0.06, w_pad=0.06)  # type: ignore[union-attr, call-arg]
+    figure.suptitle(title, x=0.012, ha="left", size=10.5, weight="bold")
+    return figure
+
+
+def key(figure: Figure, entries: list[tuple[str, Line2D]], columns: int) -> None:
+    """A legend below the axes; a name with an underscore in front, which matplotlib would drop, stands too."""
+    figure.legend(
+        [handle for _, handle in entries],
+        [f"\u2009{label}" for label, _ in entries],
+        loc="outside lower left",
+        ncols=columns,
+        columnspacing=1.2,
+        handletextpad=0.4,
+        borderpad=0.1,
+    )
+
+
+def swatch(shade: str) -> Line2D:
+    """What a legend shows of an area."""
+    return Line2D([], [], color=shade, marker="s", markersize=7, linestyle="none")
+
+
+def line_key(shade: str, dashes: Any = "-") -> Line2D:
+    """What a legend shows of a line."""
+    return Line2D([], [], color=shade, linewidth=2.2 if dashes == "-" else 1.4, linestyle=dashes)
+
+
+def plain_axes(axes: Axes) -> None:
+    """No frame, no ticks, no grid."""
+    axes.set_axis_off()
+    axes.grid(False)
+
+
+def to_svg(drawn: Drawn) -> str:
+    """The figure for a page: scales, follows the page's colours and font; its ids begin with its name."""
+    buffer = io.StringIO()
+    with style():
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        drawn.figure.savefig(buffer, format="svg", metadata=nothing)
+        drawn.figure.set_layout_engine("none")  # everything is in its place: not again for the PNG
+    text = buffer.getvalue()
+    found = re.search(r'<svg[^>]*viewBox="0 0 ([\d.]+) ([\d.]+)"[^>]*>(.*)</svg>', text, re.DOTALL)
+    assert found
+    width, height, body = float(found[1]), float(found[2]), found[3]
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<defs>\s*</defs>|<!--.*?-->", "", body, flags=re.DOTALL)
+    body = body.replace("xlink:href", "href").replace(f"'{_FONT}'", "var(--figure-font)")
+    body = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{drawn.name}-", body)
+    for name, (light, _) in PALETTE.items():
+        body = body.replace(light, f"var(--{name})")
+    body = re.sub(r"\n\s*", "\n", body)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img" '
+        f'aria-label="{_attribute(drawn.alt)}" style="max-width:{width / 72:.3g}in">{body}</svg>'
+    )
+
+
+def to_png(drawn: Drawn, dpi: int = 200) -> bytes:
+    """The figure as a picture, in the light colours on white."""
+    buffer = io.BytesIO()
+    with style():
+        about: dict[str, Any] = {"Software": GENERATOR, "Description": drawn.alt.encode("ascii", "replace").decode()}
+        drawn.figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata=about)
+    return buffer.getvalue()
+
+
+def palette_css() -> str:
+    """The colours as CSS variables, for both themes."""
+    light, dark = ("".join(f"--{name}:{pair[theme]};" for name, pair in PALETTE.items()) for theme in (0, 1))
+    return f":root{{{light}}}\n@media screen and (prefers-color-scheme: dark){{:root{{{dark}}}}}"
+
+
+def _attribute(text: str) -> str:
+    for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;"), ("\n", " ")):
+        text = text.replace(character, entity)
+    return text
