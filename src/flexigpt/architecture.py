@@ -1,7 +1,8 @@
 """Where each model family keeps its blocks, linears and output projections. The only place that knows such paths."""
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -167,6 +168,30 @@ def config_with_blocks(config: PreTrainedConfig, source_blocks: Sequence[int]) -
 def block_list(model: PreTrainedModel) -> nn.ModuleList:
     """The blocks of a source model, in order."""
     return cast(nn.ModuleList, model.get_submodule(find_architecture(model.config).blocks))
+
+
+@contextlib.contextmanager
+def replaced_forwards(
+    blocks: Iterable[nn.Module], forward_of: Callable[[int, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Within it blocks run another forward, while the model around them prepares what they are given.
+
+    Args:
+        blocks: whose forward is replaced.
+        forward_of: (number among these blocks, its own forward) -> what it runs instead.
+    """
+    with contextlib.ExitStack() as undo:
+        for index, block in enumerate(blocks):
+            undo.callback(_restore, block, block.__dict__.get("forward"))  # offload hooks leave one there
+            block.forward = forward_of(index, block.forward)
+        yield
+
+
+def _restore(block: nn.Module, forward: Callable[..., Any] | None) -> None:
+    if forward is None:
+        del block.forward
+    else:
+        block.forward = forward
 
 
 def weight_matrix(linear: nn.Module) -> torch.Tensor:

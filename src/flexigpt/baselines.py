@@ -41,14 +41,14 @@ def baseline(
     """
     started = time.perf_counter()
     checked, pruned = _check(source, options)
-    model, text, scored = open_scored(source, options, checked.window_length, track)
-    blocks = tuple(chosen(pruned, scored))
-    shorter = remove_blocks(model, blocks)
-    record = new_record(source, options, options.defaults(checked.window_length)) | scored
+    opened = open_scored(source, options, checked.window_length, track)
+    blocks = tuple(chosen(pruned, opened.scored))
+    shorter = remove_blocks(opened.model, blocks)
+    record = new_record(source, options, options.defaults(checked.window_length)) | opened.scored
     record["removed"] = {"blocks": list(blocks), "num_blocks": checked.depth, "source": source}
     record |= measure_both(
-        {"source": model, "shorter": shorter},
-        text,
+        {"source": opened.model, "shorter": shorter},
+        opened.text,
         name=options.perplexity,
         window_length=checked.window_length,
         track=track,

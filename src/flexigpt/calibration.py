@@ -4,15 +4,15 @@ Only the current hidden states are kept: (windows, tokens, hidden size) in the m
 number of blocks or with the square of the tokens.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flexigpt.architecture import block_list, find_architecture
+from flexigpt.architecture import block_list, find_architecture, replaced_forwards
 from flexigpt.data import batch_size_for
 from flexigpt.errors import InputError
 from flexigpt.half_precision import fast_half
@@ -23,6 +23,34 @@ _BATCH_TOKENS = 2048
 
 BlockStatistic = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Stream:
+    """Hidden states of calibration text on their way through the blocks.
+
+    Args:
+        model: a source model, in eval mode; a block of another model may be run in the place of its own.
+        windows: (windows, tokens) ids.
+
+    Attributes:
+        hidden: (windows, tokens, hidden size) in the model's dtype, one tensor a batch: what the next block is given.
+    """
+
+    def __init__(self, model: PreTrainedModel, windows: torch.Tensor) -> None:
+        batches = windows.to(model.device).split(batch_size_for(windows.shape[1], 1, _BATCH_TOKENS))
+        self._model = model
+        self.hidden, self._arguments = _enter_blocks(model, block_list(model), batches)
+
+    def copy(self) -> "Stream":
+        """Another stream that goes on from here."""
+        return copy.copy(self)
+
+    def outputs(self, block: nn.Module, index: int) -> Iterator[torch.Tensor]:
+        """What a block makes of the hidden states, batch by batch; `index` is its place in the model."""
+        for inputs in self.hidden:
+            args, kwargs = self._arguments[inputs.shape[0]][index]
+            with torch.no_grad(), fast_half(self._model):
+                yield block_output(block(inputs, *args, **kwargs))
 
 
 @torch.no_grad()
@@ -41,19 +69,14 @@ def block_means(
     Raises:
         InputError: a mean that is not finite; the message names the block.
     """
-    blocks = block_list(model)
-    batches = windows.to(model.device).split(batch_size_for(windows.shape[1], 1, _BATCH_TOKENS))
-    hidden, arguments = _enter_blocks(model, blocks, batches)
+    blocks, stream = block_list(model), Stream(model, windows)
     means = []
     for index, block in track(enumerate(blocks), "calibrating", len(blocks)):
         total = torch.zeros((), dtype=torch.float64, device=model.device)
-        for number, inputs in enumerate(hidden):
-            args, kwargs = arguments[inputs.shape[0]][index]
-            with fast_half(model):
-                outputs = block_output(block(inputs, *args, **kwargs))
-            values = statistic(inputs.flatten(0, 1).float(), outputs.flatten(0, 1).float())
+        for number, outputs in enumerate(stream.outputs(block, index)):
+            values = statistic(stream.hidden[number].flatten(0, 1).float(), outputs.flatten(0, 1).float())
             total += values.sum(dtype=torch.float64)
-            hidden[number] = outputs
+            stream.hidden[number] = outputs
         means.append(total.item() / windows.numel())
         if not torch.isfinite(total):
             raise InputError(
@@ -74,7 +97,7 @@ def _enter_blocks(
     entering: list[torch.Tensor] = []
     arguments: dict[int, list[_Arguments]] = {}
 
-    def pass_through(index: int) -> Callable[..., Any]:
+    def pass_through(index: int, _: Callable[..., Any]) -> Callable[..., Any]:
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if index == 0:
                 entering.append(hidden_states)
@@ -87,10 +110,7 @@ def _enter_blocks(
 
     returns_tuple = find_architecture(model.config).block_returns_tuple
     decoder = model.get_decoder()
-    with ExitStack() as undo:
-        for index, block in enumerate(blocks):
-            block.forward = pass_through(index)
-            undo.callback(delattr, block, "forward")
+    with replaced_forwards(blocks, pass_through):
         for batch in batches:
             decoder(input_ids=batch, use_cache=False)
     return entering, arguments

@@ -1,14 +1,14 @@
 """The teacher: the source model beside its student, on the student's own tensors wherever both have the same."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flexigpt.architecture import block_list, find_architecture
+from flexigpt.architecture import block_list, find_architecture, replaced_forwards
 from flexigpt.checkpoint import load_model, load_tokenizer, move, open_empty
 from flexigpt.data import check_window_length
 from flexigpt.errors import InputError
@@ -119,16 +119,10 @@ class Teacher:
     @contextlib.contextmanager
     def entered(self, hidden: torch.Tensor | None) -> Iterator[None]:
         """Within it the student's first blocks do not run: what the teacher's have put out stands in for them."""
-        with contextlib.ExitStack() as undo:
-            if hidden is not None:
-                for block in self._student_blocks[: self._entry]:
-                    block.forward = _constant(hidden, self._returns_tuple)
-                    undo.callback(delattr, block, "forward")
+        output = (hidden, None) if self._returns_tuple else hidden
+        first = () if hidden is None else self._student_blocks[: self._entry]
+        with replaced_forwards(first, lambda *_: lambda *args, **kwargs: output):
             yield
-
-
-def _constant(hidden: torch.Tensor, as_tuple: bool) -> Callable[..., Any]:
-    return lambda *args, **kwargs: (hidden, None) if as_tuple else hidden
 
 
 def _same_tensors(teacher: PreTrainedModel, student: PreTrainedModel) -> dict[str, nn.Parameter]:

@@ -22,7 +22,7 @@ from flexigpt.checkpoint import (
 )
 from flexigpt.data import check_window_length, tokenize_text
 from flexigpt.errors import InputError, check_seed
-from flexigpt.initialization import DEFAULT_NORM_INIT, check_norm_init, default_rank, initialize_replicas
+from flexigpt.initialization import DEFAULT_NORM_INIT, default_rank, initialize_replicas, parse_norm_init
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
 from flexigpt.plan import ModelShape, Plan, Replica
 from flexigpt.progress import Track, silent
@@ -82,7 +82,7 @@ class ExtendOptions:
             raise InputError(f"--times {self.times} repeats nothing: give at least 2")
         if self.rank is not None and self.rank < 1:
             raise InputError(f"--rank {self.rank} is too small: give at least 1")
-        check_norm_init(self.norm_init)
+        parse_norm_init(self.norm_init)
         check_seed(self.seed)
         for name in ("text_column", "window_length"):
             if self.perplexity is None and getattr(self, name) is not None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 from flexigpt.architecture import block_list, weight_matrix
 from flexigpt.errors import InputError
 from flexigpt.factorization import truncated_svd
+from flexigpt.fitting import AdapterFit
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM, NormedOutput, SharedLinear
 from flexigpt.plan import Plan, Replica
 from flexigpt.progress import Track, silent
+from flexigpt.regression import low_rank_fit
 
 # The paper's rank 256 at LLaMA-2 7B's hidden size 4096.
 _HIDDEN_SIZE_PER_RANK = 16
@@ -21,7 +23,7 @@ DEFAULT_NORM_INIT = 0.05
 
 # ranks 1, 2, 4 ... r, and the share of |W_i - W_j|_F^2 that so many of an adapter's directions mend.
 Spectrum = dict[str, list[Any]]
-AdapterInit = Callable[[torch.Tensor, torch.Tensor, int, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
+AdapterStart = Callable[[torch.Tensor, torch.Tensor, int, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
 
 
 def svd_adapter(
@@ -47,14 +49,45 @@ def zero_adapter(
     return adapter, torch.zeros(outputs, rank)
 
 
-# (pruned block's weight, base's weight, rank, random generator) -> A (rank, inputs), B (outputs, rank).
-ADAPTER_INITS: dict[str, AdapterInit] = {"svd": svd_adapter, "zero": zero_adapter}
+class AdapterInit(NamedTuple):
+    """How adapters start.
+
+    Attributes:
+        start: (W_i, W_j, rank, random generator) -> A (rank, inputs), B (outputs, rank).
+        fit: of calibration text, which then follows; None: the start stands.
+    """
+
+    start: AdapterStart
+    fit: AdapterFit | None = None
 
 
-def check_norm_init(norm_init: float | None) -> None:
-    """Raises InputError for a gamma that no output norm can start at."""
-    if norm_init is not None and not math.isfinite(norm_init):
-        raise InputError(f"--norm-init {norm_init} is not a finite number: give a small constant, as 0.05")
+ADAPTER_INITS: dict[str, AdapterInit] = {
+    # The method (eq. 7-8).
+    "svd": AdapterInit(svd_adapter),
+    # Table 4, without SVD initialisation; and where blocks are repeated.
+    "zero": AdapterInit(zero_adapter),
+    # Least squares on what goes through the replica, instead of on weights.
+    "activation": AdapterInit(zero_adapter, fit=low_rank_fit),
+}
+# The word for gamma by least squares, in the place of a constant.
+FITTED = "fitted"
+
+
+def parse_norm_init(norm_init: str | float | None) -> float | str | None:
+    """A constant for gamma, `fitted`, or None.
+
+    Raises:
+        InputError: anything else.
+    """
+    if norm_init is None or norm_init == FITTED:
+        return norm_init
+    try:
+        value = float(norm_init)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"--norm-init {norm_init} cannot be used: give a small constant, as 0.05, or {FITTED}")
+    return value
 
 
 def default_rank(hidden_size: int) -> int:
@@ -73,7 +106,7 @@ def initialize_replicas(
     seed: int,
     source_blocks: Sequence[int] | None = None,
     track: Track = silent,
-) -> dict[int, dict[str, Spectrum]]:
+) -> None:
     """Fills what is the replicas' own: adapters, output norms and bias differences.
 
     Args:
@@ -85,14 +118,10 @@ def initialize_replicas(
         seed: for random adapters.
         source_blocks: the source's block behind each logical block; None: the same numbering.
         track: told of each replica.
-
-    Returns:
-        By block and path of the linear: what its adapter mends.
     """
     generator = torch.Generator().manual_seed(seed)
     own_blocks = model.block_list
     origins = block_list(source) if source_blocks is None else [block_list(source)[i] for i in source_blocks]
-    spectra: dict[int, dict[str, Spectrum]] = {}
     for replica in track(plan.replicas, "initialising replicas", len(plan.replicas)):
         for path, module in own_blocks[replica.block].named_modules():
             if isinstance(module, SharedLinear):
@@ -100,12 +129,10 @@ def initialize_replicas(
                 own, base = (
                     cast(nn.Linear, origins[i].get_submodule(linear_path)) for i in (replica.block, replica.base)
                 )
-                _fill_linear(module, own, base, replica, ADAPTER_INITS[adapter_init], generator)
-                spectra.setdefault(replica.block, {})[linear_path] = _spectrum(module, own, base)
+                _fill_linear(module, own, base, replica, ADAPTER_INITS[adapter_init].start, generator)
             elif isinstance(module, NormedOutput):
                 like = next(source.parameters())
                 module.output_norm.weight = _parameter(torch.full(module.output_norm.normalized_shape, norm_init), like)
-    return spectra
 
 
 def _fill_linear(
@@ -113,7 +140,7 @@ def _fill_linear(
     own: nn.Linear,
     base: nn.Linear,
     replica: Replica,
-    init: AdapterInit,
+    init: AdapterStart,
     generator: torch.Generator,
 ) -> None:
     weight = weight_matrix(own)
@@ -124,9 +151,28 @@ def _fill_linear(
         shared.bias_difference = _parameter(own.bias - base.bias, own.bias)
 
 
-def _spectrum(shared: SharedLinear, own: nn.Linear, base: nn.Linear) -> Spectrum:
+@torch.no_grad()
+def adapter_spectra(model: FlexiGPTForCausalLM, source: PreTrainedModel, plan: Plan) -> dict[int, dict[str, Spectrum]]:
+    """What part of the difference of two weights each adapter mends, by block and path of the linear.
+
+    Args:
+        model: the compact model, its adapters filled.
+        source: the source model.
+        plan: the model's plan; blocks are numbered as the source's.
+    """
+    spectra: dict[int, dict[str, Spectrum]] = {replica.block: {} for replica in plan.replicas}
+    for replica in plan.replicas:
+        for path, module in model.block_list[replica.block].named_modules():
+            if isinstance(module, SharedLinear):
+                path = path.removesuffix(".inner")
+                own, base = (block_list(source)[i].get_submodule(path) for i in (replica.block, replica.base))
+                spectra[replica.block][path] = _spectrum(module, weight_matrix(own) - weight_matrix(base))
+    return spectra
+
+
+def _spectrum(shared: SharedLinear, difference: torch.Tensor) -> Spectrum:
     """What is left of W_i - W_j after the first 1, 2, 4 ... of the adapter's directions."""
-    difference = (weight_matrix(own) - weight_matrix(base)).float()
+    difference = difference.float()
     energy = difference.square().sum().item()
     rank = len(shared.adapter_A)
     ranks = [*(2**power for power in range(rank.bit_length()) if 2**power < rank), rank]

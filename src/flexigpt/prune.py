@@ -6,17 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from flexigpt.checkpoint import check_depth, compact_of, move
-from flexigpt.data import TokenizedText
 from flexigpt.errors import InputError, flag
-from flexigpt.initialization import ADAPTER_INITS, DEFAULT_NORM_INIT, check_norm_init, default_rank, initialize_replicas
+from flexigpt.fitting import fit_replicas
+from flexigpt.initialization import (
+    ADAPTER_INITS,
+    DEFAULT_NORM_INIT,
+    FITTED,
+    adapter_spectra,
+    default_rank,
+    initialize_replicas,
+    parse_norm_init,
+)
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
 from flexigpt.plan import ModelShape, Plan
 from flexigpt.progress import Track, silent
 from flexigpt.record import Record, measure_both, new_record
-from flexigpt.scoring import CheckedSource, ScoringOptions, check_source, chosen, open_scored, pruned_or_count
+from flexigpt.scoring import CheckedSource, Opened, ScoringOptions, check_source, chosen, open_scored, pruned_or_count
 from flexigpt.selection import BASE_DISTANCES, DEFAULT_DISTANCE, base_distances, choose_bases
 
 
@@ -32,7 +38,7 @@ class PruneOptions(ScoringOptions):
         base_distance: distance by which each pruned block's base is chosen; default: low-rank.
         compare_distances: further distances to measure and record, for the report; they choose nothing.
         adapter_init: how adapters start.
-        norm_init: constant that the output norms' gamma starts at; default: 0.05.
+        norm_init: where the output norms' gamma starts: a constant, or fitted; default: 0.05.
         output_norm: whether replicas have output norms.
         seed: shuffles the calibration text and draws random adapters; default: 0.
     """
@@ -42,20 +48,20 @@ class PruneOptions(ScoringOptions):
     base_distance: str | None = None
     compare_distances: Sequence[str] | None = None
     adapter_init: str = "svd"
-    norm_init: float | None = None
+    norm_init: float | str | None = None
     output_norm: bool = True
 
     def __post_init__(self) -> None:
+        if self.adapter_init not in ADAPTER_INITS:
+            raise InputError(f"--adapter-init {self.adapter_init} is unknown: give {', '.join(ADAPTER_INITS)}")
         super().__post_init__()
         distances = [("compare_distances", name) for name in self.compare_distances or ()]
         for name, value in (("base_distance", self.base_distance), *distances):
             if value is not None and value not in BASE_DISTANCES:
                 raise InputError(f"{flag(name)} {value} is unknown: give {', '.join(BASE_DISTANCES)}")
-        if self.adapter_init not in ADAPTER_INITS:
-            raise InputError(f"--adapter-init {self.adapter_init} is unknown: give {', '.join(ADAPTER_INITS)}")
         if self.rank is not None and self.rank < 1:
             raise InputError(f"--rank {self.rank} is too small: give at least 1")
-        check_norm_init(self.norm_init)
+        parse_norm_init(self.norm_init)
         if self.compare_distances and (self.base_distance or DEFAULT_DISTANCE) in self.compare_distances:
             raise InputError(
                 f"--compare-distances {','.join(self.compare_distances)} names the distance by which bases are chosen, "
@@ -66,7 +72,8 @@ class PruneOptions(ScoringOptions):
         """Fields that have no effect beside the others, each with the reason: giving one is an error."""
         idle = super().idle_settings()
         if self.plan is not None:
-            by_plan = ("rank", "calibration", "windows", "block_score", "base_distance", "compare_distances")
+            by_plan = ["rank", "base_distance", "compare_distances", "block_score"]
+            by_plan += [] if self.fits else ["calibration", "windows"]
             idle += [(name, "the plan decides it") for name in by_plan]
         if not self.output_norm:
             idle.append(("norm_init", "--no-output-norm leaves no output norm"))
@@ -79,8 +86,13 @@ class PruneOptions(ScoringOptions):
 
     @property
     def calibrates(self) -> bool:
-        """Whether blocks are scored on a text."""
-        return self.plan is None and super().calibrates
+        """Whether calibration text is read."""
+        return self.fits or (self.plan is None and super().calibrates)
+
+    @property
+    def fits(self) -> bool:
+        """Whether replicas are fitted to calibration text."""
+        return ADAPTER_INITS[self.adapter_init].fit is not None or (self.output_norm and self.norm_init == FITTED)
 
     @property
     def is_random(self) -> bool:
@@ -120,27 +132,45 @@ def prune(source: str, options: PruneOptions, track: Track = silent) -> tuple[Fl
         InputError: anything a user can put right; see the message.
     """
     started = time.perf_counter()
-    model, text, checked, plan, record = _plan_source(source, options, track)
-    compact = compact_of(model, plan, options.output_norm)
-    record["adapter_spectra"] = initialize_replicas(
-        compact,
-        model,
-        plan,
-        adapter_init=options.adapter_init,
-        norm_init=_norm_init(options),
-        seed=options.seed or 0,
-        track=track,
-    )
-    move(compact, model.device)
+    opened, checked, plan, record = _plan_source(source, options, track)
+    compact = compact_of(opened.model, plan, options.output_norm)
+    _fill(compact, opened, plan, options, track)
+    record["adapter_spectra"] = adapter_spectra(compact, opened.model, plan)
     record |= measure_both(
-        {"source": model, "compact": compact},
-        text,
+        {"source": opened.model, "compact": compact},
+        opened.text,
         name=options.perplexity,
         window_length=checked.source.window_length,
         track=track,
     )
     record["plain_removal"] = {"parameters": checked.source.shape.removed_parameters(len(plan.replicas))}
     return compact, plan, record | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def _fill(compact: FlexiGPTForCausalLM, opened: Opened, plan: Plan, options: PruneOptions, track: Track) -> None:
+    """Fills what is the replicas' own."""
+    norm_init = _norm_init(options)
+    initialize_replicas(
+        compact,
+        opened.model,
+        plan,
+        adapter_init=options.adapter_init,
+        norm_init=DEFAULT_NORM_INIT if isinstance(norm_init, str) else norm_init,
+        seed=options.seed or 0,
+        track=track,
+    )
+    move(compact, opened.model.device)
+    if options.fits:
+        assert opened.windows is not None
+        fit_replicas(
+            compact,
+            opened.model,
+            plan,
+            opened.windows,
+            fit_adapter=ADAPTER_INITS[options.adapter_init].fit,
+            fit_norms=norm_init == FITTED,
+            track=track,
+        )
 
 
 def plan_only(source: str, options: PruneOptions, track: Track = silent) -> tuple[Plan, Record]:
@@ -191,25 +221,24 @@ def _read_plan(path: str | Path, shape: ModelShape, depth: int) -> Plan:
     return plan
 
 
-def _plan_source(
-    source: str, options: PruneOptions, track: Track
-) -> tuple[PreTrainedModel, TokenizedText | None, _Checked, Plan, Record]:
+def _plan_source(source: str, options: PruneOptions, track: Track) -> tuple[Opened, _Checked, Plan, Record]:
     """Opens the source, scores its blocks, measures distances, and gives each pruned block its base.
 
     Or takes the plan that was given. What can be refused early is refused first.
     """
     checked = _check_source(source, options)
-    model, text, scored = open_scored(source, options, checked.source.window_length, track)
-    record = new_record(source, options, _resolved(options, checked)) | scored
+    opened = open_scored(source, options, checked.source.window_length, track)
+    record = new_record(source, options, _resolved(options, checked)) | opened.scored
     if checked.plan is not None:
-        return model, text, checked, checked.plan, record
-    record["base_distance"] = record["options"]["base_distance"]
-    pruned = chosen(checked.pruned, scored)
-    record["distances"] = base_distances(model, pruned, checked.rank, record["base_distance"], track)
+        return opened, checked, checked.plan, record
+    pruned = chosen(checked.pruned, opened.scored)
+    name, rank = options.base_distance or DEFAULT_DISTANCE, checked.rank
+    record["base_distance"] = name
+    record["distances"] = base_distances(opened.model, pruned, rank, name, track)
     record["compared_distances"] = {
-        name: base_distances(model, pruned, checked.rank, name, track) for name in options.compare_distances or ()
+        other: base_distances(opened.model, pruned, rank, other, track) for other in options.compare_distances or ()
     }
-    return model, text, checked, choose_bases(record["distances"], checked.rank, checked.source.depth), record
+    return opened, checked, choose_bases(record["distances"], rank, checked.source.depth), record
 
 
 def _resolved(options: PruneOptions, checked: _Checked) -> dict[str, Any]:
@@ -222,8 +251,9 @@ def _resolved(options: PruneOptions, checked: _Checked) -> dict[str, Any]:
     return values
 
 
-def _norm_init(options: PruneOptions) -> float:
-    return DEFAULT_NORM_INIT if options.norm_init is None else options.norm_init
+def _norm_init(options: PruneOptions) -> float | str:
+    given = parse_norm_init(options.norm_init)
+    return DEFAULT_NORM_INIT if given is None else given
 
 
 def _flag(field: str) -> str:

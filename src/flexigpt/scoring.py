@@ -72,7 +72,7 @@ class ScoringOptions:
     def idle_settings(self) -> list[tuple[str, str]]:
         """Fields that have no effect beside the others, each with the reason: giving one is an error."""
         idle: list[tuple[str, str]] = []
-        if self.blocks is not None and self.calibration is None:
+        if self.blocks is not None and not self.calibrates:
             reason = "--blocks needs no calibration text unless --calibration gives one"
             idle += [("windows", reason), ("block_score", reason)]
         if not self.calibrates and self.perplexity is None:
@@ -162,20 +162,30 @@ def pruned_or_count(
     return num_pruned_for(parse_size(options.target_size, checked.itemsize))
 
 
-def open_scored(
-    source: str, options: ScoringOptions, window_length: int, track: Track
-) -> tuple[PreTrainedModel, TokenizedText | None, dict[str, Any]]:
-    """Opens the source and scores its blocks, where the options ask for it; what can be refused early is, first.
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A source whose blocks have been scored, where the options ask for it.
 
-    Returns:
-        The source, the text to measure perplexity on, and what the record says of the scores: nothing, or
-        `calibration`, `block_score` and `scores`.
+    Attributes:
+        model: the source.
+        text: to measure perplexity on.
+        windows: calibration windows, (windows, tokens) ids.
+        scored: what the record says of the scores: nothing, or `calibration`, `block_score` and `scores`.
     """
+
+    model: PreTrainedModel
+    text: TokenizedText | None
+    windows: torch.Tensor | None
+    scored: dict[str, Any]
+
+
+def open_scored(source: str, options: ScoringOptions, window_length: int, track: Track) -> Opened:
+    """Opens the source and scores its blocks, where the options ask for it; what can be refused early is, first."""
     windows, text = _read_texts(source, options, window_length)
     model = load_model(source, options.dtype, options.device)
     check_finite(model, track)
     if windows is None:
-        return model, text, {}
+        return Opened(model=model, text=text, windows=None, scored={})
     defaults = options.defaults(window_length)
     scored: dict[str, Any] = {
         "calibration": {
@@ -186,7 +196,7 @@ def open_scored(
         "block_score": defaults["block_score"],
         "scores": block_means(model, windows, BLOCK_SCORES[defaults["block_score"]], track),
     }
-    return model, text, scored
+    return Opened(model=model, text=text, windows=windows, scored=scored)
 
 
 def chosen(pruned: Sequence[int] | int, scored: dict[str, Any]) -> Sequence[int]:

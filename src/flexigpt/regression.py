@@ -1,0 +1,49 @@
+"""Low-rank least squares from second moments. All in float64."""
+
+from typing import NamedTuple
+
+import torch
+
+from flexigpt.factorization import truncated_svd
+
+# Of the inputs' mean variance, the weight of an adapter that mends weights instead of outputs.
+_DAMPING = 1e-3
+
+
+class Moments(NamedTuple):
+    """Second moments of a linear's inputs x and wished-for outputs y over calibration tokens, float64.
+
+    Attributes:
+        inputs: C = E[x x^T], (inputs, inputs).
+        targets: E[y x^T], (outputs, inputs), y without the bias.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+
+def low_rank_fit(
+    pruned: torch.Tensor, base: torch.Tensor, moments: Moments, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The adapter that minimises E|y - (W_j + B A) x|^2 + c |W_i - W_j - B A|_F^2 with a small c.
+
+    Reduced-rank regression (Izenman, 1975): with C' = C + c I and R = E[y x^T] + c W_i - W_j C', B A is the best rank-r
+    approximation of R C'^(-1/2), times C'^(-1/2). For y = W_i x it truncates (W_i - W_j) C'^(1/2). The second term
+    decides in directions of x that calibration text never shows: there the adapter is that of eq. 7-8.
+
+    Args:
+        pruned: W_i, (outputs, inputs), any dtype.
+        base: W_j.
+        moments: of the linear.
+        rank: r.
+
+    Returns:
+        A (r, inputs) and B (outputs, r), float64.
+    """
+    values, vectors = torch.linalg.eigh(moments.inputs)
+    damping = _DAMPING * values.clamp(min=0).mean().clamp(min=1e-30)
+    damped = values.clamp(min=0) + damping
+    inverse_root = (vectors * damped.rsqrt()) @ vectors.T
+    residual = moments.targets + damping * (pruned.double() - base.double()) - base.double() @ moments.inputs
+    fitted = truncated_svd(residual @ inverse_root, rank)
+    return fitted.right.T @ inverse_root, fitted.left * fitted.values
