@@ -18,7 +18,7 @@ from flexigpt.cli import app, main
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "flexigpt"
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
-PAGES += ["examples/novel16/README.md"]
+PAGES += ["examples/novel16/README.md", "examples/benchmarks/README.md"]
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
@@ -44,7 +44,8 @@ def run_flexigpt(arguments: list[str]) -> None:
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the shipped example, its validation text cut short, in which `make demo` has run."""
     folder = tmp_path_factory.mktemp("workplace")
-    shutil.copytree(ROOT / "examples", folder / "examples")
+    for name in ("examples", "recipes"):
+        shutil.copytree(ROOT / name, folder / name)
     validation = folder / "examples" / "novel16" / "validation.jsonl"
     validation.write_text("".join(validation.read_text(encoding="utf-8").splitlines(keepends=True)[:2]))
     before = Path.cwd()

@@ -10,11 +10,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from families import FAMILIES, FULL_RANK, NUM_BLOCKS, tiny_model, token_ids
-from flexigpt import FlexiGPTForCausalLM, Plan, PruneOptions, Replica, prune
+from flexigpt import BaselineOptions, FlexiGPTForCausalLM, Plan, PruneOptions, Replica, baseline, prune
+from flexigpt.architecture import block_list, find_architecture
+from flexigpt.baselines import remove_blocks
 from flexigpt.checkpoint import compact_of
-from flexigpt.fitting import fit_replicas
+from flexigpt.fitting import Fits, fit_blocks
 from flexigpt.initialization import initialize_replicas
-from flexigpt.regression import Moments, low_rank_fit
+from flexigpt.regression import Moments, low_rank_fit, ridge_fit
 
 WINDOWS = token_ids(batch=12, tokens=32, seed=3)
 
@@ -32,7 +34,8 @@ def filled(source: PreTrainedModel, plan: Plan, init: str, output_norm: bool = T
 
 def fitted(source: PreTrainedModel, plan: Plan, output_norm: bool = False, norms: bool = False) -> FlexiGPTForCausalLM:
     model = filled(source, plan, "zero", output_norm)
-    fit_replicas(model, source, plan, WINDOWS, fit_adapter=low_rank_fit, fit_norms=norms)
+    fits = Fits(adapter=low_rank_fit, norms=norms)
+    fit_blocks(source, list(model.block_list), WINDOWS, fits, plan=plan)
     return model
 
 
@@ -125,7 +128,7 @@ def test_gamma_is_that_of_least_squares() -> None:
     plan = replicas(4, b1=0)
     model = filled(source, plan, "svd")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "adapter" in name}
-    fit_replicas(model, source, plan, WINDOWS, fit_adapter=None, fit_norms=True)
+    fit_blocks(source, list(model.block_list), WINDOWS, Fits(norms=True), plan=plan)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
     normed, wanted = [], []
     output = model.block_list[1].self_attn.o_proj
@@ -170,3 +173,60 @@ def test_a_plan_can_be_fitted_with_text_of_its_own(tiny_source: Path, text: Path
     _, plan, record = prune(str(tiny_source), options)
     assert plan == replicas(4, b2=1)
     assert record["calibration"]["windows"] == [8, 64]
+
+
+def test_a_kept_weight_is_refitted_by_least_squares() -> None:
+    problem = Problem()
+    found = ridge_fit(problem.pruned, problem.moments)
+    damping = (3e-3 * problem.moments.inputs.diagonal().mean()).sqrt()
+    rows = torch.cat((problem.rows[:TOKENS], damping * torch.eye(INPUTS)))
+    wished = torch.cat((problem.wished[:TOKENS], damping * problem.pruned.T))
+    expected = np.linalg.lstsq(rows.numpy(), wished.numpy(), rcond=None)[0].T
+    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_refitted_kept_blocks_are_nearer_to_the_source(family: str) -> None:
+    """Behind replicas, and where blocks were removed; the source itself stays as it was."""
+    source = tiny_model(family)
+    before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    plan = replicas(4, b1=0, b3=2)
+    plain, refitted = fitted(source, plan), filled(source, plan, "zero", output_norm=False)
+    fits = Fits(adapter=low_rank_fit, kept=True)
+    fit_blocks(source, list(refitted.block_list), WINDOWS, fits, plan=plan)
+    shorter, mended = remove_blocks(source, [1, 3]), remove_blocks(source, [1, 3])
+    left = iter(block_list(mended))
+    fit_blocks(source, [None if i in (1, 3) else next(left) for i in range(NUM_BLOCKS)], WINDOWS, Fits(kept=True))
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in before.items())
+    if find_architecture(source.config).output_norms[0] not in find_architecture(source.config).linears:
+        return  # a norm of the family's own writes to the residual stream: nothing can be refitted
+    if family == "opt-norm-after":
+        return  # the residual sum is normalised: what a linear adds is not what is left
+    assert error(refitted, source, WINDOWS) < error(plain, source, WINDOWS)
+    assert error(mended, source, WINDOWS) < error(shorter, source, WINDOWS)
+
+
+def test_bases_of_earlier_replicas_are_left_alone() -> None:
+    source = tiny_model("llama")
+    plan = replicas(4, b1=3, b2=4)
+    model = filled(source, plan, "svd")
+    fit_blocks(source, list(model.block_list), WINDOWS, Fits(kept=True), plan=plan)
+    changed = [
+        index
+        for index, block in enumerate(model.block_list)
+        if index not in (1, 2)
+        and not torch.equal(block.mlp.down_proj.weight, source.model.layers[index].mlp.down_proj.weight)
+    ]
+    assert changed == [5]
+
+
+def test_removal_can_refit_the_kept_blocks(tiny_source: Path, text: Path) -> None:
+    calibrated = {"calibration": str(text), "window_length": 64, "windows": 16}
+    shorter, _, record = baseline(str(tiny_source), BaselineOptions(blocks=[2, 3], refit_kept=True, **calibrated))
+    plain, _, _ = baseline(str(tiny_source), BaselineOptions(blocks=[2, 3]))
+    assert record["options"]["refit_kept"] is True
+    differ = [
+        not torch.equal(a.mlp.down_proj.weight, b.mlp.down_proj.weight)
+        for a, b in zip(shorter.model.layers, plain.model.layers, strict=True)
+    ]
+    assert differ == [False, True, True, True]

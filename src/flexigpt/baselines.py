@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from flexigpt.architecture import config_with_blocks, num_blocks
+from flexigpt.architecture import block_list, config_with_blocks, num_blocks
 from flexigpt.checkpoint import empty_model, fill_model, move, named_tensors
 from flexigpt.errors import InputError
+from flexigpt.fitting import Fits, fit_blocks
 from flexigpt.progress import Track, silent
 from flexigpt.record import Record, measure_both, new_record
 from flexigpt.scoring import CheckedSource, ScoringOptions, check_source, chosen, open_scored, pruned_or_count
@@ -44,6 +45,11 @@ def baseline(
     opened = open_scored(source, options, checked.window_length, track)
     blocks = tuple(chosen(pruned, opened.scored))
     shorter = remove_blocks(opened.model, blocks)
+    if options.refit_kept:
+        assert opened.windows is not None
+        left = iter(block_list(shorter))
+        standing = [None if block in blocks else next(left) for block in range(checked.depth)]
+        fit_blocks(opened.model, standing, opened.windows, Fits(kept=True), track=track)
     record = new_record(source, options, options.defaults(checked.window_length)) | opened.scored
     record["removed"] = {"blocks": list(blocks), "num_blocks": checked.depth, "source": source}
     record |= measure_both(

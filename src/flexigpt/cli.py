@@ -86,6 +86,7 @@ def prune_command(
     windows: Annotated[int | None, typer.Option(help=_PRUNE["windows"])] = None,
     window_length: Annotated[int | None, typer.Option(help=_PRUNE["window_length"])] = None,
     block_score: Annotated[str | None, typer.Option(help=_PRUNE["block_score"], metavar="|".join(BLOCK_SCORES))] = None,
+    refit_kept: Annotated[bool, typer.Option("--refit-kept", help=_PRUNE["refit_kept"])] = False,
     base_distance: Annotated[
         str | None, typer.Option(help=_PRUNE["base_distance"], metavar="|".join(BASE_DISTANCES))
     ] = None,
@@ -116,6 +117,7 @@ def prune_command(
         windows=windows,
         window_length=window_length,
         block_score=block_score,
+        refit_kept=refit_kept,
         base_distance=base_distance,
         compare_distances=None if compare_distances is None else compare_distances.split(","),
         adapter_init=adapter_init,

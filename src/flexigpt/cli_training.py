@@ -45,6 +45,7 @@ def baseline_command(
     block_score: Annotated[
         str | None, typer.Option(help=_BASELINE["block_score"], metavar="|".join(BLOCK_SCORES))
     ] = None,
+    refit_kept: Annotated[bool, typer.Option("--refit-kept", help=_BASELINE["refit_kept"])] = False,
     perplexity: Annotated[str | None, typer.Option(help=_BASELINE["perplexity"])] = None,
     dtype: Annotated[str, typer.Option(help=_BASELINE["dtype"])] = BaselineOptions.dtype,
     device: Annotated[str, typer.Option(help=_BASELINE["device"])] = BaselineOptions.device,
@@ -62,6 +63,7 @@ def baseline_command(
         windows=windows,
         window_length=window_length,
         block_score=block_score,
+        refit_kept=refit_kept,
         perplexity=perplexity,
         dtype=dtype,
         device=device,

@@ -3,17 +3,20 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from flexigpt.checkpoint import load_model, load_tokenizer
-from flexigpt.errors import InputError, check_seed
+from flexigpt.errors import InputError, check_seed, flag
+from flexigpt.speculate import speculative_generate
+from flexigpt.speculate_options import SpeculateOptions, SpeculateStatistics, skipped_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
+class GenerateOptions(SpeculateOptions):
     """What to generate, and how.
 
     Attributes:
@@ -22,6 +25,8 @@ class GenerateOptions:
         temperature: above 0: samples at that temperature; default: the likeliest token each time.
         top_p: samples from the likeliest tokens that hold this share of the probability; needs a temperature.
         seed: makes samples repeatable; needs a temperature; default: 0.
+        speculative: drafts with the model's replicas skipped and verifies with all of it: the same text (or, with a
+            temperature, samples of the same distribution) in fewer passes.
         dtype: auto (the checkpoint's), float32, bfloat16 or float16.
         device: auto (a GPU where there is one), cpu, cuda or cuda:N.
     """
@@ -31,6 +36,7 @@ class GenerateOptions:
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
+    speculative: bool = False
     dtype: str = "auto"
     device: str = "auto"
 
@@ -46,8 +52,13 @@ class GenerateOptions:
         check_seed(self.seed)
         for name in ("top_p", "seed"):
             if self.temperature is None and getattr(self, name) is not None:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} has no effect without --temperature: give one, or leave --{flag} out")
+                raise InputError(
+                    f"{flag(name)} has no effect without --temperature: give one, or leave {flag(name)} out"
+                )
+        for name in ("draft_length", "draft_blocks", "prompt_lookup"):
+            if not self.speculative and getattr(self, name) is not None:
+                raise InputError(f"{flag(name)} has no effect without --speculative: give both or neither")
+        super().__post_init__()
 
 
 def _is_broken(text: str) -> bool:
@@ -67,13 +78,18 @@ class _Emitter(TextStreamer):
 
 
 @torch.no_grad()
-def generate(model: str, options: GenerateOptions, emit: Callable[[str], None]) -> None:
+def generate(model: str, options: GenerateOptions, emit: Callable[[str], None]) -> SpeculateStatistics | None:
     """Continues a prompt with stock `generate`; hands the new text to `emit` piece by piece.
 
+    Returns what speculative decoding did, where it was asked for.
+
     Raises:
-        InputError: a model that cannot be opened, or a prompt that leaves no room in its context.
+        InputError: a model that cannot be opened or, for speculative decoding, has no replicas; a prompt that leaves no
+            room in its context.
     """
     loaded: Any = load_model(model, options.dtype, options.device)
+    if options.speculative:
+        skipped_blocks(loaded, options)
     tokenizer = load_tokenizer(model)
     inputs = tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
     context = getattr(loaded.config, "max_position_embeddings", None)
@@ -83,15 +99,24 @@ def generate(model: str, options: GenerateOptions, emit: Callable[[str], None]) 
             f"{length} prompt tokens and --max-new-tokens {options.max_new_tokens} exceed the context of {context}: "
             "shorten one of them"
         )
-    sampling = {} if options.top_p is None else {"top_p": options.top_p}
+    settings: dict[str, Any] = {} if options.top_p is None else {"top_p": options.top_p}
     if options.temperature is not None:
         set_seed(options.seed or 0)
-        sampling |= {"temperature": options.temperature}
+        settings |= {"temperature": options.temperature}
+    streamer = _Emitter(tokenizer, emit)
+    statistics = SpeculateStatistics() if options.speculative else None
+    if options.speculative:
+        settings |= {
+            "custom_generate": partial(speculative_generate, streamer=streamer),
+            "speculate": options,
+            "statistics": statistics,
+        }
     loaded.generate(
         **inputs,
         max_new_tokens=options.max_new_tokens,
         do_sample=options.temperature is not None,
-        streamer=_Emitter(tokenizer, emit),
+        streamer=streamer,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        **sampling,
+        **settings,
     )
+    return statistics

@@ -8,7 +8,7 @@ from typing import Any
 
 from flexigpt.checkpoint import check_depth, compact_of, move
 from flexigpt.errors import InputError, flag
-from flexigpt.fitting import fit_replicas
+from flexigpt.fitting import Fits, fit_blocks
 from flexigpt.initialization import (
     ADAPTER_INITS,
     DEFAULT_NORM_INIT,
@@ -91,8 +91,9 @@ class PruneOptions(ScoringOptions):
 
     @property
     def fits(self) -> bool:
-        """Whether replicas are fitted to calibration text."""
-        return ADAPTER_INITS[self.adapter_init].fit is not None or (self.output_norm and self.norm_init == FITTED)
+        """Whether anything is fitted to calibration text."""
+        fitted = ADAPTER_INITS[self.adapter_init].fit is not None or (self.output_norm and self.norm_init == FITTED)
+        return fitted or super().fits
 
     @property
     def is_random(self) -> bool:
@@ -162,15 +163,8 @@ def _fill(compact: FlexiGPTForCausalLM, opened: Opened, plan: Plan, options: Pru
     move(compact, opened.model.device)
     if options.fits:
         assert opened.windows is not None
-        fit_replicas(
-            compact,
-            opened.model,
-            plan,
-            opened.windows,
-            fit_adapter=ADAPTER_INITS[options.adapter_init].fit,
-            fit_norms=norm_init == FITTED,
-            track=track,
-        )
+        fits = Fits(adapter=ADAPTER_INITS[options.adapter_init].fit, norms=norm_init == FITTED, kept=options.refit_kept)
+        fit_blocks(opened.model, list(compact.block_list), opened.windows, fits, plan=plan, track=track)
 
 
 def plan_only(source: str, options: PruneOptions, track: Track = silent) -> tuple[Plan, Record]:

@@ -8,6 +8,8 @@ from flexigpt.factorization import truncated_svd
 
 # Of the inputs' mean variance, the weight of an adapter that mends weights instead of outputs.
 _DAMPING = 1e-3
+# The same for a kept block's whole weight, which has more to lose.
+_RIDGE = 3e-3
 
 
 class Moments(NamedTuple):
@@ -47,3 +49,20 @@ def low_rank_fit(
     residual = moments.targets + damping * (pruned.double() - base.double()) - base.double() @ moments.inputs
     fitted = truncated_svd(residual @ inverse_root, rank)
     return fitted.right.T @ inverse_root, fitted.left * fitted.values
+
+
+def ridge_fit(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
+    """The V that minimises E|y - V x|^2 + c |V - W|_F^2: what a kept linear becomes.
+
+    Args:
+        weight: W, (outputs, inputs), any dtype.
+        moments: of the linear.
+
+    Returns:
+        V, (outputs, inputs), float64.
+    """
+    kept = weight.double()
+    damping = _RIDGE * moments.inputs.diagonal().mean().clamp(min=1e-30)
+    damped = moments.inputs + damping * torch.eye(len(moments.inputs), dtype=torch.float64, device=weight.device)
+    residual = moments.targets - kept @ moments.inputs
+    return kept + torch.linalg.solve(damped, residual, left=False)

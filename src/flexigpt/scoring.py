@@ -35,6 +35,8 @@ class ScoringOptions:
         windows: calibration windows; default: 64.
         window_length: tokens in a window, for calibration and perplexity; default: the model's context, at most 2048.
         block_score: score whose lowest blocks are pruned; default: influence.
+        refit_kept: whether the kept blocks are refitted to the source on the calibration text, in closed form; nothing
+            more is stored.
         perplexity: text to measure perplexity on before and after, as for calibration; default: none.
         dtype: of the weights: auto (the source's), float32, bfloat16 or float16.
         device: auto (a GPU where there is one), cpu, cuda or cuda:N.
@@ -49,6 +51,7 @@ class ScoringOptions:
     windows: int | None = None
     window_length: int | None = None
     block_score: str | None = None
+    refit_kept: bool = False
     perplexity: str | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -88,8 +91,13 @@ class ScoringOptions:
 
     @property
     def calibrates(self) -> bool:
-        """Whether blocks are scored on a text."""
-        return self.blocks is None or self.calibration is not None
+        """Whether calibration text is read."""
+        return self.fits or self.blocks is None or self.calibration is not None
+
+    @property
+    def fits(self) -> bool:
+        """Whether anything is fitted to calibration text."""
+        return self.refit_kept
 
     @property
     def is_random(self) -> bool:
