@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from flexigpt.checkpoint import load_model, load_tokenizer
 from flexigpt.errors import InputError, check_seed, flag
+from flexigpt.half_precision import fast_half
 from flexigpt.speculate import speculative_generate
 from flexigpt.speculate_options import SpeculateOptions, SpeculateStatistics, skipped_blocks
 
@@ -111,12 +112,13 @@ def generate(model: str, options: GenerateOptions, emit: Callable[[str], None]) 
             "speculate": options,
             "statistics": statistics,
         }
-    loaded.generate(
-        **inputs,
-        max_new_tokens=options.max_new_tokens,
-        do_sample=options.temperature is not None,
-        streamer=streamer,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        **settings,
-    )
+    with fast_half(loaded):
+        loaded.generate(
+            **inputs,
+            max_new_tokens=options.max_new_tokens,
+            do_sample=options.temperature is not None,
+            streamer=streamer,
+            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            **settings,
+        )
     return statistics

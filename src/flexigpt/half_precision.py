@@ -48,14 +48,17 @@ class _InFloat32(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if function not in self._PRODUCTS or args[0].dtype not in _HALF or _rows(args[0]) < _MIN_ROWS:
+        if function not in self._PRODUCTS or args[0].dtype not in _HALF or _rows(function, args) < _MIN_ROWS:
             return function(*args, **kwargs)
         widened = {name: _widened(value) for name, value in kwargs.items()}
         return function(*map(_widened, args), **widened).to(args[0].dtype)
 
 
-def _rows(tensor: torch.Tensor) -> int:
-    return tensor.numel() // max(1, tensor.shape[-1])
+def _rows(function: Callable[..., Any], args: tuple[Any, ...]) -> int:
+    """That share what the other operand holds: all of a linear's, those of one head or batch of the others'."""
+    if function is F.linear:
+        return args[0].numel() // max(1, args[0].shape[-1])
+    return max(operand.shape[-2] if operand.ndim > 1 else 1 for operand in args[:2])
 
 
 def _widened(value: Any) -> Any:
