@@ -58,7 +58,8 @@ def _rows(function: Callable[..., Any], args: tuple[Any, ...]) -> int:
     """That share what the other operand holds: all of a linear's, those of one head or batch of the others'."""
     if function is F.linear:
         return args[0].numel() // max(1, args[0].shape[-1])
-    return max(operand.shape[-2] if operand.ndim > 1 else 1 for operand in args[:2])
+    operand = args[1] if function in (torch.addmm, torch.baddbmm) else args[0]
+    return operand.shape[-2] if operand.ndim > 1 else 1
 
 
 def _widened(value: Any) -> Any:
