@@ -40,7 +40,7 @@ def low_rank_fit(
         rank: r.
 
     Returns:
-        A (r, inputs) and B (outputs, r), float64.
+        A (r, inputs), its rows of length one, and B (outputs, r), float64.
     """
     values, vectors = torch.linalg.eigh(moments.inputs)
     damping = _DAMPING * values.clamp(min=0).mean().clamp(min=1e-30)
@@ -48,7 +48,10 @@ def low_rank_fit(
     inverse_root = (vectors * damped.rsqrt()) @ vectors.T
     residual = moments.targets + damping * (pruned.double() - base.double()) - base.double() @ moments.inputs
     fitted = truncated_svd(residual @ inverse_root, rank)
-    return fitted.right.T @ inverse_root, fitted.left * fitted.values
+    down = fitted.right.T @ inverse_root
+    # Rows of A of length one, as in eq. 8: training moves both factors by steps of the same size.
+    lengths = down.norm(dim=1).clamp(min=1e-30)
+    return down / lengths[:, None], fitted.left * fitted.values * lengths
 
 
 def ridge_fit(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
