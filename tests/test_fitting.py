@@ -178,7 +178,7 @@ def test_a_plan_can_be_fitted_with_text_of_its_own(tiny_source: Path, text: Path
 def test_a_kept_weight_is_refitted_by_least_squares() -> None:
     problem = Problem()
     found = ridge_fit(problem.pruned, problem.moments)
-    damping = (3e-3 * problem.moments.inputs.diagonal().mean()).sqrt()
+    damping = (0.1 * problem.moments.inputs.diagonal().mean()).sqrt()
     rows = torch.cat((problem.rows[:TOKENS], damping * torch.eye(INPUTS)))
     wished = torch.cat((problem.wished[:TOKENS], damping * problem.pruned.T))
     expected = np.linalg.lstsq(rows.numpy(), wished.numpy(), rcond=None)[0].T

@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM as _AutoModelForCausalLM
 
 from flexigpt.baselines import BaselineOptions as BaselineOptions
 from flexigpt.baselines import baseline as baseline
+from flexigpt.benchmark import BenchmarkOptions as BenchmarkOptions
+from flexigpt.benchmark import benchmark as benchmark
 from flexigpt.configuration_flexigpt import FlexiGPTConfig as FlexiGPTConfig
 from flexigpt.errors import InputError as InputError
 from flexigpt.evaluate import EvalOptions as EvalOptions
@@ -15,6 +17,7 @@ from flexigpt.evaluate import evaluate as evaluate
 from flexigpt.extend import ExtendOptions as ExtendOptions
 from flexigpt.extend import extend as extend
 from flexigpt.inspection import inspect_model as inspect_model
+from flexigpt.materialization import materialize as materialize
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM as FlexiGPTForCausalLM
 from flexigpt.plan import Plan as Plan
 from flexigpt.plan import Replica as Replica

@@ -221,6 +221,16 @@ def plan_of(config: PreTrainedConfig) -> Plan:
     return Plan.from_dict({"format_version": 1, "num_blocks": config.num_hidden_layers, "replicas": config.replicas})
 
 
+def has_replicas(model: str) -> bool:
+    """Whether a local or hub model is a compact one with at least one replica; no weight is read.
+
+    Raises:
+        InputError: as `read_config`.
+    """
+    config = read_config(model)
+    return isinstance(config, FlexiGPTConfig) and bool(config.replicas)
+
+
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A source or compact model of that configuration with parameters on the meta device: no memory, all shapes."""
     with init_empty_weights(include_buffers=False):

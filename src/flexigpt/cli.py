@@ -14,6 +14,7 @@ import typer
 from transformers.utils import logging as transformers_logging
 
 from flexigpt.checkpoint import load_tokenizer
+from flexigpt.cli_decoding import benchmark_command
 from flexigpt.cli_reproduce import reproduce_command
 from flexigpt.cli_results import eval_command, inspect_command, report_command
 from flexigpt.cli_training import baseline_command, recover_command
@@ -195,6 +196,7 @@ app.command("baseline")(baseline_command)
 app.command("recover")(recover_command)
 app.command("inspect")(inspect_command)
 app.command("eval")(eval_command)
+app.command("benchmark")(benchmark_command)
 app.command("report")(report_command)
 app.command("reproduce")(reproduce_command)
 
@@ -211,6 +213,7 @@ def generate_command(
     draft_length: Annotated[int | None, typer.Option(help=_GENERATE["draft_length"])] = None,
     draft_blocks: Annotated[str | None, typer.Option(help=_GENERATE["draft_blocks"], metavar="3,4,...")] = None,
     prompt_lookup: Annotated[int | None, typer.Option(help=_GENERATE["prompt_lookup"])] = None,
+    materialize: Annotated[bool, typer.Option("--materialize", help=_GENERATE["materialize"])] = False,
     dtype: Annotated[str, typer.Option(help=_GENERATE["dtype"])] = GenerateOptions.dtype,
     device: Annotated[str, typer.Option(help=_GENERATE["device"])] = GenerateOptions.device,
 ) -> None:
@@ -225,6 +228,7 @@ def generate_command(
         draft_length=draft_length,
         draft_blocks=None if draft_blocks is None else block_numbers(draft_blocks, "--draft-blocks"),
         prompt_lookup=prompt_lookup,
+        materialize=materialize,
         dtype=dtype,
         device=device,
     )

@@ -43,6 +43,7 @@ def eval_command(
     limit: Annotated[int | None, typer.Option(help=_EVAL["limit"])] = None,
     batch_size: Annotated[str | None, typer.Option(help=_EVAL["batch_size"], metavar="auto|N")] = None,
     include_path: Annotated[Path | None, typer.Option(help=_EVAL["include_path"], metavar="DIR")] = None,
+    materialize: Annotated[bool, typer.Option("--materialize", help=_EVAL["materialize"])] = False,
     dtype: Annotated[str, typer.Option(help=_EVAL["dtype"])] = EvalOptions.dtype,
     device: Annotated[str, typer.Option(help=_EVAL["device"])] = EvalOptions.device,
     output: Annotated[
@@ -66,6 +67,7 @@ def eval_command(
         limit=limit,
         batch_size=batch_size,
         include_path=include_path,
+        materialize=materialize,
         dtype=dtype,
         device=device,
     )

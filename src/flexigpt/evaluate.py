@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flexigpt.checkpoint import (
     check_dtype,
     find_device,
+    has_replicas,
     load_model,
     load_tokenizer,
     model_fingerprint,
@@ -34,6 +35,7 @@ from flexigpt.distributed import ALONE, World
 from flexigpt.errors import InputError, flag
 from flexigpt.fidelity import measure_fidelity
 from flexigpt.half_precision import fast_half
+from flexigpt.materialization import materialize
 from flexigpt.progress import T, Track, silent
 
 Evaluation = dict[str, Any]
@@ -64,6 +66,7 @@ class EvalOptions:
         limit: questions of each task, the first ones; default: all.
         batch_size: requests in one forward pass; default: auto, as many as fit.
         include_path: folder with task files of your own.
+        materialize: folds the replicas' adapters into weights of their own first: faster, in the memory of the source.
         dtype: auto (the checkpoint's), float32, bfloat16 or float16.
         device: auto (a GPU where there is one), cpu, cuda or cuda:N.
     """
@@ -78,6 +81,7 @@ class EvalOptions:
     limit: int | None = None
     batch_size: int | str | None = None
     include_path: Path | None = None
+    materialize: bool = False
     dtype: str = "auto"
     device: str = "auto"
 
@@ -164,10 +168,13 @@ def evaluate(models: str | Sequence[str], options: EvalOptions, track: Track = s
     source = None if options.against is None else load_model(options.against, options.dtype, options.device)
     entries, dtypes = [], []
     for number, (name, tokenizer) in enumerate(tokenizers.items(), 1):
-        same = source is not None and is_same(name, str(options.against))
+        folded = options.materialize and has_replicas(name)
+        same = source is not None and is_same(name, str(options.against)) and not folded
         model = source if same and source is not None else load_model(name, options.dtype, options.device)
         told = track if len(names) == 1 else _numbered(track, f"{number}/{len(names)}")
         entry = _size(name, model)
+        if folded:
+            materialize(model)
         text = texts[name]
         if text is not None:
             measured = perplexity(model, text, window_length=window_length, stride=options.stride, track=told)
@@ -187,7 +194,7 @@ def evaluate(models: str | Sequence[str], options: EvalOptions, track: Track = s
         "format": 1,
         "versions": {name: version(name) for name in ("flexigpt", "torch", "transformers", "lm_eval", "datasets")},
         "command": None,
-        "device": _device_name(device),
+        "device": device_name(device),
         "dtype": ", ".join(dict.fromkeys(dtypes)),
         "options": _plain(asdict(options) | resolved),
         "models": entries,
@@ -211,6 +218,8 @@ def _check_models(names: list[str], options: EvalOptions) -> int:
     for number, name in enumerate(names):
         if any(is_same(name, other) for other in names[:number]):
             raise InputError(f"the model {name} is given twice: give it once")
+    if options.materialize and not any(map(has_replicas, names)):
+        raise InputError(f"--materialize has no effect, since {', '.join(names)} has no replicas: leave it out")
     opened = [*names, *([] if options.against is None else [options.against])]
     configs = [read_config(name) for name in opened]
     shortest = min(configs, key=lambda config: check_window_length(None, config))
@@ -272,7 +281,8 @@ def _size(name: str, model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     found = Path("/proc/cpuinfo")

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from flexigpt.checkpoint import load_model, load_tokenizer
+from flexigpt.checkpoint import has_replicas, load_model, load_tokenizer
 from flexigpt.errors import InputError, check_seed, flag
 from flexigpt.half_precision import fast_half
+from flexigpt.materialization import materialize
 from flexigpt.speculate import speculative_generate
 from flexigpt.speculate_options import SpeculateOptions, SpeculateStatistics, skipped_blocks
 
@@ -28,6 +29,8 @@ class GenerateOptions(SpeculateOptions):
         seed: makes samples repeatable; needs a temperature; default: 0.
         speculative: drafts with the model's replicas skipped and verifies with all of it: the same text (or, with a
             temperature, samples of the same distribution) in fewer passes.
+        materialize: folds the replicas' adapters into weights of their own first: the memory and, but for the output
+            norms, the speed of the source.
         dtype: auto (the checkpoint's), float32, bfloat16 or float16.
         device: auto (a GPU where there is one), cpu, cuda or cuda:N.
     """
@@ -38,6 +41,7 @@ class GenerateOptions(SpeculateOptions):
     top_p: float | None = None
     seed: int | None = None
     speculative: bool = False
+    materialize: bool = False
     dtype: str = "auto"
     device: str = "auto"
 
@@ -85,12 +89,16 @@ def generate(model: str, options: GenerateOptions, emit: Callable[[str], None]) 
     Returns what speculative decoding did, where it was asked for.
 
     Raises:
-        InputError: a model that cannot be opened or, for speculative decoding, has no replicas; a prompt that leaves no
-            room in its context.
+        InputError: a model that cannot be opened or has no replicas where these are to be skipped or materialised; a
+            prompt that leaves no room in its context.
     """
+    if options.materialize and not has_replicas(model):
+        raise InputError(f"--materialize has no effect, since {model} has no replicas: leave it out")
     loaded: Any = load_model(model, options.dtype, options.device)
     if options.speculative:
         skipped_blocks(loaded, options)
+    if options.materialize:
+        materialize(loaded)
     tokenizer = load_tokenizer(model)
     inputs = tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
     context = getattr(loaded.config, "max_position_embeddings", None)

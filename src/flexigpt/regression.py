@@ -9,7 +9,7 @@ from flexigpt.factorization import truncated_svd
 # Of the inputs' mean variance, the weight of an adapter that mends weights instead of outputs.
 _DAMPING = 1e-3
 # The same for a kept block's whole weight, which has more to lose.
-_RIDGE = 3e-3
+_RIDGE = 0.1
 
 
 class Moments(NamedTuple):
