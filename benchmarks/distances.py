@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from flexigpt.factorization import truncated_svd, unmended
+from flexigpt.factorization import exact_svd, unmended
 
 
 def synchronize() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
         return ((u * (s * torch.arange(1, size + 1) ** -0.3)) @ v).to(arguments.device)
 
     weights = [weight() for _ in range(arguments.candidates + 1)]
-    factors = [truncated_svd(w, rank) for w in weights]
+    factors = [exact_svd(w, rank) for w in weights]
     matrices = [f.matrix() for f in factors]
     pruned, candidates = factors[0], factors[1:]
 
@@ -62,7 +62,7 @@ def main() -> None:
     full = timed(lambda: by_svd(matrices[1]), 3)
     values_only = timed(lambda: torch.linalg.svdvals(matrices[0] - matrices[1]), 3)
     core = timed(lambda: [unmended(pruned, c) for c in candidates], 9) / len(candidates)
-    factor = timed(lambda: truncated_svd(weights[0], rank), 3)
+    factor = timed(lambda: exact_svd(weights[0], rank), 3)
     whole_svd = timed(lambda: torch.linalg.svd(weights[0], full_matrices=False), 3)
 
     print(f"# Distances of one pruned linear to {len(candidates)} candidates, {size} x {size}, rank {rank}\n")
