@@ -1,6 +1,7 @@
 """The commands as a user meets them: output, exit codes, one clear line for bad input, nothing half-written."""
 
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -296,13 +297,22 @@ def test_overwrite_replaces_a_checkpoint(run: Run, tiny_source: Path, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert caught
+    return bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_nothing(example: Path, tmp_path: Path, how: signal.Signals) -> None:
     arguments = ["prune", str(example), str(tmp_path / "out"), "--ratio", "0.3", "--window-length", "256"]
     texts = ["--calibration", str(example / "calibration.jsonl"), "--windows", "2000"]
     texts += ["--perplexity", str(example / "validation.jsonl")]
     with start(*arguments, *texts) as process:
-        time.sleep(8)
+        while not catches(process.pid, signal.SIGTERM):  # it is past its imports
+            time.sleep(0.05)
+        time.sleep(2)
         assert process.poll() is None
         process.send_signal(how)
         _, errors = process.communicate(timeout=60)
