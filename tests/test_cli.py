@@ -193,7 +193,7 @@ BAD_INPUT = {
     "prune SOURCE full --blocks 2": "full is not empty: give another folder, or --overwrite",
     "prune SOURCE precious --blocks 2 --overwrite": "precious was not written by flexigpt",
     "prune SOURCE / --blocks 2": "cannot be replaced by a new folder",
-    "prune SOURCE out --blocks 2 --norm-init nan": "--norm-init nan cannot be used: give a small constant, as 0.05, or fitted",
+    "prune SOURCE out --blocks 2 --norm-init nan": "--norm-init nan cannot be used: give a small constant",
     "prune SOURCE out --ratio 0.4 --calibration TEXT --seed -1": "--seed -1 is out of range",
     "prune SOURCE out --ratio 0.4 --calibration ''": "the name of the text is empty",
     "prune SOURCE out --target-size 9e999B": "cannot be read",
