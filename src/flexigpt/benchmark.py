@@ -272,8 +272,8 @@ def _batch(size: int, its: list[Timing], source: list[Timing]) -> dict[str, Any]
         "prefill_seconds": spread([one.prefill for one in its]),
         "token_seconds": spread([_per_token(one) for one in its]),
         "tokens_per_second": spread([size * one.new_tokens / one.total for one in its]),
-        "prefill_percent": spread([100 * a.prefill / b.prefill for a, b in zip(its, source, strict=True)]),
-        "token_percent": spread([100 * _per_token(a) / _per_token(b) for a, b in zip(its, source, strict=True)]),
+        "prefill_percent": spread([100 * (a.prefill / b.prefill) for a, b in zip(its, source, strict=True)]),
+        "token_percent": spread([100 * (_per_token(a) / _per_token(b)) for a, b in zip(its, source, strict=True)]),
         "time_percent": _percent(its, source),
         "throughput_percent": _percent(source, its),
     }
@@ -286,4 +286,4 @@ def _per_token(one: Timing) -> float:
 
 def _percent(one: list[Timing], other: list[Timing]) -> dict[str, float]:
     """All of one's time in percent of the other's, within each repeat."""
-    return spread([100 * a.total / b.total for a, b in zip(one, other, strict=True)])
+    return spread([100 * (a.total / b.total) for a, b in zip(one, other, strict=True)])
