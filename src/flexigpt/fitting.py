@@ -39,8 +39,8 @@ class Fits:
         adapter: makes a replica's adapter of moments; None: adapters stay.
         norms: whether the output norms' gamma is fitted, each channel by least squares.
         kept: whether the kept blocks behind a pruned one are refitted: those of their linears that write to the
-            residual stream, at full rank, as nothing more is stored for them. Bases of replicas that come before them
-            are left alone.
+            residual stream, at full rank, as nothing more is stored for them. Bases are left alone: fitted to their own
+            place, they would be farther from their replicas'.
     """
 
     adapter: AdapterFit | None = None
@@ -74,14 +74,14 @@ def fit_blocks(
     pruned = set(plan.pruned) if plan is not None else {i for i, block in enumerate(blocks) if block is None}
     last = max(pruned, default=-1)
     depth = len(blocks) if fits.kept and pruned else last + 1
-    bases = {replica.base: replica.block for replica in plan.replicas[::-1]} if plan is not None else {}
+    bases = set() if plan is None else {replica.base for replica in plan.replicas}
     writers = find_architecture(source.config).output_norms
     for index in track(range(depth), "fitting blocks", depth):
         block = blocks[index]
         if block is not None:
             leaving = _behind_removed(source, blocks, index, theirs)
             changed = min(pruned) < index or (index + 1 < len(blocks) and blocks[index + 1] is None)
-            if index in pruned or (fits.kept and changed and bases.get(index, index) >= index):
+            if index in pruned or (fits.kept and changed and index not in bases):
                 fit = _BlockFit(block_list(source)[index], block, writers, _Streams(index, theirs, ours, leaving))
                 fit.run(fits, index in pruned)
             ours.hidden = list(ours.outputs(block, index))
