@@ -10,7 +10,17 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from families import FAMILIES, FULL_RANK, NUM_BLOCKS, tiny_model, token_ids
-from flexigpt import BaselineOptions, FlexiGPTForCausalLM, Plan, PruneOptions, Replica, baseline, prune
+from flexigpt import (
+    BaselineOptions,
+    FlexiGPTForCausalLM,
+    InputError,
+    Plan,
+    PruneOptions,
+    Replica,
+    baseline,
+    plan_only,
+    prune,
+)
 from flexigpt.architecture import block_list, find_architecture
 from flexigpt.baselines import remove_blocks
 from flexigpt.checkpoint import compact_of
@@ -230,3 +240,11 @@ def test_removal_can_refit_the_kept_blocks(tiny_source: Path, text: Path) -> Non
         for a, b in zip(shorter.model.layers, plain.model.layers, strict=True)
     ]
     assert differ == [False, True, True, True]
+
+
+def test_refits_without_effect_are_refused(tiny_source: Path, text: Path, tmp_path: Path) -> None:
+    tiny_model("gemma2").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"--refit-kept has no effect on .*, whose blocks normalise"):
+        prune(str(tmp_path), PruneOptions(blocks=[2], refit_kept=True, calibration=str(text)))
+    with pytest.raises(InputError, match="--refit-kept has no effect with --plan-only"):
+        plan_only(str(tiny_source), PruneOptions(blocks=[2], refit_kept=True, calibration=str(text)))

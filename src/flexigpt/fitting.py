@@ -77,27 +77,26 @@ def fit_blocks(
     bases = set() if plan is None else {replica.base for replica in plan.replicas}
     writers = find_architecture(source.config).output_norms
     for index in track(range(depth), "fitting blocks", depth):
-        block = blocks[index]
+        own, block = block_list(source)[index], blocks[index]
+        behind = list(theirs.outputs(own, index))
         if block is not None:
-            leaving = _behind_removed(source, blocks, index, theirs)
             changed = min(pruned) < index or (index + 1 < len(blocks) and blocks[index + 1] is None)
             if index in pruned or (fits.kept and changed and index not in bases):
-                fit = _BlockFit(block_list(source)[index], block, writers, _Streams(index, theirs, ours, leaving))
-                fit.run(fits, index in pruned)
+                leaving = _past_removed(source, blocks, index + 1, theirs, behind)
+                _BlockFit(own, block, writers, _Streams(index, theirs, ours, leaving)).run(fits, index in pruned)
             ours.hidden = list(ours.outputs(block, index))
-        theirs.hidden = list(theirs.outputs(block_list(source)[index], index))
+        theirs.hidden = behind
 
 
-def _behind_removed(
-    source: PreTrainedModel, blocks: Sequence[nn.Module | None], index: int, theirs: Stream
+def _past_removed(
+    source: PreTrainedModel, blocks: Sequence[nn.Module | None], index: int, theirs: Stream, hidden: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """The source's hidden states behind a block and the removed ones that follow it: where it has to lead."""
+    """The source's hidden states before a block, or behind the removed ones that begin there."""
     stream = theirs.copy()
-    for own in range(index, len(blocks)):
-        if own == index or blocks[own] is None:
-            stream.hidden = list(stream.outputs(block_list(source)[own], own))
-        else:
-            break
+    stream.hidden = hidden
+    while index < len(blocks) and blocks[index] is None:
+        stream.hidden = list(stream.outputs(block_list(source)[index], index))
+        index += 1
     return stream.hidden
 
 

@@ -173,7 +173,7 @@ def plan_only(source: str, options: PruneOptions, track: Track = silent) -> tupl
     Raises:
         InputError: as `prune`; or settings that only applying a plan reads.
     """
-    for field in ("plan", "perplexity", "adapter_init", "norm_init", "output_norm"):
+    for field in ("plan", "perplexity", "adapter_init", "norm_init", "output_norm", "refit_kept"):
         if getattr(options, field) != getattr(PruneOptions, field):
             raise InputError(f"{_flag(field)} has no effect with --plan-only, which makes no model: leave it out")
     started = time.perf_counter()

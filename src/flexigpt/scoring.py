@@ -141,7 +141,11 @@ def check_source(source: str, options: ScoringOptions, output_norm: bool = True)
         InputError: what the configuration rules out.
     """
     check_dtype(options.dtype)
-    find_architecture(read_config(source))
+    architecture = find_architecture(read_config(source))
+    if options.refit_kept and not set(architecture.output_norms) <= set(architecture.linears):
+        raise InputError(
+            f"--refit-kept has no effect on {source}, whose blocks normalise what attention and MLP write: leave it out"
+        )
     empty = open_empty(source)
     stored: torch.dtype = empty.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     return CheckedSource(
