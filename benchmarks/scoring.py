@@ -19,6 +19,7 @@ from flexigpt.calibration import block_means
 from flexigpt.checkpoint import load_model, load_tokenizer
 from flexigpt.data import calibration_windows
 from flexigpt.selection import influence
+from flexigpt.streaming import StreamedModel
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "novel16"
 
@@ -38,7 +39,7 @@ def compare_time(source: str, device: str, batch: int, repeats: int) -> None:
             torch.cuda.synchronize()
 
     def score() -> None:
-        block_means(model, windows, influence)
+        block_means(StreamedModel(model), windows, {"influence": influence})
 
     ratios, plain, scored = [], [], []
     forward()
@@ -85,7 +86,7 @@ def measure_memory(blocks: int, tokens: int, total: int) -> None:
     before = resident()
     watcher = threading.Thread(target=watch)
     watcher.start()
-    block_means(model, windows, influence)
+    block_means(StreamedModel(model), windows, {"influence": influence})
     done.set()
     watcher.join()
     print((peak[0] - before) / 1e6)

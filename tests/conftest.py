@@ -6,6 +6,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from transformers import AutoModelForCausalLM
 from families import tiny_config
 from flexigpt import PruneOptions, prune, write_checkpoint
 from flexigpt.cli import main
+
+# What the tests measure is kept among themselves.
+os.environ["FLEXIGPT_CACHE"] = tempfile.mkdtemp(prefix="flexigpt-tests-")
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "novel16"
 

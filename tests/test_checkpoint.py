@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from families import tiny_model, token_ids
 from flexigpt import FlexiGPTForCausalLM, InputError, Plan, PruneOptions, Replica, prune, write_checkpoint
 from flexigpt.checkpoint import (
-    check_finite,
     compact_of,
     find_device,
     load_model,
@@ -24,6 +23,7 @@ from flexigpt.checkpoint import (
     read_config,
 )
 from flexigpt.initialization import initialize_replicas
+from flexigpt.streaming import StreamedModel, check_finite
 from flexigpt.writing import check_output, check_space, replaced_folder
 
 
@@ -198,7 +198,7 @@ def test_weights_that_are_not_finite_name_the_block(name: str, where: str) -> No
     with torch.no_grad():
         source.get_parameter(name)[0, 0] = float("nan")
     with pytest.raises(InputError, match=f"NaN or infinity {where}"):
-        check_finite(source)
+        check_finite(StreamedModel(source))
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,13 @@ from flexigpt import (
     plan_only,
     prune,
 )
-from flexigpt.architecture import block_list, find_architecture
+from flexigpt.architecture import find_architecture
 from flexigpt.baselines import remove_blocks
 from flexigpt.checkpoint import compact_of
 from flexigpt.fitting import Fits, fit_blocks
 from flexigpt.initialization import initialize_replicas
 from flexigpt.regression import Moments, low_rank_fit, ridge_fit
+from flexigpt.streaming import StreamedModel
 
 WINDOWS = token_ids(batch=12, tokens=32, seed=3)
 
@@ -42,10 +43,14 @@ def filled(source: PreTrainedModel, plan: Plan, init: str, output_norm: bool = T
     return model.eval()
 
 
+def fit_all(source: PreTrainedModel, model: FlexiGPTForCausalLM, fits: Fits) -> None:
+    fit_blocks(StreamedModel(source), StreamedModel(model), range(NUM_BLOCKS), WINDOWS, fits)
+
+
 def fitted(source: PreTrainedModel, plan: Plan, output_norm: bool = False, norms: bool = False) -> FlexiGPTForCausalLM:
     model = filled(source, plan, "zero", output_norm)
     fits = Fits(adapter=low_rank_fit, norms=norms)
-    fit_blocks(source, list(model.block_list), WINDOWS, fits, plan=plan)
+    fit_all(source, model, fits)
     return model
 
 
@@ -138,7 +143,7 @@ def test_gamma_is_that_of_least_squares() -> None:
     plan = replicas(4, b1=0)
     model = filled(source, plan, "svd")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "adapter" in name}
-    fit_blocks(source, list(model.block_list), WINDOWS, Fits(norms=True), plan=plan)
+    fit_all(source, model, Fits(norms=True))
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
     normed, wanted = [], []
     output = model.block_list[1].self_attn.o_proj
@@ -203,10 +208,10 @@ def test_refitted_kept_blocks_are_nearer_to_the_source(family: str) -> None:
     plan = replicas(4, b1=0, b3=2)
     plain, refitted = fitted(source, plan), filled(source, plan, "zero", output_norm=False)
     fits = Fits(adapter=low_rank_fit, kept=True)
-    fit_blocks(source, list(refitted.block_list), WINDOWS, fits, plan=plan)
+    fit_all(source, refitted, fits)
     shorter, mended = remove_blocks(source, [1, 3]), remove_blocks(source, [1, 3])
-    left = iter(block_list(mended))
-    fit_blocks(source, [None if i in (1, 3) else next(left) for i in range(NUM_BLOCKS)], WINDOWS, Fits(kept=True))
+    standing = [0, None, 1, None, 2, 3]
+    fit_blocks(StreamedModel(source), StreamedModel(mended), standing, WINDOWS, Fits(kept=True))
     assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in before.items())
     if find_architecture(source.config).output_norms[0] not in find_architecture(source.config).linears:
         return  # a norm of the family's own writes to the residual stream: nothing can be refitted
@@ -220,7 +225,7 @@ def test_bases_are_left_alone() -> None:
     source = tiny_model("llama")
     plan = replicas(4, b1=3, b4=2)
     model = filled(source, plan, "svd")
-    fit_blocks(source, list(model.block_list), WINDOWS, Fits(kept=True), plan=plan)
+    fit_all(source, model, Fits(kept=True))
     changed = [
         index
         for index, block in enumerate(model.block_list)

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,16 +7,11 @@ import torch
 from families import NUM_BLOCKS, tiny_model, token_ids
 from flexigpt import InputError
 from flexigpt.architecture import block_list, find_architecture, weight_matrix
-from flexigpt.calibration import block_means
-from flexigpt.selection import (
-    BASE_DISTANCES,
-    BLOCK_SCORES,
-    base_distances,
-    check_blocks,
-    choose_bases,
-    lowest,
-    num_pruned_at,
-)
+from flexigpt.cache import Cache
+from flexigpt.calibration import block_means, check_means
+from flexigpt.distances import base_distances
+from flexigpt.selection import BASE_DISTANCES, BLOCK_SCORES, check_blocks, choose_bases, lowest, num_pruned_at
+from flexigpt.streaming import StreamedModel
 from test_factorization import naive_truncated, naive_unmended
 
 RANK = 4
@@ -32,10 +28,10 @@ def naive_distance(name: str, first: torch.Tensor, second: torch.Tensor) -> torc
 
 @pytest.mark.parametrize("family", ["llama-gqa", "gpt2"])
 @pytest.mark.parametrize("name", BASE_DISTANCES)
-def test_distances_equal_full_svds_summed_over_linears(family: str, name: str) -> None:
+def test_distances_equal_full_svds_summed_over_linears(family: str, name: str, tmp_path: Path) -> None:
     source = tiny_model(family)
     pruned = (1, 4)
-    measured = base_distances(source, pruned, RANK, name)
+    measured = base_distances(StreamedModel(source), pruned, RANK, name, Cache(tmp_path))
     assert list(measured) == [1, 4]
     for block, candidates in measured.items():
         assert list(candidates) == [0, 2, 3, 5]  # only kept blocks
@@ -58,12 +54,13 @@ def test_the_base_is_the_candidate_of_least_distance() -> None:
     assert [(r.block, r.base, r.rank) for r in plan.replicas] == [(1, 2, 2), (4, 0, 2)]
 
 
-def test_a_copy_of_a_pruned_block_is_its_base() -> None:
+def test_a_copy_of_a_pruned_block_is_its_base(tmp_path: Path) -> None:
     source = tiny_model("llama-gqa")
     blocks = block_list(source)
     blocks[5].load_state_dict(blocks[2].state_dict())
     for name in BASE_DISTANCES:
-        assert choose_bases(base_distances(source, (2,), RANK, name), RANK, NUM_BLOCKS).replicas[0].base == 5
+        distances = base_distances(StreamedModel(source), (2,), RANK, name, Cache(tmp_path))
+        assert choose_bases(distances, RANK, NUM_BLOCKS).replicas[0].base == 5
 
 
 @pytest.mark.parametrize(
@@ -119,7 +116,7 @@ def test_scores_against_a_token_by_token_loop(name: str) -> None:
 def test_calibration_leaves_the_model_as_it_was() -> None:
     source = tiny_model("llama-gqa")
     before = source(token_ids()).logits
-    block_means(source, token_ids(batch=3), BLOCK_SCORES["influence"])
+    block_means(StreamedModel(source), token_ids(batch=3), BLOCK_SCORES)
     assert torch.equal(source(token_ids()).logits, before)
 
 
@@ -128,4 +125,4 @@ def test_statistics_that_are_not_finite_name_the_block() -> None:
     with torch.no_grad():
         block_list(source)[3].mlp.down_proj.weight.fill_(6e4)
     with pytest.raises(InputError, match="block 3 are not finite"):
-        block_means(source, token_ids(), BLOCK_SCORES["influence"])
+        check_means(block_means(StreamedModel(source), token_ids(), BLOCK_SCORES)["influence"])

@@ -3,8 +3,8 @@
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -29,12 +29,44 @@ def _gather_attention_types(settings: dict[str, Any], source_blocks: Sequence[in
 
 
 @dataclass(frozen=True, kw_only=True)
+class Roles:
+    """What the linears of a block compute and what lies between them: which changes of them leave the block as it is.
+
+    Attributes:
+        query: path within the block of the linear that computes the queries. A linear that computes several roles is
+            named for each of them; it computes them one after the other, in the order of these fields.
+        key: the same for the keys.
+        value: the same for the values.
+        output: the linear that takes what the heads gathered.
+        gate: the linear whose outputs the activation is applied to, where `up` is multiplied by them; None without.
+        up: the linear that computes the MLP's units (times the gate, or before the activation).
+        down: the linear that takes the units.
+        by_head: queries, keys and values of one linear lie head by head (GPT-NeoX).
+        transposed: weights are stored as (inputs, outputs) (GPT-2).
+        rotary: positions turn queries and keys, dimension i of a head with dimension i + half of the turned ones.
+        query_key_norm: whether queries and keys are normalised, each head alone or all heads in one.
+    """
+
+    query: str
+    key: str
+    value: str
+    output: str
+    gate: str | None = None
+    up: str
+    down: str
+    by_head: bool = False
+    transposed: bool = False
+    rotary: bool = True
+    query_key_norm: Literal["none", "head", "all"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """One row of the table.
 
     Attributes:
         blocks: path of the list of blocks within the causal language model.
-        linears: paths of a block's linears within the block.
+        roles: paths of a block's linears within the block, and what they compute.
         output_norms: paths within the block of the modules that an output norm follows: the last ones of attention
             and MLP before the residual addition. The output projections, or, where the family normalises a
             sublayer's output itself (Gemma, OLMo 2), that norm: before it, it would undo the output norm's scale.
@@ -43,21 +75,36 @@ class Architecture:
     """
 
     blocks: str
-    linears: tuple[str, ...]
+    roles: Roles
     output_norms: tuple[str, str]
     gather: Callable[[dict[str, Any], Sequence[int]], None] = _gather_layer_types
     block_returns_tuple: bool = False
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Paths of a block's linears within the block, each once."""
+        roles = self.roles
+        paths = (roles.query, roles.key, roles.value, roles.output, roles.gate, roles.up, roles.down)
+        return tuple(dict.fromkeys(path for path in paths if path is not None))
 
-_SPLIT_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+
+_LLAMA_ROLES = Roles(
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    output="self_attn.o_proj",
+    gate="mlp.gate_proj",
+    up="mlp.up_proj",
+    down="mlp.down_proj",
+)
 _LLAMA = Architecture(
     blocks="model.layers",
-    linears=(*_SPLIT_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    roles=_LLAMA_ROLES,
     output_norms=("self_attn.o_proj", "mlp.down_proj"),
 )
 _SANDWICH = Architecture(
     blocks=_LLAMA.blocks,
-    linears=_LLAMA.linears,
+    roles=_LLAMA_ROLES,
     output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
 )
 
@@ -66,32 +113,60 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
+    "qwen3": replace(_LLAMA, roles=replace(_LLAMA_ROLES, query_key_norm="head")),
     "granite": _LLAMA,
     "gemma2": _SANDWICH,
-    "gemma3_text": _SANDWICH,
-    "olmo2": _SANDWICH,
+    "gemma3_text": replace(_SANDWICH, roles=replace(_LLAMA_ROLES, query_key_norm="head")),
+    "olmo2": replace(_SANDWICH, roles=replace(_LLAMA_ROLES, query_key_norm="all")),
     "phi3": Architecture(
         blocks="model.layers",
-        linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+        roles=Roles(
+            query="self_attn.qkv_proj",
+            key="self_attn.qkv_proj",
+            value="self_attn.qkv_proj",
+            output="self_attn.o_proj",
+            gate="mlp.gate_up_proj",
+            up="mlp.gate_up_proj",
+            down="mlp.down_proj",
+        ),
         output_norms=("self_attn.o_proj", "mlp.down_proj"),
     ),
     "opt": Architecture(
         blocks="model.decoder.layers",
-        linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),
+        roles=Roles(
+            query="self_attn.q_proj",
+            key="self_attn.k_proj",
+            value="self_attn.v_proj",
+            output="self_attn.out_proj",
+            up="fc1",
+            down="fc2",
+            rotary=False,
+        ),
         output_norms=("self_attn.out_proj", "fc2"),
     ),
     "gpt_neox": Architecture(
         blocks="gpt_neox.layers",
-        linears=("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        roles=Roles(
+            query="attention.query_key_value",
+            key="attention.query_key_value",
+            value="attention.query_key_value",
+            output="attention.dense",
+            up="mlp.dense_h_to_4h",
+            down="mlp.dense_4h_to_h",
+            by_head=True,
+        ),
         output_norms=("attention.dense", "mlp.dense_4h_to_h"),
     ),
     "gpt_neo": Architecture(
         blocks="transformer.h",
-        linears=(
-            *(f"attn.attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
-            "mlp.c_fc",
-            "mlp.c_proj",
+        roles=Roles(
+            query="attn.attention.q_proj",
+            key="attn.attention.k_proj",
+            value="attn.attention.v_proj",
+            output="attn.attention.out_proj",
+            up="mlp.c_fc",
+            down="mlp.c_proj",
+            rotary=False,
         ),
         output_norms=("attn.attention.out_proj", "mlp.c_proj"),
         gather=_gather_attention_types,
@@ -99,7 +174,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gpt2": Architecture(
         blocks="transformer.h",
-        linears=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+        roles=Roles(
+            query="attn.c_attn",
+            key="attn.c_attn",
+            value="attn.c_attn",
+            output="attn.c_proj",
+            up="mlp.c_fc",
+            down="mlp.c_proj",
+            transposed=True,
+            rotary=False,
+        ),
         output_norms=("attn.c_proj", "mlp.c_proj"),
     ),
 }

@@ -1,18 +1,27 @@
 """Baselines that pruning is compared with: plain removal of blocks (ShortGPT)."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from flexigpt.architecture import block_list, config_with_blocks, num_blocks
-from flexigpt.checkpoint import empty_model, fill_model, move, named_tensors
+from flexigpt.architecture import config_with_blocks
+from flexigpt.checkpoint import empty_model, move, names_of_blocks
 from flexigpt.errors import InputError
+from flexigpt.estimate import Estimate, Work, estimate
 from flexigpt.fitting import Fits, fit_blocks
-from flexigpt.progress import Track, silent
+from flexigpt.progress import Timed, Track, silent
 from flexigpt.record import Record, measure_both, new_record
-from flexigpt.scoring import CheckedSource, ScoringOptions, check_source, chosen, open_scored, pruned_or_count
+from flexigpt.scoring import (
+    DEFAULT_WINDOWS,
+    CheckedSource,
+    ScoringOptions,
+    check_source,
+    chosen,
+    open_scored,
+    pruned_or_count,
+)
+from flexigpt.streaming import Assembly, StreamedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,26 +49,38 @@ def baseline(
     Raises:
         InputError: anything a user can put right; see the message.
     """
-    started = time.perf_counter()
+    assembly, blocks, record = assemble_baseline(source, options, track)
+    return assembly.in_memory(), blocks, record
+
+
+def assemble_baseline(
+    source: str, options: BaselineOptions, track: Track = silent
+) -> tuple[Assembly, tuple[int, ...], Record]:
+    """`baseline` with one block in memory at a time: the shorter model is assembled, for `write_checkpoint` to write.
+
+    Arguments and errors are those of `baseline`.
+    """
+    timed = Timed(track)
     checked, pruned = _check(source, options)
-    opened = open_scored(source, options, checked.window_length, track)
+    opened = open_scored(source, options, checked, timed)
     blocks = tuple(chosen(pruned, opened.scored))
-    shorter = remove_blocks(opened.model, blocks)
+    assembly = _without(opened.source, blocks)
     if options.refit_kept:
         assert opened.windows is not None
-        left = iter(block_list(shorter))
+        left = iter(range(len(assembly)))
         standing = [None if block in blocks else next(left) for block in range(checked.depth)]
-        fit_blocks(opened.model, standing, opened.windows, Fits(kept=True), track=track)
+        fit_blocks(opened.source, assembly, standing, opened.windows, Fits(kept=True), track=timed)
     record = new_record(source, options, options.defaults(checked.window_length)) | opened.scored
     record["removed"] = {"blocks": list(blocks), "num_blocks": checked.depth, "source": source}
     record |= measure_both(
-        {"source": opened.model, "shorter": shorter},
+        {"source": opened.source, "shorter": assembly},
         opened.text,
         name=options.perplexity,
         window_length=checked.window_length,
-        track=track,
+        spill=opened.spill,
+        track=timed,
     )
-    return shorter, blocks, record | {"seconds": round(time.perf_counter() - started, 1)}
+    return assembly, blocks, record | {"stages": timed.seconds, "seconds": round(timed.total, 1)}
 
 
 def expected_bytes(source: str, options: BaselineOptions) -> int:
@@ -71,6 +92,19 @@ def expected_bytes(source: str, options: BaselineOptions) -> int:
     checked, pruned = _check(source, options)
     num_removed = pruned if isinstance(pruned, int) else len(pruned)
     return checked.shape.removed_parameters(num_removed) * checked.itemsize
+
+
+def expected(source: str, options: BaselineOptions) -> Estimate:
+    """What `baseline` with these options takes at most; no weight is read.
+
+    Raises:
+        InputError: what the source's configuration rules out.
+    """
+    checked, pruned = _check(source, options)
+    num_removed = pruned if isinstance(pruned, int) else len(pruned)
+    tokens = (options.windows or DEFAULT_WINDOWS) * checked.window_length if options.calibrates else 0
+    written = checked.shape.removed_parameters(num_removed) * checked.itemsize
+    return estimate(checked, options, Work(tokens=tokens, written=written))
 
 
 def _check(source: str, options: BaselineOptions) -> tuple[CheckedSource, Sequence[int] | int]:
@@ -91,14 +125,15 @@ def remove_blocks(source: PreTrainedModel, blocks: Sequence[int]) -> PreTrainedM
     Raises:
         InputError: a block that does not exist, or none that would stay.
     """
-    depth = num_blocks(source.config)
+    return move(_without(StreamedModel(source), blocks).in_memory(), source.device)
+
+
+def _without(source: StreamedModel, blocks: Sequence[int]) -> Assembly:
+    depth = len(source)
     strange = sorted(set(blocks) - set(range(depth)))
     if strange or len(set(blocks)) >= depth:
         raise InputError(f"cannot remove blocks {sorted(blocks)} of 0 to {depth - 1}: name some of them, not all")
     kept = [block for block in range(depth) if block not in blocks]
-    config = config_with_blocks(source.config, kept)
-    config.dtype = source.dtype
-    shorter = empty_model(config)
-    fill_model(shorter, dict(named_tensors(source, kept)))
-    shorter.generation_config = source.generation_config
-    return move(shorter, source.device)
+    config = config_with_blocks(source.model.config, kept)
+    config.dtype = source.model.dtype
+    return Assembly(empty_model(config), source, names_of_blocks(source.model, kept))

@@ -1,11 +1,14 @@
-"""Calibration text through the blocks, one block after the other; statistics are running sums.
+"""Text through the blocks, one block after the other; statistics are running sums.
 
-Only the current hidden states are kept: (windows, tokens, hidden size) in the model's dtype. Nothing grows with the
-number of blocks or with the square of the tokens.
+Only the current hidden states are kept: (windows, tokens, hidden size) in the model's dtype, in a file where they are
+many. Nothing grows with the number of blocks or with the square of the tokens.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,107 +16,223 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flexigpt.architecture import block_list, find_architecture, replaced_forwards
+from flexigpt.cache import CachedStage
 from flexigpt.data import batch_size_for
 from flexigpt.errors import InputError
 from flexigpt.half_precision import fast_half
+from flexigpt.hidden_states import HiddenStates
+from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
 from flexigpt.progress import Track, silent
+from flexigpt.streaming import StreamedModel
 
 # Tokens that go through a block at once. Enough to fill the matrix units, few enough for the caches of a CPU.
 _BATCH_TOKENS = 2048
+# Hidden states are saved so often, and never for more than a twentieth of the time.
+_SAVE_SECONDS, _SAVE_SHARE = 60.0, 20
 
 BlockStatistic = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+def calibration_batches(windows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Calibration windows as they go through a block together: (windows, tokens) ids each."""
+    return windows.split(batch_size_for(windows.shape[1], 1, _BATCH_TOKENS))
+
+
 class Stream:
-    """Hidden states of calibration text on their way through the blocks.
+    """Hidden states of a text on their way through the blocks.
 
     Args:
-        model: a source model, in eval mode; a block of another model may be run in the place of its own.
-        windows: (windows, tokens) ids.
+        model: a model in eval mode, of which only what lies outside the blocks is read; a block of another model may be
+            run in the place of its own.
+        batches: (windows, tokens) ids each.
+        spill: folder for a file that holds the hidden states; None: memory does.
 
     Attributes:
         hidden: (windows, tokens, hidden size) in the model's dtype, one tensor a batch: what the next block is given.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: torch.Tensor) -> None:
-        batches = windows.to(model.device).split(batch_size_for(windows.shape[1], 1, _BATCH_TOKENS))
+    def __init__(self, model: PreTrainedModel, batches: Sequence[torch.Tensor], spill: Path | None = None) -> None:
         self._model = model
-        self.hidden, self._arguments = _enter_blocks(model, block_list(model), batches)
+        self._arguments: dict[torch.Size, list[_Arguments]] = {}
+        moved = (batch.to(model.device) for batch in batches)
+        self.hidden = HiddenStates(_enter_blocks(model, moved, self._arguments), spill)
 
     def copy(self) -> "Stream":
-        """Another stream that goes on from here."""
-        return copy.copy(self)
+        """Another stream that goes on from here, in memory."""
+        other = copy.copy(self)
+        other.hidden = HiddenStates(self.hidden)
+        return other
 
     def outputs(self, block: nn.Module, index: int) -> Iterator[torch.Tensor]:
         """What a block makes of the hidden states, batch by batch; `index` is its place in the model."""
         for inputs in self.hidden:
-            args, kwargs = self._arguments[inputs.shape[0]][index]
+            args, kwargs = self._arguments[inputs.shape[:2]][index]
             with torch.no_grad(), fast_half(self._model):
                 yield block_output(block(inputs, *args, **kwargs))
+
+    def advance(self, block: nn.Module, index: int) -> None:
+        """The hidden states become what a block makes of them."""
+        for number, outputs in enumerate(self.outputs(block, index)):
+            self.hidden[number] = outputs
 
 
 @torch.no_grad()
 def block_means(
-    model: PreTrainedModel, windows: torch.Tensor, statistic: BlockStatistic, track: Track = silent
-) -> list[float]:
-    """The mean over all tokens of a statistic of each block's input and output.
+    source: StreamedModel,
+    windows: torch.Tensor,
+    statistics: Mapping[str, BlockStatistic],
+    *,
+    spill: Path | None = None,
+    stage: CachedStage | None = None,
+    track: Track = silent,
+) -> dict[str, list[float]]:
+    """The means over all tokens of statistics of each block's input and output, by name.
 
     Args:
-        model: a source model, in eval mode.
+        source: a source model.
         windows: (windows, tokens) ids.
-        statistic: (tokens, hidden) float32 inputs X_i and outputs X_{i+1} -> (tokens,) values. X_{i+1} is the residual
-            stream before the final norm.
+        statistics: each (tokens, hidden) float32 inputs X_i and outputs X_{i+1} -> (tokens,) values. X_{i+1} is the
+            residual stream before the final norm.
+        spill: folder for a file that holds the hidden states; None: memory does.
+        stage: where the run leaves what it needs to go on after it was killed.
         track: told of each block.
 
-    Raises:
-        InputError: a mean that is not finite; the message names the block.
+    Returns:
+        For each statistic a value for each block; not finite where the model overflows.
     """
-    blocks, stream = block_list(model), Stream(model, windows)
-    means = []
-    for index, block in track(enumerate(blocks), "calibrating", len(blocks)):
-        total = torch.zeros((), dtype=torch.float64, device=model.device)
-        for number, outputs in enumerate(stream.outputs(block, index)):
-            values = statistic(stream.hidden[number].flatten(0, 1).float(), outputs.flatten(0, 1).float())
-            total += values.sum(dtype=torch.float64)
-            stream.hidden[number] = outputs
-        means.append(total.item() / windows.numel())
-        if not torch.isfinite(total):
+    stream = Stream(source.model, calibration_batches(windows), spill)
+    means: dict[str, list[float]] = {name: [] for name in statistics}
+    progress = None if stage is None else _Progress(stage, stream)
+    done = 0
+    if progress is not None:
+        done, means = progress.resumed(means)
+    for index in track(range(len(source)), "calibrating", len(source)):
+        if index < done:
+            continue
+        source.expect(index + 1)
+        totals = {name: torch.zeros((), dtype=torch.float64, device=source.device) for name in statistics}
+        with source.block(index) as block:
+            for number, outputs in enumerate(stream.outputs(block, index)):
+                ends = stream.hidden[number].flatten(0, 1).float(), outputs.flatten(0, 1).float()
+                for name, statistic in statistics.items():
+                    totals[name] += statistic(*ends).sum(dtype=torch.float64)
+                stream.hidden[number] = outputs
+        for name, total in totals.items():
+            means[name].append(total.item() / windows.numel())
+        if progress is not None:
+            progress.save(index + 1, means)
+    return means
+
+
+def check_means(means: Sequence[float]) -> None:
+    """Raises InputError for a mean that is not finite; the message names the block."""
+    for index, mean in enumerate(means):
+        if not torch.isfinite(torch.tensor(mean)):
             raise InputError(
                 f"the statistics of block {index} are not finite: the model overflows on this text; "
                 "give --dtype float32, or another calibration text"
             )
-    return means
+
+
+class _Progress:
+    """What a calibration leaves to go on from."""
+
+    def __init__(self, stage: CachedStage, stream: Stream) -> None:
+        self._stage, self._stream = stage, stream
+        self._saved, self._cost = time.monotonic(), 0.0
+
+    def resumed(self, means: dict[str, list[float]]) -> tuple[int, dict[str, list[float]]]:
+        """The blocks that are done and their means; the stream stands behind them."""
+        found = self._stage.note("progress")
+        if found is None or not self._stream.hidden.load(self._stage.folder / f"hidden-{found['done']}"):
+            return 0, means
+        return found["done"], found["means"]
+
+    def save(self, done: int, means: dict[str, list[float]]) -> None:
+        """Where it is time."""
+        began = time.monotonic()
+        if began - self._saved < max(_SAVE_SECONDS, _SAVE_SHARE * self._cost):
+            return
+        before = set(self._stage.folder.glob("hidden-*"))
+        path = self._stage.folder / f"hidden-{done}"
+        self._stream.hidden.save(path)
+        self._stage.keep_note("progress", {"done": done, "means": means})
+        for old in before - {path}:
+            old.unlink()
+        self._saved = time.monotonic()
+        self._cost = self._saved - began
+
+
+@contextmanager
+def run_through(
+    model: StreamedModel,
+    batches: Sequence[torch.Tensor],
+    stage: str,
+    spill: Path | None = None,
+    track: Track = silent,
+) -> Iterator[None]:
+    """Within it the model, called with these batches in this order, finds what its blocks make of them already done.
+
+    Args:
+        model: a source or compact model.
+        batches: (windows, tokens) ids each, as it will be called with.
+        stage: name for `track`.
+        spill: folder for a file that holds the hidden states; None: memory does.
+        track: told of each block.
+    """
+    stream = Stream(model.model, batches, spill)
+    for index in track(range(len(model)), stage, len(model)):
+        model.expect(index + 1)
+        with model.block(index) as block:
+            stream.advance(block, index)
+    finished = iter(stream.hidden)
+    returns_tuple = _returns_tuple(model.model)
+
+    def forward_of(index: int, _: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            hidden_states = next(finished) if index == 0 else hidden_states
+            return (hidden_states, None) if returns_tuple else hidden_states
+
+        return forward
+
+    with replaced_forwards(model.blocks, forward_of):
+        yield
 
 
 def _enter_blocks(
-    model: PreTrainedModel, blocks: nn.ModuleList, batches: tuple[torch.Tensor, ...]
-) -> tuple[list[torch.Tensor], dict[int, list[_Arguments]]]:
-    """Hidden states entering the first block, one tensor a batch, and, by batch size, every block's other arguments.
+    model: PreTrainedModel, batches: Iterable[torch.Tensor], arguments: dict[torch.Size, list[_Arguments]]
+) -> Iterator[torch.Tensor]:
+    """Hidden states entering the first block, one tensor a batch; every block's other arguments go into `arguments`.
 
-    The model itself prepares them (masks and position embeddings differ by block in Gemma 3, for one): it runs with
-    blocks that pass their input through.
+    By the shape of the batch. The model itself prepares them (masks and position embeddings differ by block in Gemma 3,
+    for one): it runs with blocks that pass their input through.
     """
     entering: list[torch.Tensor] = []
-    arguments: dict[int, list[_Arguments]] = {}
 
     def pass_through(index: int, _: Callable[..., Any]) -> Callable[..., Any]:
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if index == 0:
                 entering.append(hidden_states)
-            seen = arguments.setdefault(hidden_states.shape[0], [])
+            seen = arguments.setdefault(hidden_states.shape[:2], [])
             if len(seen) == index:
                 seen.append((args, kwargs))
             return (hidden_states, None) if returns_tuple else hidden_states
 
         return forward
 
-    returns_tuple = find_architecture(model.config).block_returns_tuple
+    returns_tuple = _returns_tuple(model)
+    blocks = model.block_list if isinstance(model, FlexiGPTForCausalLM) else block_list(model)
     decoder = model.get_decoder()
-    with replaced_forwards(blocks, pass_through):
-        for batch in batches:
+    for batch in batches:
+        with torch.no_grad(), replaced_forwards(blocks, pass_through):
             decoder(input_ids=batch, use_cache=False)
-    return entering, arguments
+        yield entering.pop()
+
+
+def _returns_tuple(model: PreTrainedModel) -> bool:
+    source = model.language_model if isinstance(model, FlexiGPTForCausalLM) else model
+    return find_architecture(source.config).block_returns_tuple
 
 
 def block_output(output: Any) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Opening source and compact models, and building the compact model of a source."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,13 +18,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from flexigpt.architecture import ARCHITECTURES, block_list, config_with_blocks, find_architecture, num_blocks
+from flexigpt.architecture import ARCHITECTURES, config_with_blocks, find_architecture, num_blocks
 from flexigpt.configuration_flexigpt import FlexiGPTConfig
 from flexigpt.data import fingerprint
 from flexigpt.errors import InputError
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
 from flexigpt.plan import Plan
-from flexigpt.progress import Track, silent
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _FILE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -84,13 +83,15 @@ def read_config(model: str) -> PreTrainedConfig:
     return config
 
 
-def open_empty(model: str) -> PreTrainedModel:
-    """`empty_model` of a local or hub model's configuration, its dtype that of the weights.
+def open_empty(model: str, dtype: str = "auto") -> PreTrainedModel:
+    """`empty_model` of a local or hub model's configuration; `auto` is the dtype of the weights.
 
     Raises:
         InputError: as `read_config`, or a configuration that no model can be built from.
     """
     config = read_config(model)
+    if dtype != "auto":
+        config.dtype = getattr(torch, dtype)
     if config.dtype is None:
         config.dtype = _dtype_in_files(model)
     try:
@@ -182,21 +183,6 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         raise InputError(f"the tokenizer of {model} cannot be opened: {one_line(error)}") from error
 
 
-def check_finite(model: PreTrainedModel, track: Track = silent) -> None:
-    """Raises InputError where a source's weights hold NaN or infinity; the message names the block."""
-    blocks = block_list(model)
-    prefix = find_architecture(model.config).blocks
-    outside = (item for item in model.named_parameters() if not item[0].startswith(f"{prefix}."))
-    parts = [("outside the blocks", outside), *((f"in block {i}", b.named_parameters()) for i, b in enumerate(blocks))]
-    for where, parameters in track(parts, "checking weights", len(parts)):
-        for name, parameter in parameters:
-            if not torch.isfinite(parameter).all():
-                raise InputError(
-                    f"the weights hold NaN or infinity {where}, in {name}: get the model again, or, if you gave "
-                    "--dtype float16, which overflows above 65504, give another"
-                )
-
-
 def compact_config(config: PreTrainedConfig, plan: Plan, output_norm: bool = True) -> FlexiGPTConfig:
     """The configuration of the compact model that a plan makes of a source.
 
@@ -261,47 +247,71 @@ def fill_model(empty: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> N
     empty.tie_weights()
 
 
-def named_tensors(source: PreTrainedModel, source_blocks: Sequence[int]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors, buffers included, of the model that consists of these blocks of the source; repeats allowed."""
+def names_of_blocks(source: PreTrainedModel, source_blocks: Sequence[int]) -> dict[str, str]:
+    """What the model that consists of these blocks of the source, repeats allowed, calls its tensors, buffers included.
+
+    Returns:
+        Name in that model -> name in the source.
+    """
     prefix = find_architecture(source.config).blocks
-    own: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in all_tensors(source).items():
+    names: dict[str, str] = {}
+    own: dict[int, list[str]] = {}
+    for name in all_tensors(source):
         if name.startswith(f"{prefix}."):
             block, _, path = name.removeprefix(f"{prefix}.").partition(".")
-            own.setdefault(int(block), {})[path] = tensor
+            own.setdefault(int(block), []).append(path)
         else:
-            yield name, tensor
+            names[name] = name
     for index, source_block in enumerate(source_blocks):
-        for path, tensor in own[source_block].items():
-            yield f"{prefix}.{index}.{path}", tensor
+        names |= {f"{prefix}.{index}.{path}": f"{prefix}.{source_block}.{path}" for path in own[source_block]}
+    return names
 
 
-def compact_of(
+def empty_compact(
     source: PreTrainedModel, plan: Plan, output_norm: bool = True, source_blocks: Sequence[int] | None = None
-) -> FlexiGPTForCausalLM:
-    """The compact model that shares the source's tensors; what is the replicas' own is still on the meta device.
+) -> tuple[FlexiGPTForCausalLM, dict[str, str]]:
+    """The compact model of a source, its parameters on the meta device, and which of the source's tensors it takes.
 
     Args:
-        source: the source model.
+        source: the source model; the meta device will do.
         plan: the plan of the compact model.
         output_norm: whether its replicas have output norms.
         source_blocks: the source's block behind each logical block; None: the same numbering.
+
+    Returns:
+        The model, and name in it -> name in the source, buffers included; what is missing is the replicas' own.
     """
     origins = range(num_blocks(source.config)) if source_blocks is None else source_blocks
     text_config = config_with_blocks(source.config, origins)
     text_config._name_or_path = ""  # where the source lay when it was pruned; the record says so
     text_config.dtype = source.dtype
     model = cast(FlexiGPTForCausalLM, empty_model(compact_config(text_config, plan, output_norm)))
-    known, taken = model.state_dict().keys(), set[int]()
-    tensors = {}
-    for name, tensor in named_tensors(source, origins):
+    known = all_tensors(model).keys()
+    taken = {}
+    for name, origin in names_of_blocks(source, origins).items():
         # A family's own norm that an output norm follows lies one level deeper in a replica.
         parent, _, last = f"language_model.{name}".rpartition(".")
-        deeper = f"{parent}.inner.{last}"
-        key = deeper if deeper in known else f"{parent}.{last}"
+        key = next((key for key in (f"{parent}.inner.{last}", f"{parent}.{last}") if key in known), None)
+        if key is not None:
+            taken[key] = origin
+    return model, taken
+
+
+def compact_of(
+    source: PreTrainedModel, plan: Plan, output_norm: bool = True, source_blocks: Sequence[int] | None = None
+) -> FlexiGPTForCausalLM:
+    """The compact model that shares the tensors of a source in memory; what is the replicas' own is on the meta device.
+
+    Arguments are those of `empty_compact`.
+    """
+    model, taken = empty_compact(source, plan, output_norm, source_blocks)
+    there = all_tensors(source)
+    tensors: dict[str, torch.Tensor] = {}
+    used: set[str] = set()
+    for name, origin in taken.items():
         # What a repeated block keeps as its own (input norms, biases) must not share the memory of the first one's.
-        tensors[key] = tensor.clone() if key in known and id(tensor) in taken else tensor
-        taken.add(id(tensor))
+        tensors[name] = there[origin].clone() if origin in used else there[origin]
+        used.add(origin)
     fill_model(model, tensors)
     model.generation_config = source.generation_config
     return model

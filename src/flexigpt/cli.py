@@ -26,16 +26,17 @@ from flexigpt.console import (
     field_help,
     parse_shard_size,
     stdout,
+    tell_estimate,
     write_and_show,
 )
 from flexigpt.distributed import tells
 from flexigpt.errors import InputError
-from flexigpt.extend import PATTERNS, ExtendOptions, extend
+from flexigpt.extend import PATTERNS, ExtendOptions, assemble_extended
 from flexigpt.extend import expected_bytes as extend_bytes
 from flexigpt.generate import GenerateOptions, generate
 from flexigpt.initialization import ADAPTER_INITS
-from flexigpt.prune import PruneOptions, plan_only, prune
-from flexigpt.prune import expected_bytes as prune_bytes
+from flexigpt.prune import PruneOptions, assemble_pruned, plan_only
+from flexigpt.prune import expected as prune_expected
 from flexigpt.selection import BASE_DISTANCES, BLOCK_SCORES
 from flexigpt.tables import notes, plan_table
 from flexigpt.writing import check_output, check_space, write_plan
@@ -102,6 +103,8 @@ def prune_command(
     perplexity: Annotated[str | None, typer.Option(help=_PRUNE["perplexity"])] = None,
     dtype: Annotated[str, typer.Option(help=_PRUNE["dtype"])] = PruneOptions.dtype,
     device: Annotated[str, typer.Option(help=_PRUNE["device"])] = PruneOptions.device,
+    memory: Annotated[str | None, typer.Option(help=_PRUNE["memory"], metavar="4GiB")] = None,
+    cache: Annotated[Path | None, typer.Option(help=_PRUNE["cache"])] = None,
     seed: Annotated[int | None, typer.Option(help=_PRUNE["seed"])] = None,
     max_shard_size: Annotated[str | None, typer.Option(help=MAX_SHARD_SIZE)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
@@ -127,6 +130,8 @@ def prune_command(
         perplexity=perplexity,
         dtype=dtype,
         device=device,
+        memory=memory,
+        cache=cache,
         seed=seed,
     )
     check_output(out, (source, plan, calibration, perplexity), overwrite)
@@ -135,6 +140,7 @@ def prune_command(
     shard_bytes = parse_shard_size(max_shard_size)
     command = {"command": context.obj}
     if plan_only_:
+        tell_estimate(prune_expected(source, options, plan_only=True), out, cache)
         with Bars() as track:
             decided, record = plan_only(source, options, track)
         write_plan(out, decided, record | command)
@@ -143,11 +149,10 @@ def prune_command(
             print(note)
         print(f"plan written to {out / 'plan.json'}; apply it with --plan")
         return
-    check_space(out, prune_bytes(source, options))
     load_tokenizer(source)  # a source without one is told now, not after the work
-    with Bars() as track:
-        model, _, record = prune(source, options, track)
-    write_and_show(out, source, model, record | command, shard_bytes)
+    tell_estimate(prune_expected(source, options), out, cache)
+    with Bars() as track, assemble_pruned(source, options, track) as (assembly, _, record):
+        write_and_show(out, source, assembly, record | command, shard_bytes, track)
 
 
 @app.command("extend")
@@ -188,8 +193,8 @@ def extend_command(
     check_space(out, extend_bytes(source, options))
     load_tokenizer(source)
     with Bars() as track:
-        model, _, record = extend(source, options, track)
-    write_and_show(out, source, model, record | {"command": context.obj}, shard_bytes)
+        assembly, _, record = assemble_extended(source, options, track)
+        write_and_show(out, source, assembly, record | {"command": context.obj}, shard_bytes, track)
 
 
 app.command("baseline")(baseline_command)

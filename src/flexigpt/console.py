@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,13 +10,16 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import PreTrainedModel
 
+from flexigpt.cache import default_folder
 from flexigpt.errors import InputError
+from flexigpt.estimate import Estimate
 from flexigpt.plan import parse_size
+from flexigpt.progress import Track
 from flexigpt.record import Record
+from flexigpt.streaming import Assembly
 from flexigpt.tables import notes, result_tables
-from flexigpt.writing import write_checkpoint
+from flexigpt.writing import check_space, write_checkpoint
 
 T = TypeVar("T")
 stdout = Console(soft_wrap=True)
@@ -73,6 +77,8 @@ def step_line(values: dict[str, float], steps: int) -> str:
     parts = [f"step {int(values['step'])}/{steps}", f"loss {values['loss']:.4f}"]
     if values["divergence"]:
         parts.append(f"(cross-entropy {values['cross_entropy']:.4f}, divergence {values['divergence']:.4f})")
+    if "draft_divergence" in values:
+        parts.append(f"draft's divergence {values['draft_divergence']:.4f}")
     parts += [f"lr {values['lr']:.2e}", f"{values['tokens_per_second']:,.0f} tokens/s"]
     if "model_flops_utilisation" in values:
         parts.append(f"{values['model_flops_utilisation']:.1%} of peak FLOPs")
@@ -107,10 +113,21 @@ def print_json(data: dict[str, Any]) -> None:
     print(json.dumps(data, indent=2))
 
 
-def write_and_show(out: Path, source: str, model: PreTrainedModel, record: Record, shard_bytes: int) -> None:
+def tell_estimate(estimate: Estimate, out: Path, cache: str | Path | None) -> None:
+    """Says on stderr what a run will take.
+
+    Raises:
+        InputError: a disk too small for it.
+    """
+    check_space(out, estimate.written)
+    check_space(default_folder() if cache is None else cache, estimate.scratch, "scratch files in --cache need")
+    print(estimate.line(), file=sys.stderr)
+
+
+def write_and_show(out: Path, source: str, assembly: Assembly, record: Record, shard_bytes: int, track: Track) -> None:
     """Writes a checkpoint, and prints what became of its blocks, what it cost, and where it lies."""
-    write_checkpoint(out, model, record, source=source, max_shard_size=shard_bytes)
-    for table in result_tables(model.config, record):
+    write_checkpoint(out, assembly, record, source=source, max_shard_size=shard_bytes, track=track)
+    for table in result_tables(assembly.model.config, record):
         stdout.print(table)
     for note in notes(record):
         print(note)

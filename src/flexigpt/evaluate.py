@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flexigpt.calibration import run_through
 from flexigpt.checkpoint import (
     check_dtype,
     find_device,
@@ -37,6 +38,7 @@ from flexigpt.fidelity import measure_fidelity
 from flexigpt.half_precision import fast_half
 from flexigpt.materialization import materialize
 from flexigpt.progress import T, Track, silent
+from flexigpt.streaming import StreamedModel
 
 Evaluation = dict[str, Any]
 
@@ -325,9 +327,7 @@ def perplexity(
     """
     _check_stride(stride, window_length)
     stride = window_length if stride is None else stride
-    starts = range(0, max(1, len(text.ids) - 1 - (window_length - stride)), stride)
-    batch_size = batch_size_for(window_length, model.config.get_text_config().vocab_size, _LOGITS_BUDGET)
-    batches = list(window_batches(text.ids, starts, window_length, batch_size))
+    batches = _batches(model, text, window_length, stride)
     # As many batches for every process, since all must take part in every forward pass of a sharded model.
     rounds = math.ceil(len(batches) / world.size)
     total, scored = 0.0, 0
@@ -354,3 +354,38 @@ def perplexity(
         window_length=window_length,
         stride=stride,
     )
+
+
+def _batches(
+    model: PreTrainedModel, text: TokenizedText, window_length: int, stride: int
+) -> list[tuple[torch.Tensor, int]]:
+    """(windows, tokens + 1) ids and the first position to score."""
+    starts = range(0, max(1, len(text.ids) - 1 - (window_length - stride)), stride)
+    batch_size = batch_size_for(window_length, model.config.get_text_config().vocab_size, _LOGITS_BUDGET)
+    return window_batches(text.ids, starts, window_length, batch_size)
+
+
+@torch.no_grad()
+def streamed_perplexity(
+    model: StreamedModel,
+    text: TokenizedText,
+    *,
+    window_length: int,
+    spill: Path | None = None,
+    track: Track = silent,
+) -> Perplexity:
+    """`perplexity` over windows without overlap, with one block in memory at a time.
+
+    Args:
+        model: a source or compact model.
+        text: at least 2 tokens.
+        window_length: tokens in.
+        spill: folder for a file that holds the hidden states; None: memory does.
+        track: told of each block.
+
+    Raises:
+        InputError: logits that are not finite.
+    """
+    batches = [batch[:, :-1] for batch, _ in _batches(model.model, text, window_length, window_length)]
+    with run_through(model, batches, "measuring perplexity", spill, track):
+        return perplexity(model.model, text, window_length=window_length)

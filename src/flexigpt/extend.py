@@ -1,32 +1,23 @@
 """Extension: a source's blocks are repeated; each repetition after the first is a replica."""
 
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
 from flexigpt.architecture import find_architecture, model_shape, num_blocks
-from flexigpt.checkpoint import (
-    check_dtype,
-    check_finite,
-    compact_of,
-    load_model,
-    load_tokenizer,
-    move,
-    open_empty,
-    read_config,
-)
+from flexigpt.checkpoint import check_dtype, empty_compact, load_tokenizer, open_empty, read_config
 from flexigpt.data import check_window_length, tokenize_text
 from flexigpt.errors import InputError, check_seed
-from flexigpt.initialization import DEFAULT_NORM_INIT, default_rank, initialize_replicas, parse_norm_init
+from flexigpt.initialization import DEFAULT_NORM_INIT, ReplicaStart, default_rank, parse_norm_init, replica_tensors
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
 from flexigpt.plan import ModelShape, Plan, Replica
-from flexigpt.progress import Track, silent
+from flexigpt.progress import Timed, Track, silent
 from flexigpt.record import Record, measure_both, new_record
+from flexigpt.streaming import Assembly, Source, check_finite
 
 
 def block_pattern(blocks: range, times: int) -> list[int]:
@@ -191,7 +182,16 @@ def extend(source: str, options: ExtendOptions, track: Track = silent) -> tuple[
     Raises:
         InputError: anything a user can put right; see the message.
     """
-    started = time.perf_counter()
+    assembly, plan, record = assemble_extended(source, options, track)
+    return cast(FlexiGPTForCausalLM, assembly.in_memory()), plan, record
+
+
+def assemble_extended(source: str, options: ExtendOptions, track: Track = silent) -> tuple[Assembly, Plan, Record]:
+    """`extend` with one block in memory at a time: the extended model is assembled, for `write_checkpoint` to write.
+
+    Arguments and errors are those of `extend`.
+    """
+    timed = Timed(track)
     checked = _check_source(source, options)
     plan, source_blocks = checked.plan, checked.source_blocks
     window_length, text = checked.window_length, None
@@ -202,25 +202,24 @@ def extend(source: str, options: ExtendOptions, track: Track = silent) -> tuple[
             column=options.text_column or "text",
             window_length=window_length,
         )
-    model = load_model(source, options.dtype, options.device)
-    check_finite(model, track)
+    opened = Source(source, options.dtype, options.device)
+    check_finite(opened, timed)
     norm_init = DEFAULT_NORM_INIT if options.norm_init is None else options.norm_init
-    extended = compact_of(model, plan, source_blocks=source_blocks)
-    initialize_replicas(
-        extended,
-        model,
-        plan,
-        adapter_init="zero",
-        norm_init=norm_init,
-        seed=options.seed,
-        source_blocks=source_blocks,
-        track=track,
-    )
-    move(extended, model.device)
+    empty, taken = empty_compact(opened.model, plan, source_blocks=source_blocks)
+    assembly = Assembly(empty, opened, taken)
+    start = ReplicaStart(adapter_init="zero", norm_init=norm_init, seed=options.seed)
+    for replica in timed(plan.replicas, "initialising replicas", len(plan.replicas)):
+        block = assembly.blocks[replica.block]
+        assembly.own(replica.block, replica_tensors(block, opened, replica, start, source_blocks))
     resolved: dict[str, Any] = {"rank": checked.rank, "norm_init": norm_init}
     if text is not None:
         resolved |= {"window_length": window_length, "text_column": options.text_column or "text"}
     record = new_record(source, options, resolved) | {"source_blocks": list(source_blocks)}
-    models = {"source": model, "compact": extended}
-    record |= measure_both(models, text, name=options.perplexity, window_length=window_length, track=track)
-    return extended, plan, record | {"seconds": round(time.perf_counter() - started, 1)}
+    record |= measure_both(
+        {"source": opened, "compact": assembly},
+        text,
+        name=options.perplexity,
+        window_length=window_length,
+        track=timed,
+    )
+    return assembly, plan, record | {"stages": timed.seconds, "seconds": round(timed.total, 1)}

@@ -13,15 +13,17 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from flexigpt.architecture import block_list, find_architecture, weight_matrix
-from flexigpt.calibration import Stream
-from flexigpt.modeling_flexigpt import NormedOutput, SharedLinear
-from flexigpt.plan import Plan
+from flexigpt.architecture import find_architecture, weight_matrix
+from flexigpt.cache import CachedStage
+from flexigpt.calibration import Stream, calibration_batches
+from flexigpt.checkpoint import plan_of
+from flexigpt.hidden_states import HiddenStates
+from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM, NormedOutput, SharedLinear
 from flexigpt.progress import Track, silent
 from flexigpt.regression import Moments, ridge_fit
+from flexigpt.streaming import StreamedModel, exchange_parameters
 
 # W_i, W_j, moments, rank -> A (rank, inputs), B (outputs, rank).
 AdapterFit = Callable[[torch.Tensor, torch.Tensor, Moments, int], tuple[torch.Tensor, torch.Tensor]]
@@ -50,54 +52,69 @@ class Fits:
 
 @torch.no_grad()
 def fit_blocks(
-    source: PreTrainedModel,
-    blocks: Sequence[nn.Module | None],
+    source: StreamedModel,
+    pruned: StreamedModel,
+    standing: Sequence[int | None],
     windows: torch.Tensor,
     fits: Fits,
     *,
-    plan: Plan | None = None,
+    stage: CachedStage | None = None,
     track: Track = silent,
 ) -> None:
     """Fits the blocks of a pruned model, in order.
 
     Args:
         source: the source model.
-        blocks: of the pruned model, by the source's numbering, filled, on the source's device; None: removed. What is
-            not fitted stays as it is; what is, gets tensors of its own.
+        pruned: the compact model, its replicas filled, or the shorter one. What is not fitted stays as it is; what is,
+            gets tensors of its own.
+        standing: the pruned model's block in the place of each of the source's; None: none is.
         windows: (windows, tokens) ids.
         fits: what is fitted.
-        plan: of a compact model.
+        stage: keeps what is fitted, which a run that was killed finds again.
         track: told of each block.
     """
-    theirs = Stream(source, windows)
+    theirs = Stream(source.model, calibration_batches(windows))
     ours = theirs.copy()
-    pruned = set(plan.pruned) if plan is not None else {i for i, block in enumerate(blocks) if block is None}
-    last = max(pruned, default=-1)
-    depth = len(blocks) if fits.kept and pruned else last + 1
-    bases = set() if plan is None else {replica.base for replica in plan.replicas}
-    writers = find_architecture(source.config).output_norms
+    replicas = _replicas(pruned)
+    missing = [i for i, block in enumerate(standing) if block is None or block in replicas]
+    last = max(missing, default=-1)
+    depth = len(standing) if fits.kept and missing else last + 1
     for index in track(range(depth), "fitting blocks", depth):
-        own, block = block_list(source)[index], blocks[index]
-        behind = list(theirs.outputs(own, index))
-        if block is not None:
-            changed = min(pruned) < index or (index + 1 < len(blocks) and blocks[index + 1] is None)
-            if index in pruned or (fits.kept and changed and index not in bases):
-                leaving = _past_removed(source, blocks, index + 1, theirs, behind)
-                _BlockFit(own, block, writers, _Streams(index, theirs, ours, leaving)).run(fits, index in pruned)
-            ours.hidden = list(ours.outputs(block, index))
-        theirs.hidden = behind
+        number = standing[index]
+        source.expect(index + 1)
+        with source.block(index) as own:
+            behind = list(theirs.outputs(own, index))
+            if number is not None:
+                changed = min(missing) < index or (index + 1 < len(standing) and standing[index + 1] is None)
+                is_replica = number in replicas
+                with pruned.block(number) as block:
+                    if is_replica or (fits.kept and changed and number not in replicas.values()):
+                        leaving = _past_removed(source, standing, index + 1, theirs, behind)
+                        fit = _BlockFit(source, own, block, _Streams(index, theirs, ours, leaving))
+                        fitted = fit.kept_in(stage, f"fitted-{number}", fits, is_replica)
+                        pruned.own(number, fitted)
+                    ours.advance(block, index)
+        theirs.hidden = HiddenStates(behind)
+
+
+def _replicas(pruned: StreamedModel) -> dict[int, int]:
+    """Replica -> its base."""
+    if not isinstance(pruned.model, FlexiGPTForCausalLM):
+        return {}
+    return {replica.block: replica.base for replica in plan_of(pruned.model.config).replicas}
 
 
 def _past_removed(
-    source: PreTrainedModel, blocks: Sequence[nn.Module | None], index: int, theirs: Stream, hidden: list[torch.Tensor]
+    source: StreamedModel, standing: Sequence[int | None], index: int, theirs: Stream, hidden: list[torch.Tensor]
 ) -> list[torch.Tensor]:
     """The source's hidden states before a block, or behind the removed ones that begin there."""
     stream = theirs.copy()
-    stream.hidden = hidden
-    while index < len(blocks) and blocks[index] is None:
-        stream.hidden = list(stream.outputs(block_list(source)[index], index))
+    stream.hidden = HiddenStates(hidden)
+    while index < len(standing) and standing[index] is None:
+        with source.block(index) as block:
+            stream.advance(block, index)
         index += 1
-    return stream.hidden
+    return list(stream.hidden)
 
 
 class _Streams(NamedTuple):
@@ -113,35 +130,61 @@ class _BlockFit:
     """One block of the pruned model and what it is fitted to.
 
     Args:
-        own: the source's block in that place.
+        source: the source model.
+        own: its block in that place.
         block: a replica, or the kept block itself.
-        writers: paths of the last modules of attention and MLP, which write to the residual stream.
         streams: before the block.
     """
 
-    def __init__(self, own: nn.Module, block: nn.Module, writers: tuple[str, str], streams: _Streams) -> None:
-        self._own, self._block, self._writers, self._streams = own, block, writers, streams
+    def __init__(self, source: StreamedModel, own: nn.Module, block: nn.Module, streams: _Streams) -> None:
+        self._own, self._block, self._streams = own, block, streams
+        # Paths of the last modules of attention and MLP, which write to the residual stream.
+        self._writers = find_architecture(source.model.config).output_norms
+        self._fitted: dict[str, torch.Tensor] = {}
         self._their_writes: list[dict[str, torch.Tensor]] = []
-        own_outputs: list[torch.Tensor] = []
-        with _watched(own, writers) as seen:
-            for output in streams.theirs.outputs(own, streams.block):
-                own_outputs.append(output)
-                self._their_writes.append({path: seen[path][1].reshape(output.shape) for path in writers})
-        self._factor = self._residual_factor(own_outputs[0])
+        self._factor: float | None = None
 
-    def run(self, fits: Fits, is_replica: bool) -> None:
-        """Fits what is asked for, in the order in which the block computes."""
+    def kept_in(self, stage: CachedStage | None, name: str, fits: Fits, is_replica: bool) -> dict[str, torch.Tensor]:
+        """`run`, or what it gave before, found in the stage's folder."""
+        if stage is None:
+            return self.run(fits, is_replica)
+        found = stage.tensors(name, lambda: self.run(fits, is_replica))
+        device = self._streams.theirs.hidden[0].device
+        exchange_parameters(self._block, {path: values.to(device) for path, values in found.items()})
+        return found
+
+    def run(self, fits: Fits, is_replica: bool) -> dict[str, torch.Tensor]:
+        """Fits what is asked for, in the order in which the block computes; the fitted tensors by path."""
+        self._watch_own()
         if not is_replica:
             for path in self._writers:
                 if self._factor is not None and isinstance(self._block.get_submodule(path), nn.Linear | Conv1D):
                     self.refit(path)
-            return
+            return self._fitted
         for step in self.steps():
             if isinstance(self._block.get_submodule(step[0]), NormedOutput):
                 if fits.norms:
                     self.fit_norm(step[0])
             elif fits.adapter is not None:
                 self.fit_adapters(step, fits.adapter)
+        return self._fitted
+
+    def _watch_own(self) -> None:
+        """Notes what the source's block writes, and how it adds that to the residual stream."""
+        first: torch.Tensor | None = None
+        with _watched(self._own, self._writers) as seen:
+            for output in self._streams.theirs.outputs(self._own, self._streams.block):
+                first = output if first is None else first
+                self._their_writes.append({path: seen[path][1].reshape(output.shape) for path in self._writers})
+        assert first is not None
+        self._factor = self._residual_factor(first)
+
+    def _set(self, path: str, values: torch.Tensor) -> None:
+        """A fitted tensor takes the place of the parameter at that path; that itself stays as it is."""
+        parent, _, last = path.rpartition(".")
+        before = cast(torch.Tensor, getattr(self._block.get_submodule(parent), last))
+        self._fitted[path] = values.to(before.dtype).contiguous()
+        exchange_parameters(self._block, {path: self._fitted[path]})
 
     def _residual_factor(self, leaving: torch.Tensor) -> float | None:
         """By what the block scales its sublayers' outputs when it adds them to its input; None if it does not just add.
@@ -186,17 +229,16 @@ class _BlockFit:
             pruned = weight_matrix(self._own.get_submodule(path.removesuffix(".inner"))).double()
             moments = Moments(inputs, pruned @ inputs if targets is None else targets)
             adapter = fit(pruned, weight_matrix(shared.base), moments, len(shared.adapter_A))
-            for parameter, values in zip((shared.adapter_A, shared.adapter_B), adapter, strict=True):
-                parameter.copy_(values)
+            for name, values in zip(("adapter_A", "adapter_B"), adapter, strict=True):
+                self._set(f"{path}.{name}", values)
 
     def refit(self, path: str) -> None:
-        """A kept block's linear that writes to the residual stream. The source's own tensor stays as it is."""
+        """A kept block's linear that writes to the residual stream."""
         linear = self._block.get_submodule(path)
         inputs, targets = self._moments(path, path)
         assert targets is not None
-        weight = cast(nn.Parameter, linear.weight)
-        fitted = ridge_fit(weight_matrix(linear), Moments(inputs, targets)).to(weight.dtype)
-        linear.weight = nn.Parameter(fitted.T.contiguous() if isinstance(linear, Conv1D) else fitted)
+        fitted = ridge_fit(weight_matrix(linear), Moments(inputs, targets))
+        self._set(f"{path}.weight", fitted.T if isinstance(linear, Conv1D) else fitted)
 
     def _moments(self, path: str, writer: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Second moments of a linear's inputs and, where it writes to the residual stream, of what it should write."""
@@ -220,7 +262,7 @@ class _BlockFit:
             wished = self._wished(path, number, seen[path][1], output).float().flatten(0, -2)
             products.add((normed * wished).sum(0))
             squares.add(normed.square().sum(0))
-        norm.weight.copy_(products.total / squares.total.clamp(min=1e-30))
+        self._set(f"{path}.output_norm.weight", products.total / squares.total.clamp(min=1e-30))
 
     def _passes(self, paths: Iterable[str]) -> Iterator[tuple[int, _Seen, torch.Tensor]]:
         """Runs the replica on our stream: number of the batch, what its modules saw, its output."""

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flexigpt.architecture import block_list, weight_matrix
 from flexigpt.errors import InputError
 from flexigpt.factorization import truncated_svd
 from flexigpt.fitting import AdapterFit
@@ -16,10 +16,13 @@ from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM, NormedOutput, Shared
 from flexigpt.plan import Plan, Replica
 from flexigpt.progress import Track, silent
 from flexigpt.regression import low_rank_fit
+from flexigpt.streaming import StreamedModel, exchange_parameters
 
 # The paper's rank 256 at LLaMA-2 7B's hidden size 4096.
 _HIDDEN_SIZE_PER_RANK = 16
 DEFAULT_NORM_INIT = 0.05
+# Between the seeds of two replicas: any large odd number.
+_SEED_STEP = 0x9E3779B97F4A7C15
 
 # ranks 1, 2, 4 ... r, and the share of |W_i - W_j|_F^2 that so many of an adapter's directions mend.
 Spectrum = dict[str, list[Any]]
@@ -107,7 +110,7 @@ def initialize_replicas(
     source_blocks: Sequence[int] | None = None,
     track: Track = silent,
 ) -> None:
-    """Fills what is the replicas' own: adapters, output norms and bias differences.
+    """Fills what is the replicas' own in a compact model in memory: adapters, output norms and bias differences.
 
     Args:
         model: the compact model; its replicas' own tensors may still be on the meta device.
@@ -119,69 +122,98 @@ def initialize_replicas(
         source_blocks: the source's block behind each logical block; None: the same numbering.
         track: told of each replica.
     """
-    generator = torch.Generator().manual_seed(seed)
-    own_blocks = model.block_list
-    origins = block_list(source) if source_blocks is None else [block_list(source)[i] for i in source_blocks]
+    streamed = StreamedModel(source)
+    start = ReplicaStart(adapter_init=adapter_init, norm_init=norm_init, seed=seed)
     for replica in track(plan.replicas, "initialising replicas", len(plan.replicas)):
-        for path, module in own_blocks[replica.block].named_modules():
-            if isinstance(module, SharedLinear):
-                linear_path = path.removesuffix(".inner")
-                own, base = (
-                    cast(nn.Linear, origins[i].get_submodule(linear_path)) for i in (replica.block, replica.base)
-                )
-                _fill_linear(module, own, base, replica, ADAPTER_INITS[adapter_init].start, generator)
-            elif isinstance(module, NormedOutput):
-                like = next(source.parameters())
-                module.output_norm.weight = _parameter(torch.full(module.output_norm.normalized_shape, norm_init), like)
+        block = model.block_list[replica.block]
+        exchange_parameters(block, replica_tensors(block, streamed, replica, start, source_blocks))
 
 
-def _fill_linear(
-    shared: SharedLinear,
-    own: nn.Linear,
-    base: nn.Linear,
-    replica: Replica,
-    init: AdapterStart,
-    generator: torch.Generator,
-) -> None:
-    weight = weight_matrix(own)
-    shared.adapter_A, shared.adapter_B = (
-        _parameter(factor, own.weight) for factor in init(weight, weight_matrix(base), replica.rank, generator)
-    )
-    if shared.bias_difference is not None:
-        shared.bias_difference = _parameter(own.bias - base.bias, own.bias)
+@dataclass(frozen=True, kw_only=True)
+class ReplicaStart:
+    """How what is a replica's own starts.
+
+    Attributes:
+        adapter_init: a key of ADAPTER_INITS.
+        norm_init: the constant that the output norms' gamma starts at.
+        seed: for random adapters.
+    """
+
+    adapter_init: str
+    norm_init: float
+    seed: int
 
 
 @torch.no_grad()
-def adapter_spectra(model: FlexiGPTForCausalLM, source: PreTrainedModel, plan: Plan) -> dict[int, dict[str, Spectrum]]:
+def replica_tensors(
+    block: nn.Module,
+    source: StreamedModel,
+    replica: Replica,
+    start: ReplicaStart,
+    source_blocks: Sequence[int] | None = None,
+) -> dict[str, torch.Tensor]:
+    """What is one replica's own, by paths within its block: adapters, output norms and bias differences.
+
+    Args:
+        block: the replica in the compact model; its parameters may be on the meta device.
+        source: the model that the blocks come from.
+        replica: its row of the plan.
+        start: how they start.
+        source_blocks: the source's block behind each logical block; None: the same numbering.
+    """
+    own, base = (i if source_blocks is None else source_blocks[i] for i in (replica.block, replica.base))
+    generator = torch.Generator().manual_seed((start.seed + replica.block * _SEED_STEP) % 2**63)
+    init = ADAPTER_INITS[start.adapter_init].start
+    like = next(source.model.get_input_embeddings().parameters())
+    tensors: dict[str, torch.Tensor] = {}
+    for path, module in block.named_modules():
+        if isinstance(module, SharedLinear):
+            linear = path.removesuffix(".inner")
+            pruned, kept = (source.weight_matrix(i, linear) for i in (own, base))
+            factors = init(pruned, kept, replica.rank, generator)
+            for name, values in zip(("adapter_A", "adapter_B"), factors, strict=True):
+                tensors[f"{path}.{name}"] = _like(values, like)
+            if module.bias_difference is not None:
+                biases = [source.parameter(i, f"{linear}.bias") for i in (own, base)]
+                tensors[f"{path}.bias_difference"] = biases[0] - biases[1]
+        elif isinstance(module, NormedOutput):
+            shape = module.output_norm.normalized_shape
+            tensors[f"{path}.output_norm.weight"] = _like(torch.full(shape, start.norm_init), like)
+    return tensors
+
+
+@torch.no_grad()
+def adapter_spectra(model: StreamedModel, source: StreamedModel, plan: Plan) -> dict[int, dict[str, Spectrum]]:
     """What part of the difference of two weights each adapter mends, by block and path of the linear.
 
     Args:
-        model: the compact model, its adapters filled.
+        model: the compact model.
         source: the source model.
         plan: the model's plan; blocks are numbered as the source's.
     """
     spectra: dict[int, dict[str, Spectrum]] = {replica.block: {} for replica in plan.replicas}
     for replica in plan.replicas:
-        for path, module in model.block_list[replica.block].named_modules():
+        for path, module in model.blocks[replica.block].named_modules():
             if isinstance(module, SharedLinear):
+                adapter = [model.parameter(replica.block, f"{path}.{name}") for name in ("adapter_A", "adapter_B")]
                 path = path.removesuffix(".inner")
-                own, base = (block_list(source)[i].get_submodule(path) for i in (replica.block, replica.base))
-                spectra[replica.block][path] = _spectrum(module, weight_matrix(own) - weight_matrix(base))
+                own, base = (source.weight_matrix(i, path) for i in (replica.block, replica.base))
+                spectra[replica.block][path] = _spectrum(adapter[0], adapter[1], own - base)
     return spectra
 
 
-def _spectrum(shared: SharedLinear, difference: torch.Tensor) -> Spectrum:
+def _spectrum(adapter_a: torch.Tensor, adapter_b: torch.Tensor, difference: torch.Tensor) -> Spectrum:
     """What is left of W_i - W_j after the first 1, 2, 4 ... of the adapter's directions."""
     difference = difference.float()
     energy = difference.square().sum().item()
-    rank = len(shared.adapter_A)
+    rank = len(adapter_a)
     ranks = [*(2**power for power in range(rank.bit_length()) if 2**power < rank), rank]
     shares = []
     for r in ranks:
-        left = difference - shared.adapter_B[:, :r].float() @ shared.adapter_A[:r].float()
+        left = difference - adapter_b[:, :r].float() @ adapter_a[:r].float()
         shares.append(round(1 - left.square().sum().item() / energy, 5) if energy else 1.0)
     return {"ranks": ranks, "mended": shares}
 
 
-def _parameter(values: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(values.to(device=like.device, dtype=like.dtype).contiguous())
+def _like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return values.to(device=like.device, dtype=like.dtype).contiguous()

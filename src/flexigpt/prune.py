@@ -1,29 +1,47 @@
 """Pruning: source model -> plan -> compact model."""
 
-import time
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from flexigpt.checkpoint import check_depth, compact_of, move
+import torch
+
+from flexigpt.cache import CachedStage
+from flexigpt.checkpoint import check_depth, empty_compact
+from flexigpt.distances import base_distances
 from flexigpt.errors import InputError, flag
+from flexigpt.estimate import Estimate, Work, estimate
 from flexigpt.fitting import Fits, fit_blocks
 from flexigpt.initialization import (
     ADAPTER_INITS,
     DEFAULT_NORM_INIT,
     FITTED,
+    ReplicaStart,
     adapter_spectra,
     default_rank,
-    initialize_replicas,
     parse_norm_init,
+    replica_tensors,
 )
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
 from flexigpt.plan import ModelShape, Plan
-from flexigpt.progress import Track, silent
+from flexigpt.progress import Timed, Track, silent
 from flexigpt.record import Record, measure_both, new_record
-from flexigpt.scoring import CheckedSource, Opened, ScoringOptions, check_source, chosen, open_scored, pruned_or_count
-from flexigpt.selection import BASE_DISTANCES, DEFAULT_DISTANCE, base_distances, choose_bases
+from flexigpt.scoring import (
+    DEFAULT_WINDOWS,
+    CheckedSource,
+    Opened,
+    ScoringOptions,
+    check_source,
+    chosen,
+    open_scored,
+    pruned_or_count,
+)
+from flexigpt.selection import BASE_DISTANCES, DEFAULT_DISTANCE, choose_bases
+from flexigpt.streaming import Assembly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +139,9 @@ class _Checked:
 def prune(source: str, options: PruneOptions, track: Track = silent) -> tuple[FlexiGPTForCausalLM, Plan, Record]:
     """Makes a compact model of a source model (FlexiGPT, section 3).
 
+    The weights that the two share stay in the source's files until they are used, unless `dtype` or `device` differ
+    from the files'. `assemble_pruned` does without a model in memory altogether.
+
     Args:
         source: folder or hub name of a source model.
         options: what to prune, and how.
@@ -132,39 +153,67 @@ def prune(source: str, options: PruneOptions, track: Track = silent) -> tuple[Fl
     Raises:
         InputError: anything a user can put right; see the message.
     """
-    started = time.perf_counter()
-    opened, checked, plan, record = _plan_source(source, options, track)
-    compact = compact_of(opened.model, plan, options.output_norm)
-    _fill(compact, opened, plan, options, track)
-    record["adapter_spectra"] = adapter_spectra(compact, opened.model, plan)
-    record |= measure_both(
-        {"source": opened.model, "compact": compact},
-        opened.text,
-        name=options.perplexity,
-        window_length=checked.source.window_length,
-        track=track,
-    )
-    record["plain_removal"] = {"parameters": checked.source.shape.removed_parameters(len(plan.replicas))}
-    return compact, plan, record | {"seconds": round(time.perf_counter() - started, 1)}
+    with assemble_pruned(source, options, track) as (assembly, plan, record):
+        return cast(FlexiGPTForCausalLM, assembly.in_memory()), plan, record
 
 
-def _fill(compact: FlexiGPTForCausalLM, opened: Opened, plan: Plan, options: PruneOptions, track: Track) -> None:
-    """Fills what is the replicas' own."""
+@contextmanager
+def assemble_pruned(
+    source: str, options: PruneOptions, track: Track = silent
+) -> Iterator[tuple[Assembly, Plan, Record]]:
+    """`prune` with one block in memory at a time: the compact model is assembled, for `write_checkpoint` to write.
+
+    Arguments and errors are those of `prune`. A run that is killed or fails before the end of the `with` block goes on
+    where it was when it is started again.
+    """
+    timed = Timed(track)
+    opened, checked, plan, record = _plan_source(source, options, timed)
+    empty, taken = empty_compact(opened.source.model, plan, options.output_norm)
+    assembly = Assembly(empty, opened.source, taken)
+    depends = {"plan": plan.to_dict(), "init": _init_of(options), "windows": _digest(opened.windows)}
+    with opened.cache.stage("replicas", **depends) as stage:
+        _fill(assembly, opened, plan, options, stage, timed)
+        record["adapter_spectra"] = adapter_spectra(assembly, opened.source, plan)
+        record |= measure_both(
+            {"source": opened.source, "compact": assembly},
+            opened.text,
+            name=options.perplexity,
+            window_length=checked.source.window_length,
+            spill=opened.spill,
+            track=timed,
+        )
+        record["plain_removal"] = {"parameters": checked.source.shape.removed_parameters(len(plan.replicas))}
+        yield assembly, plan, record | {"stages": timed.seconds, "seconds": round(timed.total, 1)}
+        stage.discard()
+
+
+def _init_of(options: PruneOptions) -> dict[str, Any]:
+    """What decides the replicas' own tensors, besides plan, source and text."""
+    settings = {name: getattr(options, name) for name in ("adapter_init", "output_norm", "refit_kept")}
+    return settings | {"norm_init": _norm_init(options), "seed": options.seed or 0}
+
+
+def _digest(windows: torch.Tensor | None) -> str:
+    return "" if windows is None else hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+
+
+def _fill(
+    assembly: Assembly, opened: Opened, plan: Plan, options: PruneOptions, stage: CachedStage, track: Track
+) -> None:
+    """Fills what is the replicas' own, block by block, from the stage's folder where it is there already."""
     norm_init = _norm_init(options)
-    initialize_replicas(
-        compact,
-        opened.model,
-        plan,
+    start = ReplicaStart(
         adapter_init=options.adapter_init,
         norm_init=DEFAULT_NORM_INIT if isinstance(norm_init, str) else norm_init,
         seed=options.seed or 0,
-        track=track,
     )
-    move(compact, opened.model.device)
+    for replica in track(plan.replicas, "initialising replicas", len(plan.replicas)):
+        make = partial(replica_tensors, assembly.blocks[replica.block], opened.source, replica, start)
+        assembly.own(replica.block, stage.tensors(f"replica-{replica.block}", make))
     if options.fits:
         assert opened.windows is not None
         fits = Fits(adapter=ADAPTER_INITS[options.adapter_init].fit, norms=norm_init == FITTED, kept=options.refit_kept)
-        fit_blocks(opened.model, list(compact.block_list), opened.windows, fits, plan=plan, track=track)
+        fit_blocks(opened.source, assembly, range(len(assembly)), opened.windows, fits, stage=stage, track=track)
 
 
 def plan_only(source: str, options: PruneOptions, track: Track = silent) -> tuple[Plan, Record]:
@@ -176,9 +225,9 @@ def plan_only(source: str, options: PruneOptions, track: Track = silent) -> tupl
     for field in ("plan", "perplexity", "adapter_init", "norm_init", "output_norm", "refit_kept"):
         if getattr(options, field) != getattr(PruneOptions, field):
             raise InputError(f"{_flag(field)} has no effect with --plan-only, which makes no model: leave it out")
-    started = time.perf_counter()
-    *_, plan, record = _plan_source(source, options, track)
-    return plan, record | {"seconds": round(time.perf_counter() - started, 1)}
+    timed = Timed(track)
+    *_, plan, record = _plan_source(source, options, timed)
+    return plan, record | {"stages": timed.seconds, "seconds": round(timed.total, 1)}
 
 
 def expected_bytes(source: str, options: PruneOptions) -> int:
@@ -188,11 +237,34 @@ def expected_bytes(source: str, options: PruneOptions) -> int:
         InputError: what the source's configuration or the plan rules out.
     """
     checked = _check_source(source, options)
+    return checked.source.shape.stored_parameters(_ranks(checked)) * checked.source.itemsize
+
+
+def expected(source: str, options: PruneOptions, plan_only: bool = False) -> Estimate:
+    """What `prune`, or `plan_only`, with these options takes at most; no weight is read.
+
+    Raises:
+        InputError: what the source's configuration or the plan rules out.
+    """
+    checked = _check_source(source, options)
+    ranks = _ranks(checked)
+    name = options.base_distance or DEFAULT_DISTANCE
+    tokens = (options.windows or DEFAULT_WINDOWS) * checked.source.window_length if options.calibrates else 0
+    work = Work(
+        tokens=tokens,
+        factors=checked.plan is None and BASE_DISTANCES[name].prepare is not None,
+        replicas=0 if plan_only else len(ranks),
+        rank=max(ranks, default=0),
+        written=0 if plan_only else checked.source.shape.stored_parameters(ranks) * checked.source.itemsize,
+    )
+    return estimate(checked.source, options, work)
+
+
+def _ranks(checked: _Checked) -> list[int]:
+    """Of the replicas that there will be."""
     if checked.plan is not None:
-        ranks = [replica.rank for replica in checked.plan.replicas]
-    else:
-        ranks = [checked.rank] * (checked.pruned if isinstance(checked.pruned, int) else len(checked.pruned))
-    return checked.source.shape.stored_parameters(ranks) * checked.source.itemsize
+        return [replica.rank for replica in checked.plan.replicas]
+    return [checked.rank] * (checked.pruned if isinstance(checked.pruned, int) else len(checked.pruned))
 
 
 def _check_source(source: str, options: PruneOptions) -> _Checked:
@@ -221,16 +293,17 @@ def _plan_source(source: str, options: PruneOptions, track: Track) -> tuple[Open
     Or takes the plan that was given. What can be refused early is refused first.
     """
     checked = _check_source(source, options)
-    opened = open_scored(source, options, checked.source.window_length, track)
+    opened = open_scored(source, options, checked.source, track)
     record = new_record(source, options, _resolved(options, checked)) | opened.scored
     if checked.plan is not None:
         return opened, checked, checked.plan, record
     pruned = chosen(checked.pruned, opened.scored)
     name, rank = options.base_distance or DEFAULT_DISTANCE, checked.rank
     record["base_distance"] = name
-    record["distances"] = base_distances(opened.model, pruned, rank, name, track)
+    record["distances"] = base_distances(opened.source, pruned, rank, name, opened.cache, track)
     record["compared_distances"] = {
-        other: base_distances(opened.model, pruned, rank, other, track) for other in options.compare_distances or ()
+        other: base_distances(opened.source, pruned, rank, other, opened.cache, track)
+        for other in options.compare_distances or ()
     }
     return opened, checked, choose_bases(record["distances"], rank, checked.source.depth), record
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -10,8 +11,9 @@ from transformers import PreTrainedModel
 from flexigpt.accounting import count_parts
 from flexigpt.checkpoint import stored_bytes
 from flexigpt.data import TokenizedText
-from flexigpt.evaluate import perplexity
+from flexigpt.evaluate import perplexity, streamed_perplexity
 from flexigpt.progress import Track
+from flexigpt.streaming import StreamedModel
 
 Record = dict[str, Any]
 FORMAT = 1  # of what is recorded; raised when an older flexigpt could no longer read it
@@ -30,11 +32,12 @@ def new_record(source: str, options: Any, resolved: dict[str, Any]) -> Record:
 
 
 def measure_both(
-    models: Mapping[str, PreTrainedModel],
+    models: Mapping[str, PreTrainedModel | StreamedModel],
     text: TokenizedText | None,
     *,
     name: str | None,
     window_length: int,
+    spill: Path | None = None,
     track: Track,
 ) -> Record:
     """Stored size of two models and, where there is a text, their perplexity on it.
@@ -44,6 +47,7 @@ def measure_both(
         text: what to measure perplexity on, tokenized.
         name: of the text.
         window_length: tokens in a window; windows do not overlap.
+        spill: folder for hidden states of the text that memory does not hold; None: it does.
         track: told of each batch.
 
     Returns:
@@ -51,12 +55,16 @@ def measure_both(
         and what was measured, by the same names.
     """
     record: Record = {"compared": list(models)}
-    record |= {label: model_size(model) for label, model in models.items()}
+    for label, model in models.items():
+        record[label] = model_size(model.model if isinstance(model, StreamedModel) else model)
     if text is not None:
-        record["perplexity"] = {"text": name} | {
-            label: perplexity(model, text, window_length=window_length, track=track).to_dict()
-            for label, model in models.items()
-        }
+        record["perplexity"] = {"text": name}
+        for label, model in models.items():
+            if isinstance(model, StreamedModel):
+                measured = streamed_perplexity(model, text, window_length=window_length, spill=spill, track=track)
+            else:
+                measured = perplexity(model, text, window_length=window_length, track=track)
+            record["perplexity"][label] = measured.to_dict()
     return record
 
 

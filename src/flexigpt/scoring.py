@@ -1,22 +1,28 @@
 """Which blocks are pruned: how many by the options, which by their scores on calibration text."""
 
+import dataclasses
+import hashlib
+import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from flexigpt.architecture import find_architecture, model_shape, num_blocks
-from flexigpt.calibration import block_means
-from flexigpt.checkpoint import check_dtype, check_finite, load_model, load_tokenizer, open_empty, read_config
+from flexigpt.cache import Cache
+from flexigpt.calibration import block_means, check_means
+from flexigpt.checkpoint import check_dtype, load_tokenizer, open_empty, read_config
 from flexigpt.data import DEFAULT_TEXT, TokenizedText, calibration_windows, check_window_length, tokenize_text
 from flexigpt.errors import InputError, check_seed, flag
 from flexigpt.plan import ModelShape, parse_size
 from flexigpt.progress import Track
 from flexigpt.selection import BLOCK_SCORES, check_blocks, lowest, num_pruned_at
+from flexigpt.streaming import Source, check_finite
 
-_DEFAULT_WINDOWS = 64
+DEFAULT_WINDOWS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,10 @@ class ScoringOptions:
         perplexity: text to measure perplexity on before and after, as for calibration; default: none.
         dtype: of the weights: auto (the source's), float32, bfloat16 or float16.
         device: auto (a GPU where there is one), cpu, cuda or cuda:N.
+        memory: what a block and the hidden states of calibration text may take, as 4GiB; hidden states that do not fit
+            go through a file; default: half of the memory that is free.
+        cache: folder that keeps what was measured, so that other ratios cost next to nothing and a run that was killed
+            goes on; default: $FLEXIGPT_CACHE, or flexigpt in the user's cache folder.
         seed: shuffles the calibration text; default: 0.
     """
 
@@ -55,6 +65,8 @@ class ScoringOptions:
     perplexity: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    memory: str | None = None
+    cache: str | Path | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -110,7 +122,7 @@ class ScoringOptions:
         if self.is_random:
             values["seed"] = self.seed or 0
         if self.calibrates:
-            values |= {"calibration": _calibration_text(self), "windows": self.windows or _DEFAULT_WINDOWS}
+            values |= {"calibration": _calibration_text(self), "windows": self.windows or DEFAULT_WINDOWS}
             values["block_score"] = self.block_score or "influence"
         if self.calibrates or self.perplexity is not None:
             values |= {"window_length": window_length, "text_column": self.text_column or "text"}
@@ -126,12 +138,19 @@ class CheckedSource:
         depth: blocks of the source.
         itemsize: bytes of a stored parameter.
         window_length: for calibration and perplexity.
+        memory: bytes that a block and hidden states may take.
     """
 
     shape: ModelShape
     depth: int
     itemsize: int
     window_length: int
+    memory: int
+
+    def needs_file(self, tokens: int) -> bool:
+        """Whether the hidden states of so many tokens do not fit beside a block."""
+        block = self.shape.block_parameters * self.itemsize
+        return block + tokens * self.shape.hidden_size * self.itemsize > self.memory
 
 
 def check_source(source: str, options: ScoringOptions, output_norm: bool = True) -> CheckedSource:
@@ -148,12 +167,26 @@ def check_source(source: str, options: ScoringOptions, output_norm: bool = True)
         )
     empty = open_empty(source)
     stored: torch.dtype = empty.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    shape = model_shape(empty, output_norm)
     return CheckedSource(
-        shape=model_shape(empty, output_norm),
+        shape=shape,
         depth=num_blocks(empty.config),
         itemsize=stored.itemsize,
         window_length=check_window_length(options.window_length, empty.config),
+        memory=_memory(options.memory, shape.block_parameters * stored.itemsize),
     )
+
+
+def _memory(given: str | None, block_bytes: int) -> int:
+    """Bytes that a block and hidden states may take."""
+    if given is None:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    memory = parse_size(given, itemsize=1)
+    if memory < block_bytes:
+        raise InputError(
+            f"--memory {given} is too small: one block alone takes {math.ceil(block_bytes / 2**20):,} MiB; give more"
+        )
+    return memory
 
 
 def pruned_or_count(
@@ -179,26 +212,44 @@ class Opened:
     """A source whose blocks have been scored, where the options ask for it.
 
     Attributes:
-        model: the source.
+        source: the source.
         text: to measure perplexity on.
         windows: calibration windows, (windows, tokens) ids.
         scored: what the record says of the scores: nothing, or `calibration`, `block_score` and `scores`.
+        cache: keeps what is measured of this source.
+        spill: where hidden states of the text go that memory does not hold; None: it does.
     """
 
-    model: PreTrainedModel
+    source: Source
     text: TokenizedText | None
     windows: torch.Tensor | None
     scored: dict[str, Any]
+    cache: Cache
+    spill: Path | None
 
 
-def open_scored(source: str, options: ScoringOptions, window_length: int, track: Track) -> Opened:
+def open_scored(name: str, options: ScoringOptions, checked: CheckedSource, track: Track) -> Opened:
     """Opens the source and scores its blocks, where the options ask for it; what can be refused early is, first."""
-    windows, text = _read_texts(source, options, window_length)
-    model = load_model(source, options.dtype, options.device)
-    check_finite(model, track)
+    windows, text = _read_texts(name, options, checked.window_length)
+    source = Source(name, options.dtype, options.device)
+    kind = {"dtype": str(source.model.dtype), "device": source.device.type}
+    cache = Cache(options.cache, source=source.files.fingerprint, **kind)
+    with cache.stage("finite") as stage:
+        if stage.result is None:
+            check_finite(source, track)
+            stage.finish(True)
+    tokens = 0 if text is None else len(text.ids)
+    opened = Opened(
+        source=source,
+        text=text,
+        windows=windows,
+        scored={},
+        cache=cache,
+        spill=cache.folder if checked.needs_file(tokens) else None,
+    )
     if windows is None:
-        return Opened(model=model, text=text, windows=None, scored={})
-    defaults = options.defaults(window_length)
+        return opened
+    defaults = options.defaults(checked.window_length)
     scored: dict[str, Any] = {
         "calibration": {
             "text": defaults["calibration"],
@@ -206,9 +257,21 @@ def open_scored(source: str, options: ScoringOptions, window_length: int, track:
             "asked": defaults["windows"],
         },
         "block_score": defaults["block_score"],
-        "scores": block_means(model, windows, BLOCK_SCORES[defaults["block_score"]], track),
+        "scores": _scores(opened, windows, checked, track)[defaults["block_score"]],
     }
-    return Opened(model=model, text=text, windows=windows, scored=scored)
+    check_means(scored["scores"])
+    return dataclasses.replace(opened, scored=scored)
+
+
+def _scores(opened: Opened, windows: torch.Tensor, checked: CheckedSource, track: Track) -> dict[str, list[float]]:
+    """Every block's score by each of BLOCK_SCORES, in one pass."""
+    digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    with opened.cache.stage("scores", windows=digest, shape=list(windows.shape)) as stage:
+        if stage.result is None:
+            spill = opened.cache.folder if checked.needs_file(windows.numel()) else None
+            stage.finish(block_means(opened.source, windows, BLOCK_SCORES, spill=spill, stage=stage, track=track))
+        found: dict[str, list[float]] = stage.result
+    return found
 
 
 def chosen(pruned: Sequence[int] | int, scored: dict[str, Any]) -> Sequence[int]:
@@ -232,7 +295,7 @@ def _read_texts(
             _calibration_text(options),
             tokenizer,
             column=column,
-            windows=options.windows or _DEFAULT_WINDOWS,
+            windows=options.windows or DEFAULT_WINDOWS,
             window_length=window_length,
             seed=options.seed or 0,
         )

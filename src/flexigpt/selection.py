@@ -7,13 +7,10 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
-from flexigpt.architecture import block_list, find_architecture, weight_matrix
 from flexigpt.errors import InputError
-from flexigpt.factorization import tail_norm, truncated_svd, unmended
+from flexigpt.factorization import LowRank, tail_norm, truncated_svd, unmended
 from flexigpt.plan import Plan, Replica
-from flexigpt.progress import Track, silent
 
 
 def influence(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
@@ -44,29 +41,28 @@ class BaseDistance:
     """How far a candidate's linear is from a pruned block's.
 
     Attributes:
-        prepare: (weight (outputs, inputs), rank) -> what is compared, made once for each weight.
-        between: (prepared pruned, prepared candidate, rank) -> the distance, a scalar.
+        between: (one, other, rank) -> the distance, a scalar; of weights (outputs, inputs), or, where there is
+            `prepare`, of what it made of them.
+        prepare: (weight, rank) -> factors, made once for each weight; None: weights are compared.
     """
 
-    prepare: Callable[[torch.Tensor, int], Any]
     between: Callable[[Any, Any, int], torch.Tensor]
+    prepare: Callable[[torch.Tensor, int], LowRank] | None = None
 
 
 BASE_DISTANCES: dict[str, BaseDistance] = {
     # The method (eq. 2-4): what an adapter cannot mend between the low-rank cores of the two.
     "low-rank": BaseDistance(
         prepare=truncated_svd,
-        between=lambda pruned, candidate, rank: unmended(pruned, candidate),
+        between=lambda one, other, rank: unmended(one, other),
     ),
     # Figure 4 (b): without the high-rank elimination.
     "full-rank": BaseDistance(
-        prepare=lambda weight, rank: weight,
-        between=lambda pruned, candidate, rank: tail_norm(pruned.double() - candidate.double(), rank),
+        between=lambda one, other, rank: tail_norm(one.double() - other.double(), rank),
     ),
     # Figure 4 (c): plain |W_i - W_j|_F.
     "frobenius": BaseDistance(
-        prepare=lambda weight, rank: weight,
-        between=lambda pruned, candidate, rank: (pruned.double() - candidate.double()).norm(),
+        between=lambda one, other, rank: (one.double() - other.double()).norm(),
     ),
 }
 DEFAULT_DISTANCE = "low-rank"
@@ -106,41 +102,6 @@ def check_blocks(blocks: Sequence[int], num_blocks: int) -> tuple[int, ...]:
 def lowest(scores: Sequence[float], num_pruned: int) -> tuple[int, ...]:
     """The blocks of lowest score, ascending by block; the earlier block first where scores are equal."""
     return tuple(sorted(sorted(range(len(scores)), key=lambda block: scores[block])[:num_pruned]))
-
-
-@torch.no_grad()
-def base_distances(
-    model: PreTrainedModel, pruned: Sequence[int], rank: int, distance: str, track: Track = silent
-) -> dict[int, dict[int, float]]:
-    """Distance of each pruned block to each kept block: the sum over its linears.
-
-    One linear at a time: what is held is one prepared weight for each block.
-
-    Args:
-        model: a source model.
-        pruned: the pruned blocks.
-        rank: of the low-rank cores and of the adapters.
-        distance: a key of BASE_DISTANCES.
-        track: told of each linear of each block.
-    """
-    blocks = block_list(model)
-    linears = find_architecture(model.config).linears
-    kept = [block for block in range(len(blocks)) if block not in pruned]
-    measure = BASE_DISTANCES[distance]
-    totals = {i: dict.fromkeys(kept, 0.0) for i in pruned}
-    steps = track(
-        ((path, i) for path in linears for i in range(len(blocks))), "measuring distances", len(linears) * len(blocks)
-    )
-    prepared: dict[int, Any] = {}
-    for path, i in steps:
-        prepared[i] = measure.prepare(weight_matrix(blocks[i].get_submodule(path)), rank)
-        if len(prepared) == len(blocks):
-            for pruned_block in pruned:
-                for candidate in kept:
-                    apart = measure.between(prepared[pruned_block], prepared[candidate], rank)
-                    totals[pruned_block][candidate] += apart.item()
-            prepared = {}
-    return totals
 
 
 def choose_bases(distances: dict[int, dict[int, float]], rank: int, num_blocks: int) -> Plan:

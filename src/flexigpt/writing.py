@@ -20,8 +20,11 @@ from flexigpt.errors import InputError
 from flexigpt.evaluate import Evaluation
 from flexigpt.evaluation_tables import evaluation_markdown, merged
 from flexigpt.model_card import PLAN_PICTURE, model_card, with_evaluation
-from flexigpt.plan import Plan
+from flexigpt.plan import Plan, parse_size
+from flexigpt.progress import Track, silent
 from flexigpt.record import Record
+from flexigpt.shards import write_shards
+from flexigpt.streaming import Assembly
 
 RECORD = "record.json"
 EVALUATION = "evaluation.json"
@@ -111,24 +114,25 @@ def _write_error(out: Path, error: Exception) -> InputError:
     return InputError(f"{out} cannot be written: {one_line(error)}")
 
 
-def check_space(out: str | Path, num_bytes: int) -> None:
+def check_space(out: str | Path, num_bytes: int, what: str = "the checkpoint needs") -> None:
     """Raises InputError where the disk that `out` will lie on has less free space than a checkpoint needs."""
     folder = _existing_parent(Path(out))
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise InputError(
-            f"the disk of {folder} has {free / 1e6:,.0f} MB free, the checkpoint needs {num_bytes / 1e6:,.0f} MB: "
+            f"the disk of {folder} has {free / 1e6:,.0f} MB free, {what} {num_bytes / 1e6:,.0f} MB: "
             "free space or give another folder"
         )
 
 
 def write_checkpoint(
     out: str | Path,
-    model: PreTrainedModel,
+    model: PreTrainedModel | Assembly,
     record: Record,
     *,
     source: str | None = None,
     max_shard_size: int | str = "5GB",
+    track: Track = silent,
 ) -> None:
     """Writes the checkpoint of a compact or an ordinary model; `out` is complete or untouched.
 
@@ -138,18 +142,26 @@ def write_checkpoint(
 
     Args:
         out: the folder; what is there is replaced, so call `check_output` first.
-        model: a compact model, or an ordinary one of its source's family.
+        model: a compact model, or an ordinary one of its source's family; of one that was assembled, what it shares
+            with its source is copied from file to file.
         record: as the flow that made the model returned it.
         source: where the tokenizer lies; None: no tokenizer is written.
         max_shard_size: largest weight file, in bytes or as 5GB.
+        track: told of each tensor of a model that was assembled.
 
     Raises:
         InputError: a disk that is full or cannot be written to.
     """
+    assembly, model = (model, model.model) if isinstance(model, Assembly) else (None, model)
     check_space(out, stored_bytes(model))
     tokenizer = None if source is None else load_tokenizer(source)
     with replaced_folder(out) as folder:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if assembly is None:
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+        else:
+            _save_without_weights(model, folder)
+            size = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size, itemsize=1)
+            write_shards(folder, assembly.pieces(), size, track)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         for file in folder.glob("*.safetensors"):
@@ -158,6 +170,13 @@ def write_checkpoint(
             (folder / PLAN_PICTURE).write_bytes(drawing("plan_picture").plan_png(plan_of(model.config)))
         (folder / "README.md").write_text(model_card(model.config, record), encoding="utf-8")
         _write_json(folder / RECORD, record)
+
+
+def _save_without_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Configuration, generation configuration and code, as `save_pretrained` writes them."""
+    model.save_pretrained(folder, state_dict={})
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
 
 
 def write_plan(out: str | Path, plan: Plan, record: Record) -> None:

@@ -1,0 +1,307 @@
+"""Pruning a checkpoint that is never in memory: peak memory, time by stage, and the floor of both.
+
+python benchmarks/out_of_core.py --shape llama-2-7b
+python benchmarks/out_of_core.py --shape tinyllama --memory 128MiB --kills 6
+python benchmarks/out_of_core.py --growth
+
+Checkpoints are random, their spectra like trained ones'; they are made in --work and deleted afterwards. Every run is
+a `flexigpt prune` in a process of its own, whose memory is sampled. The floor is each byte read once, one forward pass and
+the products of the factorisations, at the rates of this machine. Rows are added to benchmarks/results/out_of_core.json
+and the table made anew.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
+
+from flexigpt.checkpoint import empty_model
+from flexigpt.estimate import matmul_rate
+from flexigpt.factorization import truncated_svd
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "novel16"
+RESULTS = Path(__file__).parent / "results" / "out_of_core"
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "tinyllama": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+    "narrow-12": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16},
+    "narrow-24": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "narrow-48": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 48, "num_attention_heads": 16},
+}
+VOCABULARY = 32000
+SPIKES = 128
+SAMPLE_SECONDS = 0.05
+READ_BYTES = 2**24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a process took.
+
+    Attributes:
+        seconds: wall clock, start of Python included.
+        anonymous, mapped, total: peaks of its resident memory in bytes; each on its own.
+        record: what it measured, where it wrote a record.
+    """
+
+    seconds: float
+    anonymous: int
+    mapped: int
+    total: int
+    record: dict[str, Any]
+
+
+def make_checkpoint(name: str, folder: Path, shard_bytes: int = 2 * 10**9) -> LlamaConfig:
+    """A sharded bfloat16 checkpoint of that shape, one tensor in memory at a time."""
+    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=4096, dtype="bfloat16", **SHAPES[name])
+    config.architectures = ["LlamaForCausalLM"]
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EXAMPLE / file, folder)
+    generator = torch.Generator().manual_seed(0)
+    weight_map: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+    shapes = {name: tuple(t.shape) for name, t in empty_model(config).state_dict().items()}
+    for number, (key, shape) in enumerate(shapes.items()):
+        shard[key] = random_weight(shape, generator)
+        if sum(t.numel() * 2 for t in shard.values()) >= shard_bytes or number + 1 == len(shapes):
+            file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+            save_file(shard, folder / file, {"format": "pt"})
+            weight_map |= dict.fromkeys(shard, file)
+            shard = {}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return config
+
+
+def random_weight(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """A Gaussian bulk and, above it, directions of a power law, as trained weights have."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    weight = torch.randn(shape, generator=generator)
+    if VOCABULARY not in shape:
+        rows, columns = shape
+        heights = 2 * (rows**0.5 + columns**0.5) * torch.arange(1, SPIKES + 1) ** -0.7
+        left, right = (torch.randn(n, SPIKES, generator=generator) / n**0.5 for n in shape)
+        weight += (left * heights) @ right.T
+    return (weight * 0.3 * shape[-1] ** -0.5).to(torch.bfloat16)
+
+
+def measured(command: list[str], cache: Path, threads: int, kill_after: float | None = None) -> Run | None:
+    """Runs flexigpt; None where it was killed after so many seconds."""
+    environment = os.environ | {"FLEXIGPT_CACHE": str(cache), "OMP_NUM_THREADS": str(threads)}
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flexigpt", *command],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    peaks = {"RssAnon": 0, "RssFile": 0, "VmRSS": 0}
+    while process.poll() is None:
+        for name, value in resident(process.pid).items():
+            peaks[name] = max(peaks[name], value)
+        if kill_after is not None and time.perf_counter() - began > kill_after:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return None
+        time.sleep(SAMPLE_SECONDS)
+    seconds = time.perf_counter() - began
+    if process.returncode:
+        assert process.stderr is not None
+        raise RuntimeError(process.stderr.read()[-2000:])
+    record = Path(command[2]) / "record.json"
+    return Run(
+        seconds=seconds,
+        anonymous=peaks["RssAnon"],
+        mapped=peaks["RssFile"],
+        total=peaks["VmRSS"],
+        record=json.loads(record.read_text()) if record.exists() else {},
+    )
+
+
+def resident(pid: int) -> dict[str, int]:
+    """Bytes of a process's resident memory by kind."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    found = (line.split() for line in lines if line.startswith(("RssAnon", "RssFile", "VmRSS")))
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in found}
+
+
+def floor_seconds(folder: Path, config: LlamaConfig, tokens: int, rank: int, pruned: int) -> dict[str, float]:
+    """The least that reading, one forward pass and the products of the factorisations can take here."""
+    file = next(iter(sorted(folder.glob("*.safetensors"))))
+    num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    rate = matmul_rate(torch.device("cpu"))
+    blocks = [t for name, t in empty_model(config).named_parameters() if ".layers." in name and t.ndim == 2]
+    one_block = blocks[: len(blocks) // config.num_hidden_layers]
+    products: dict[tuple[int, ...], float] = {}
+    for shape in {tuple(t.shape) for t in one_block}:
+        with FlopCounterMode(display=False) as counter:
+            truncated_svd(random_weight(shape, torch.Generator().manual_seed(1)), rank)
+        products[shape] = counter.get_total_flops()
+    per_block = sum(products[tuple(t.shape)] for t in one_block)
+    attention = 4 * tokens * config.hidden_size * config.num_hidden_layers * 512 / 2
+    return {
+        "reading": num_bytes / read_rate(file),
+        "forward": (2 * tokens * sum(t.numel() for t in blocks) + attention) / rate,
+        "factors": per_block * config.num_hidden_layers / rate,
+        "adapters": per_block * pruned / rate,
+    }
+
+
+def read_rate(file: Path) -> float:
+    """Bytes a second of reading a file that the system has not in memory, as far as it lets go of it."""
+    with file.open("rb", buffering=0) as opened:
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        began, size = time.perf_counter(), 0
+        while chunk := opened.read(READ_BYTES):
+            size += len(chunk)
+        return size / (time.perf_counter() - began)
+
+
+def bench(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All numbers of one shape."""
+    work = Path(arguments.work) / name
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        config = make_checkpoint(name, work / "source")
+        rank = config.hidden_size // 16
+        options = [
+            *("--ratio", str(arguments.ratio), "--calibration", str(EXAMPLE / "calibration.jsonl")),
+            *("--windows", str(arguments.windows), "--window-length", str(arguments.window_length)),
+            *(("--memory", arguments.memory) if arguments.memory else ()),
+        ]
+
+        def prune(out: str, cache: str, *more: str, kill_after: float | None = None) -> Run | None:
+            command = ["prune", str(work / "source"), str(work / out), *options, *more]
+            return measured(command, work / cache, arguments.threads, kill_after)
+
+        pruned = int(arguments.ratio * config.num_hidden_layers + 1e-9)
+        tokens = arguments.windows * arguments.window_length
+        floor = floor_seconds(work / "source", config, tokens, rank, pruned)
+        first = prune("compact", "cache")
+        assert first is not None
+        again = prune("plan", "cache", "--plan-only", "--ratio", str(arguments.other_ratio))
+        assert again is not None
+        row = {
+            "shape": name,
+            "memory": arguments.memory or "",
+            "blocks": config.num_hidden_layers,
+            "source_bytes": first.record["source"]["bytes"],
+            "seconds": first.seconds,
+            "stages": first.record["stages"],
+            "floor": floor,
+            "anonymous": first.anonymous,
+            "mapped": first.mapped,
+            "total": first.total,
+            "replanning": again.seconds,
+            "kills": killed(prune, work, first.seconds, arguments.kills) if arguments.kills else None,
+            "threads": arguments.threads,
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        }
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return row
+
+
+def killed(prune: Any, work: Path, seconds: float, kills: int) -> dict[str, Any]:
+    """The same run, killed at so many random moments; whether its weights are those of the run that was not."""
+    chance, done = random.Random(0), 0
+    while done < kills:
+        if prune("killed", "killed-cache", kill_after=chance.uniform(0.2, 1.0) * seconds / 2) is not None:
+            shutil.rmtree(work / "killed")
+            shutil.rmtree(work / "killed-cache")
+            continue
+        done += 1
+    prune("killed", "killed-cache")
+    files = sorted(path.name for path in (work / "compact").glob("*.safetensors"))
+    same = all((work / "compact" / f).read_bytes() == (work / "killed" / f).read_bytes() for f in files)
+    return {"times": done, "same bytes": same}
+
+
+def write_table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "# Pruning checkpoints that are never in memory",
+        "",
+        "`python benchmarks/out_of_core.py --shape NAME`, `--growth`: bfloat16 checkpoints of random weights, 32 windows",
+        "of 512 tokens, 30 %, rank hidden / 16. Memory: peaks of what is resident, anonymous and mapped from files each on",
+        "its own, Python and torch included. Floor: each byte read once, one forward pass, the products of the",
+        "factorisations.",
+        "",
+        "| shape | source GB | --memory | time | of the floor | anonymous GiB | mapped GiB | total GiB | re-planning |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        floor = sum(row["floor"].values())
+        lines.append(
+            f"| {row['shape']}, {row['blocks']} blocks | {row['source_bytes'] / 1e9:.2f} | {row['memory'] or 'default'} "
+            f"| {row['seconds']:,.0f} s | {row['seconds'] / floor:.2f} x | {row['anonymous'] / 2**30:.2f} "
+            f"| {row['mapped'] / 2**30:.2f} | {row['total'] / 2**30:.2f} | {row['replanning']:.1f} s, "
+            f"{row['replanning'] / row['seconds']:.1%} |"
+        )
+    lines += ["", "Seconds by stage, and the floor of each:", ""]
+    for row in rows:
+        stages = ", ".join(f"{stage} {seconds:,.1f}" for stage, seconds in row["stages"].items())
+        floors = ", ".join(f"{part} {seconds:,.1f}" for part, seconds in row["floor"].items())
+        lines.append(
+            f"- {row['shape']} {row['memory']} ({row['threads']} threads, {row['machine']}): {stages}; floor: {floors}"
+        )
+        if row["kills"]:
+            lines.append(f"  - killed {row['kills']['times']} times: the same bytes: {row['kills']['same bytes']}")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--growth", action="store_true", help="12, 24 and 48 blocks of the same width")
+    parser.add_argument("--ratio", type=float, default=0.3)
+    parser.add_argument("--other-ratio", type=float, default=0.4, help="to plan again for")
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--window-length", type=int, default=512)
+    parser.add_argument("--memory", help="passed on to flexigpt prune")
+    parser.add_argument("--kills", type=int, default=0, help="times that a second run is killed")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--work", default=str(ROOT / "out" / "benchmark-out-of-core"))
+    arguments = parser.parse_args()
+    names = [arguments.shape] if arguments.shape else []
+    names += [name for name in SHAPES if name.startswith("narrow")] if arguments.growth else []
+    if not names:
+        parser.error("give --shape or --growth")
+    file = RESULTS.with_suffix(".json")
+    rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+    for name in names:
+        row = bench(name, arguments)
+        rows = [old for old in rows if (old["shape"], old["memory"]) != (row["shape"], row["memory"])] + [row]
+        file.write_text(json.dumps(rows, indent=1) + "\n")
+        RESULTS.with_suffix(".md").write_text(write_table(rows), encoding="utf-8")
+    print(write_table(rows))
+
+
+if __name__ == "__main__":
+    main()

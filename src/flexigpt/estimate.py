@@ -1,0 +1,133 @@
+"""What pruning will read, write, hold in memory and take in time, told before it starts."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from flexigpt.checkpoint import find_device
+from flexigpt.scoring import CheckedSource, ScoringOptions
+
+# Python, torch and transformers, with nothing loaded.
+_LIBRARIES = 600 * 2**20
+# Of one truncated SVD for each number of the weight and each rank; 60 to 90 in benchmarks/factors.py.
+_FACTOR_FLOPS = 70
+# Copies of the largest linear that factoring it or initialising its adapter holds, in bytes a number.
+_FACTOR_BYTES = 28
+# Passes of calibration text through a block, of each kind, that a fit takes.
+_FIT_PASSES = 10
+# Float32 tensors of the MLP's width that a block holds while it runs on one batch of 2048 tokens.
+_ACTIVATIONS = 6 * 2048 * 4
+_PROBE_SIDE, _PROBES = 1024, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run takes if nothing that it needs is in the cache, perplexities left out.
+
+    Attributes:
+        read: bytes of weights, each as often as it is read.
+        written: bytes of the checkpoint.
+        scratch: bytes in the cache folder at a time.
+        memory: bytes at the peak, file-backed ones included.
+        seconds: on this machine as it is.
+    """
+
+    read: int
+    written: int
+    scratch: int
+    memory: int
+    seconds: float
+
+    def line(self) -> str:
+        """All of it in one line."""
+        scratch = f" and {_size(self.scratch)} of scratch files" if self.scratch >= 1e6 else ""
+        return (
+            f"reads {_size(self.read)}, writes {_size(self.written)}{scratch}, takes at most about "
+            f"{_size(self.memory)} of memory and {_duration(self.seconds)}, less where results are in the cache"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is to be done.
+
+    Attributes:
+        tokens: of calibration text, none where it is not run through the blocks.
+        factors: whether distances between low-rank factors are measured.
+        replicas: number of them to be made.
+        rank: of factors and adapters.
+        written: bytes of the checkpoint.
+    """
+
+    tokens: int
+    factors: bool = False
+    replicas: int = 0
+    rank: int = 0
+    written: int = 0
+
+
+def estimate(checked: CheckedSource, options: ScoringOptions, work: Work) -> Estimate:
+    """What that work takes: bytes by arithmetic, time by the arithmetic of its FLOPs and a short measurement.
+
+    Args:
+        checked: the source.
+        options: of the run.
+        work: what is to be done.
+    """
+    shape, itemsize, depth = checked.shape, checked.itemsize, checked.depth
+    blocks = depth * shape.block_parameters
+    linears = shape.linear_parameters * itemsize
+    largest = max(outputs * inputs for outputs, inputs in shape.linears.values())
+    read = shape.parameters * itemsize + work.written  # checked once; copied once
+    flops = 0.0
+    if work.tokens:
+        read += blocks * itemsize
+        flops += 2.0 * blocks * work.tokens
+    if work.factors:
+        read += depth * linears
+        flops += _FACTOR_FLOPS * depth * shape.linear_parameters * work.rank
+    read += 4 * work.replicas * linears  # adapters, and what they mend
+    flops += _FACTOR_FLOPS * work.replicas * shape.linear_parameters * work.rank
+    if options.fits:
+        fitted = depth if options.refit_kept else work.replicas
+        flops += 2.0 * shape.block_parameters * work.tokens * (2 * depth + _FIT_PASSES * fitted)
+    hidden = work.tokens * shape.hidden_size * itemsize
+    scratch = 0
+    if work.factors:
+        scratch = max(depth * work.rank * 8 * sum(size) for size in shape.linears.values())
+    if checked.needs_file(work.tokens):
+        scratch, hidden = max(scratch, hidden), 0
+    widest = max(max(size) for size in shape.linears.values())
+    running = 2 * shape.block_parameters * itemsize + 4 * largest + _ACTIVATIONS * widest + hidden
+    outside = (shape.parameters - blocks) * itemsize
+    factoring = _FACTOR_BYTES * largest if work.factors or work.replicas else 0
+    return Estimate(
+        read=read,
+        written=work.written,
+        scratch=scratch,
+        memory=_LIBRARIES + outside + max(running, factoring),
+        seconds=flops / matmul_rate(find_device(options.device)),
+    )
+
+
+def matmul_rate(device: torch.device) -> float:
+    """FLOPs a second of a float32 matrix product of that device, the best of three."""
+    side = torch.ones(_PROBE_SIDE, _PROBE_SIDE, device=device)
+    best = 0.0
+    for _ in range(_PROBES):
+        began = time.perf_counter()
+        (side @ side)[0, 0].item()
+        best = max(best, 2 * _PROBE_SIDE**3 / (time.perf_counter() - began))
+    return best
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.0f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,275 @@
+"""Models in memory block by block, against the same models in memory as a whole."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from families import FAMILIES, tiny_model, token_ids
+from flexigpt import BaselineOptions, ExtendOptions, InputError, PruneOptions, extend, plan_only, prune
+from flexigpt import calibration as calibration_module
+from flexigpt.baselines import assemble_baseline, remove_blocks
+from flexigpt.cache import CACHE_VARIABLE, Cache
+from flexigpt.calibration import block_means
+from flexigpt.checkpoint import compact_of, load_model
+from flexigpt.extend import assemble_extended
+from flexigpt.hidden_states import HiddenStates
+from flexigpt.initialization import initialize_replicas
+from flexigpt.plan import Plan
+from flexigpt.prune import assemble_pruned
+from flexigpt.selection import BLOCK_SCORES
+from flexigpt.streaming import Source, StreamedModel
+from flexigpt.writing import write_checkpoint
+
+
+class Killed(Exception):
+    """Stands for a signal that ends the process."""
+
+
+class KillingTrack:
+    """Ends the work at some item of some stage; counts the items of all stages."""
+
+    def __init__(self, stage: str | None = None, at: int = 0) -> None:
+        self.stage, self.at = stage, at
+        self.seen: dict[str, int] = {}
+
+    def __call__(self, items: Iterable[object], stage: str, total: int) -> Iterator[object]:
+        for number, item in enumerate(items):
+            if stage == self.stage and number == self.at:
+                raise Killed
+            self.seen[stage] = self.seen.get(stage, 0) + 1
+            yield item
+
+
+@pytest.fixture
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def calibrated(text: Path) -> dict[str, object]:
+    return {"calibration": str(text), "window_length": 64, "windows": 8}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_bit_equal_to_the_whole_models(family: str, dtype: str, tmp_path: Path) -> None:
+    tiny_model(family, getattr(torch, dtype)).save_pretrained(tmp_path)
+    whole, source = StreamedModel(load_model(str(tmp_path))), Source(str(tmp_path))
+    assert {p.device.type for p in source.blocks.parameters()} == {"meta"}
+    windows = token_ids(batch=6, tokens=40)
+    assert block_means(source, windows, BLOCK_SCORES) == block_means(whole, windows, BLOCK_SCORES)
+    assert {p.device.type for p in source.blocks.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_compact_checkpoint_is_bit_equal_to_the_whole_models(family: str, tmp_path: Path) -> None:
+    """Assembled from files, returned in memory, and made in memory from the beginning."""
+    source = tmp_path / "source"
+    tiny_model(family).save_pretrained(source)
+    plan = Plan.from_dict(
+        {
+            "format_version": 1,
+            "num_blocks": 6,
+            "replicas": [{"block": 1, "base": 0, "rank": 3}, {"block": 4, "base": 2, "rank": 5}],
+        }
+    )
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_dict()))
+    options = PruneOptions(plan=tmp_path / "plan.json")
+    model, _, _ = prune(str(source), options)
+    with assemble_pruned(str(source), options) as (assembly, _, record):
+        write_checkpoint(tmp_path / "assembled", assembly, record)
+    opened = load_model(str(source))
+    reference = compact_of(opened, plan)
+    initialize_replicas(reference, opened, plan, adapter_init="svd", norm_init=0.05, seed=0)
+    written = load_model(str(tmp_path / "assembled"))
+    expected = dict(reference.named_parameters())
+    for made in (model, written):
+        assert dict(made.named_parameters()).keys() == expected.keys()
+        assert all(torch.equal(values, expected[name]) for name, values in made.named_parameters())
+        assert torch.equal(made(token_ids()).logits, reference(token_ids()).logits)
+    write_checkpoint(tmp_path / "saved", model, record)
+    for name in ("config.json", "generation_config.json", "modeling_flexigpt.py"):
+        first, second = (tmp_path / folder / name for folder in ("assembled", "saved"))
+        assert first.is_file() == second.is_file()
+        assert not first.is_file() or first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shorter_and_extended_models_are_assembled_bit_equal(family: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    tiny_model(family).save_pretrained(source)
+    assembly, _, record = assemble_baseline(str(source), BaselineOptions(blocks=[1, 4]))
+    write_checkpoint(tmp_path / "shorter", assembly, record)
+    expected = remove_blocks(load_model(str(source)), [1, 4]).state_dict()
+    found = load_model(str(tmp_path / "shorter")).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    options = ExtendOptions(blocks="1:3", rank=2)
+    assembly, _, record = assemble_extended(str(source), options)
+    write_checkpoint(tmp_path / "extended", assembly, record)
+    extended, _, _ = extend(str(source), options)
+    expected, found = extended.state_dict(), load_model(str(tmp_path / "extended")).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    ends = [extended.block_list[i].state_dict(keep_vars=True) for i in (1, 2)]
+    shared = {id(values) for values in ends[0].values()} & {id(values) for values in ends[1].values()}
+    assert not shared
+
+
+def test_a_converted_dtype_is_that_of_the_whole_model(tiny_source: Path, tmp_path: Path) -> None:
+    with assemble_pruned(str(tiny_source), PruneOptions(blocks=[2], rank=2, dtype="bfloat16")) as (model, _, record):
+        write_checkpoint(tmp_path / "half", model, record, max_shard_size=200_000)
+    assert len(list((tmp_path / "half").glob("model-*.safetensors"))) > 1
+    kept = load_model(str(tmp_path / "half")).block_list[0].mlp.up_proj.weight
+    whole = load_model(str(tiny_source)).get_submodule("model.layers.0.mlp.up_proj").weight
+    assert torch.equal(kept, whole.to(torch.bfloat16))
+
+
+def test_hidden_states_in_a_file_give_the_same_scores(
+    tiny_source: Path, calibrated: dict[str, object], tmp_path: Path
+) -> None:
+    """A block of 40 KB beside 8 windows of 64 tokens, which take 65 KB."""
+    records = []
+    for name, memory in (("file", "64KIB"), ("memory", "1GiB")):
+        options = PruneOptions(
+            ratio=0.4, cache=tmp_path / name, memory=memory, perplexity=calibrated["calibration"], **calibrated
+        )
+        records.append(prune(str(tiny_source), options)[2])
+    assert records[0]["scores"] == records[1]["scores"]
+    assert records[0]["perplexity"] == records[1]["perplexity"]
+
+
+def test_hidden_states_are_exchanged_saved_and_loaded(tmp_path: Path) -> None:
+    batches = [torch.randn(2, 3, 4).to(torch.bfloat16), torch.randn(1, 3, 4).to(torch.bfloat16)]
+    inside, outside = HiddenStates(batches), HiddenStates(batches, tmp_path)
+    for states in (inside, outside):
+        states[1] = batches[1] + 1
+        assert torch.equal(states[0], batches[0])
+        assert torch.equal(states[1], batches[1] + 1)
+        assert states.num_bytes == 2 * 36
+        states.save(tmp_path / "saved")
+        other = HiddenStates(batches, tmp_path)
+        assert other.load(tmp_path / "saved")
+        assert all(torch.equal(a, b) for a, b in zip(other, states, strict=True))
+        assert not HiddenStates(batches[:1]).load(tmp_path / "saved")
+        assert not other.load(tmp_path / "missing")
+
+
+STAGES = ["checking weights", "calibrating", "measuring distances", "initialising replicas", "fitting blocks"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(
+    stage: str,
+    tiny_source: Path,
+    calibrated: dict[str, object],
+    tmp_path: Path,
+    fresh_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(calibration_module, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(calibration_module, "_SAVE_SHARE", 0)
+    settings = {"ratio": 0.4, "rank": 3, "adapter_init": "activation", "refit_kept": True} | calibrated
+
+    def written(name: str, track: KillingTrack, cache: Path) -> bytes:
+        with assemble_pruned(str(tiny_source), PruneOptions(cache=cache, **settings), track) as (model, _, record):
+            write_checkpoint(tmp_path / name, model, record)
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    whole = KillingTrack()
+    expected = written("expected", whole, tmp_path / "other")
+    assert set(STAGES) <= set(whole.seen)
+    at = whole.seen[stage] - 1
+    first, second = KillingTrack(stage, at), KillingTrack()
+    with pytest.raises(Killed):
+        written("out", first, fresh_cache)
+    assert not (tmp_path / "out").exists()
+    calls = []
+    original = StreamedModel.block
+
+    def counted(self: StreamedModel, index: int) -> object:
+        calls.append(index)
+        return original(self, index)
+
+    monkeypatch.setattr(StreamedModel, "block", counted)
+    assert written("out", second, fresh_cache) == expected
+    done = STAGES[: STAGES.index(stage)]
+    assert not {"checking weights", "calibrating"} & set(done) & set(second.seen)
+    if stage == "calibrating":
+        assert calls[0] == 5  # the last block only, then the fits
+    assert not [path for path in fresh_cache.iterdir() if path.is_dir()]
+
+
+def test_another_ratio_reads_no_text_through_the_blocks(
+    tiny_source: Path, calibrated: dict[str, object], fresh_cache: Path
+) -> None:
+    first, again, other = KillingTrack(), KillingTrack(), KillingTrack()
+    prune(str(tiny_source), PruneOptions(ratio=0.2, rank=3, **calibrated), first)
+    plan, record = plan_only(str(tiny_source), PruneOptions(ratio=0.4, rank=3, **calibrated), again)
+    assert {"checking weights", "calibrating"} <= set(first.seen)
+    assert not {"checking weights", "calibrating"} & set(again.seen)
+    fresh, _ = plan_only(
+        str(tiny_source), PruneOptions(ratio=0.4, rank=3, cache=fresh_cache / "new", **calibrated), other
+    )
+    assert plan == fresh
+    assert len(record["scores"]) == 6
+
+
+def test_another_text_rank_or_state_of_the_files_is_measured_anew(
+    tiny_source: Path, text: Path, single: Path, fresh_cache: Path, tmp_path: Path
+) -> None:
+    settings = {"ratio": 0.4, "window_length": 64, "windows": 4}
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in tiny_source.iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+
+    def seen(**options: object) -> set[str]:
+        track = KillingTrack()
+        plan_only(str(source), PruneOptions(**settings | {"rank": 2, "calibration": str(text)} | options), track)
+        return set(track.seen) - {"measuring distances"}
+
+    assert seen() == {"checking weights", "calibrating"}
+    assert seen() == seen(rank=3) == seen(block_score="angular") == set()
+    assert seen(calibration=str(single)) == seen(seed=1) == {"calibrating"}
+    os.utime(source / "model.safetensors", (1, 1))
+    assert seen() == {"checking weights", "calibrating"}
+
+
+def test_two_processes_on_one_stage_do_not_share_its_folder(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    with cache.stage("it", key=1) as first, cache.stage("it", key=1) as second:
+        assert first.folder != second.folder
+        second.finish({"value": 2})
+    with cache.stage("it", key=1) as third:
+        assert third.result == {"value": 2}
+    with cache.stage("it", key=2) as other:
+        assert other.result is None
+
+
+def test_a_block_that_memory_cannot_hold_is_refused(tiny_source: Path, calibrated: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=r"--memory 1KIB is too small: one block alone takes 1 MiB"):
+        plan_only(str(tiny_source), PruneOptions(ratio=0.4, memory="1KIB", **calibrated))
+
+
+def test_a_cache_that_cannot_be_written_says_what_to_do(
+    tiny_source: Path, calibrated: dict[str, object], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="give another folder by --cache"):
+        plan_only(str(tiny_source), PruneOptions(ratio=0.4, cache=tmp_path / "file", **calibrated))
+
+
+def test_kept_tensors_are_the_files_bytes(tiny_source: Path, tmp_path: Path) -> None:
+    with assemble_pruned(str(tiny_source), PruneOptions(blocks=[2], rank=2)) as (assembly, _, record):
+        write_checkpoint(tmp_path / "out", assembly, record)
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_source, tmp_path / "out"))
+    kept = [name for name in before if f"language_model.{name}" in after]
+    assert len(kept) == len(before) - 7  # all but the pruned block's linears
+    assert all(torch.equal(before[name], after[f"language_model.{name}"]) for name in kept)
