@@ -5,9 +5,9 @@ python benchmarks/out_of_core.py --shape tinyllama --memory 128MiB --kills 6
 python benchmarks/out_of_core.py --growth
 
 Checkpoints are random, their spectra like trained ones'; they are made in --work and deleted afterwards. Every run is
-a `flexigpt prune` in a process of its own, whose memory is sampled. The floor is each byte read once, one forward pass and
-the products of the factorisations, at the rates of this machine. Rows are added to benchmarks/results/out_of_core.json
-and the table made anew.
+a `flexigpt prune` in a process of its own, whose memory is sampled. The floor is each byte read once, one forward pass
+and the products of the factorisations, at the rates of this machine. Rows are added to
+benchmarks/results/out_of_core.json and the table made anew.
 """
 
 import argparse
@@ -248,10 +248,10 @@ def write_table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Pruning checkpoints that are never in memory",
         "",
-        "`python benchmarks/out_of_core.py --shape NAME`, `--growth`: bfloat16 checkpoints of random weights, 32 windows",
-        "of 512 tokens, 30 %, rank hidden / 16. Memory: peaks of what is resident, anonymous and mapped from files each on",
-        "its own, Python and torch included. Floor: each byte read once, one forward pass, the products of the",
-        "factorisations.",
+        "`python benchmarks/out_of_core.py --shape NAME`, `--growth`: bfloat16 checkpoints of random weights, 32",
+        "windows of 512 tokens, 30 %, rank hidden / 16. Memory: peaks of what is resident, anonymous and mapped from",
+        "files each on its own, Python and torch included. Floor: each byte read once, one forward pass, the products",
+        "of the factorisations.",
         "",
         "| shape | source GB | --memory | time | of the floor | anonymous GiB | mapped GiB | total GiB | re-planning |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -259,10 +259,10 @@ def write_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         floor = sum(row["floor"].values())
         lines.append(
-            f"| {row['shape']}, {row['blocks']} blocks | {row['source_bytes'] / 1e9:.2f} | {row['memory'] or 'default'} "
-            f"| {row['seconds']:,.0f} s | {row['seconds'] / floor:.2f} x | {row['anonymous'] / 2**30:.2f} "
-            f"| {row['mapped'] / 2**30:.2f} | {row['total'] / 2**30:.2f} | {row['replanning']:.1f} s, "
-            f"{row['replanning'] / row['seconds']:.1%} |"
+            f"| {row['shape']}, {row['blocks']} blocks | {row['source_bytes'] / 1e9:.2f} "
+            f"| {row['memory'] or 'default'} | {row['seconds']:,.0f} s | {row['seconds'] / floor:.2f} x "
+            f"| {row['anonymous'] / 2**30:.2f} | {row['mapped'] / 2**30:.2f} | {row['total'] / 2**30:.2f} "
+            f"| {row['replanning']:.1f} s, {row['replanning'] / row['seconds']:.1%} |"
         )
     lines += ["", "Seconds by stage, and the floor of each:", ""]
     for row in rows:

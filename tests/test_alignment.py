@@ -1,7 +1,9 @@
 """Symmetry alignment: the block stays what it was, and lies nearer to its base."""
 
 import itertools
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +11,11 @@ import torch
 from scipy.linalg import orthogonal_procrustes
 from torch import Tensor, nn
 
-from families import FAMILIES, tiny_model, token_ids
+from families import FAMILIES, FULL_RANK, NUM_BLOCKS, tiny_model, token_ids
+from flexigpt import InputError, PruneOptions, prune
 from flexigpt.alignment import BlockSymmetries, align, block_symmetries
 from flexigpt.architecture import ARCHITECTURES, Architecture, block_list, find_architecture
+from flexigpt.checkpoint import load_model
 
 Tensors = dict[str, Tensor]
 
@@ -228,3 +232,42 @@ def test_a_base_that_is_the_block_changes_nothing() -> None:
 def test_a_family_without_roles_is_refused() -> None:
     with pytest.raises(TypeError, match="roles"):
         Architecture(blocks="model.layers", output_norms=("self_attn.o_proj", "mlp.down_proj"))  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_aligned_replica_of_full_rank_is_its_pruned_block(family: str, tmp_path: Path) -> None:
+    """Whatever was turned or changed places: adapters mend all of the difference, biases their own."""
+    tiny_model(family).save_pretrained(tmp_path / "source")
+    plan = {"format_version": 1, "num_blocks": NUM_BLOCKS, "replicas": [{"block": 2, "base": 4, "rank": FULL_RANK}]}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    options = PruneOptions(plan=tmp_path / "plan.json", align=True, output_norm=False)
+    model, _, _ = prune(str(tmp_path / "source"), options)
+    with torch.no_grad():
+        expected = load_model(str(tmp_path / "source"))(token_ids()).logits
+        torch.testing.assert_close(model(token_ids()).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_scrambled_copy_is_found_again_by_adapters_of_rank_one(tiny_source: Path, tmp_path: Path) -> None:
+    model = load_model(str(tiny_source))
+    mlps = [block_list(model)[i].mlp for i in (2, 4)]
+    order = torch.randperm(mlps[0].up_proj.out_features, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        block_list(model)[2].load_state_dict(block_list(model)[4].state_dict())
+        for name in ("gate_proj", "up_proj"):
+            getattr(mlps[0], name).weight.copy_(getattr(mlps[1], name).weight[order])
+        mlps[0].down_proj.weight.copy_(mlps[1].down_proj.weight[:, order])
+    model.save_pretrained(tmp_path / "source")
+    plan = {"format_version": 1, "num_blocks": NUM_BLOCKS, "replicas": [{"block": 2, "base": 4, "rank": 1}]}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    off = []
+    for aligned in (False, True):
+        options = PruneOptions(plan=tmp_path / "plan.json", align=aligned, output_norm=False)
+        compact, _, _ = prune(str(tmp_path / "source"), options)
+        with torch.no_grad():
+            off.append((compact(token_ids()).logits - model(token_ids()).logits).norm().item())
+    assert off[1] < 1e-3 * off[0]
+
+
+def test_alignment_that_would_do_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match="--align has no effect with --adapter-init zero"):
+        PruneOptions(blocks=[1], align=True, adapter_init="zero")

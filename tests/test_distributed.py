@@ -25,11 +25,22 @@ pytestmark = pytest.mark.xdist_group("torchrun")
 RUNS: dict[str, dict[str, Any]] = {
     "ddp": {"perplexity": "TEXT", "eval_every": 8},
     "ddp-replicas-teacher": {"train": "replicas", "teacher": "SOURCE", "micro_batch": 1},
+    "ddp-draft": {"draft_weight": 0.5, "perplexity": "TEXT", "eval_every": 99, "micro_batch": 1},
+    "fsdp-draft": {"fsdp": True, "draft_weight": 0.5, "perplexity": "TEXT", "eval_every": 99, "micro_batch": 1},
     "fsdp-teacher-checkpointing": {"fsdp": True, "teacher": "SOURCE", "activation_checkpointing": True},
     "fsdp-all": {"fsdp": True, "train": "all", "perplexity": "TEXT", "eval_every": 8, "save_every": 8},
 }
 MORE_RUNS: dict[str, dict[str, Any]] = {
     "ddp-all": {"train": "all", "micro_batch": 1},
+    "ddp-draft-all-teacher": {"draft_weight": 0.5, "train": "all", "teacher": "SOURCE", "lr": 1e-3},
+    "fsdp-draft-all-checkpointing": {
+        "fsdp": True,
+        "draft_weight": 0.5,
+        "train": "all",
+        "lr": 1e-3,
+        "teacher": "SOURCE",
+        "activation_checkpointing": True,
+    },
     "fsdp-replicas": {"fsdp": True, "train": "replicas", "micro_batch": 1},
     "fsdp-bf16": {"fsdp": True, "precision": "bf16"},
 }
@@ -148,7 +159,7 @@ def assert_close(out: Path, one: Path) -> None:
     found, expected = history(out), history(one)
     assert len(found) == len(expected) == 20
     for step, wanted in zip(found, expected, strict=True):
-        assert step == pytest.approx(wanted, rel=1e-5)
+        assert step == pytest.approx(wanted, rel=1e-5, abs=2e-7)  # a divergence of nearly equal models is tiny
     weights, wanted_weights = textbook.weights(out), textbook.weights(one)
     assert weights.keys() == wanted_weights.keys()
     for name, tensor in wanted_weights.items():
@@ -171,7 +182,9 @@ def test_two_processes_train_as_one_does(request: pytest.FixtureRequest, alone: 
     assert [record["recovery"]["processes"] for record in records] == [2, 1]
     for side in ("before", "after") if "perplexity" in given else ():
         found, expected = (record["perplexity"][side] for record in records)
+        drafts = [measured.pop("draft", {}) for measured in (found, expected)]
         assert found == pytest.approx(expected, rel=1e-5)
+        assert drafts[0] == pytest.approx(drafts[1], rel=1e-3)
     with torch.no_grad():
         ids = torch.arange(300, 332)[None]
         logits, expected_logits = (textbook.opened(path)(input_ids=ids).logits for path in (out, one))

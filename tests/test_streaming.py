@@ -2,6 +2,10 @@
 
 import json
 import os
+import random
+import subprocess
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -273,3 +277,47 @@ def test_kept_tensors_are_the_files_bytes(tiny_source: Path, tmp_path: Path) -> 
     kept = [name for name in before if f"language_model.{name}" in after]
     assert len(kept) == len(before) - 7  # all but the pruned block's linears
     assert all(torch.equal(before[name], after[f"language_model.{name}"]) for name in kept)
+
+
+def test_a_source_that_changes_during_the_run_is_refused(tiny_source: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in tiny_source.iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    with (
+        pytest.raises(InputError, match="changed while they were read"),
+        assemble_pruned(str(source), PruneOptions(blocks=[2], rank=2)) as (assembly, _, record),
+    ):
+        os.utime(source / "model.safetensors", (1, 1))
+        write_checkpoint(tmp_path / "out", assembly, record)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_processes_killed_at_random_moments_end_with_the_same_bytes(example: Path, tmp_path: Path) -> None:
+    """SIGKILL, again and again, until a run gets through."""
+    options = ["--ratio", "0.3", "--calibration", str(example / "calibration.jsonl"), "--window-length", "256"]
+    options += ["--windows", "16", "--dtype", "float32", "--adapter-init", "activation", "--refit-kept"]
+
+    def start(out: str, cache: str) -> subprocess.Popen[bytes]:
+        environment = os.environ | {CACHE_VARIABLE: str(tmp_path / cache)}
+        command = [sys.executable, "-m", "flexigpt", "prune", str(example), str(tmp_path / out), *options]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    began = time.monotonic()
+    assert start("expected", "whole").wait() == 0
+    seconds = time.monotonic() - began
+    chance, kills = random.Random(0), 0
+    while True:
+        process = start("out", "killed")
+        try:
+            assert process.wait(chance.uniform(0.3, 0.9) * seconds) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+            assert not (tmp_path / "out").exists()
+    assert kills
+    names = ("model.safetensors", "config.json")
+    assert all((tmp_path / "out" / n).read_bytes() == (tmp_path / "expected" / n).read_bytes() for n in names)

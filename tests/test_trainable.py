@@ -17,6 +17,7 @@ from flexigpt.architecture import block_list
 from flexigpt.baselines import BaselineOptions, baseline
 from flexigpt.checkpoint import compact_of
 from flexigpt.distributed import ALONE
+from flexigpt.drafting import Draft
 from flexigpt.initialization import initialize_replicas
 from flexigpt.modeling_flexigpt import SharedLinear
 from flexigpt.trainable import (
@@ -177,6 +178,18 @@ def test_operations_are_those_that_torch_counts(train: str) -> None:
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids).logits.sum().backward()
     assert training_flops(model, 8) * ids.numel() == pytest.approx(counter.get_total_flops(), rel=0.08)
+
+
+@pytest.mark.parametrize("train", ["replicas+kept", "all"])
+def test_a_draft_that_is_trained_too_counts(train: str) -> None:
+    model = compact_model("llama")
+    prepare_training(model, train, 4, seed=0)
+    ids, draft = token_ids(8, 8), Draft(model)
+    with FlopCounterMode(display=False) as counter, draft.watched() as entering:
+        logits = model(input_ids=ids).logits
+        (logits.sum() + draft.logits(ids, entering[0]).sum()).backward()
+    assert training_flops(model, 8, draft=True) * ids.numel() == pytest.approx(counter.get_total_flops(), rel=0.08)
+    assert training_flops(model, 8, draft=True) > 1.1 * training_flops(model, 8)
 
 
 def test_only_replicas_of_a_model_without_any_is_refused(tiny_source: Path, text: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ SETTINGS = Settings(
     fsdp=False,
     activation_checkpointing=False,
     distill_weight=0.0,
+    draft_weight=0.0,
     seed=0,
 )
 

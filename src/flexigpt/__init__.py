@@ -7,6 +7,7 @@ from transformers import AutoConfig as _AutoConfig
 from transformers import AutoModelForCausalLM as _AutoModelForCausalLM
 
 from flexigpt.baselines import BaselineOptions as BaselineOptions
+from flexigpt.baselines import assemble_baseline as assemble_baseline
 from flexigpt.baselines import baseline as baseline
 from flexigpt.benchmark import BenchmarkOptions as BenchmarkOptions
 from flexigpt.benchmark import benchmark as benchmark
@@ -15,6 +16,7 @@ from flexigpt.errors import InputError as InputError
 from flexigpt.evaluate import EvalOptions as EvalOptions
 from flexigpt.evaluate import evaluate as evaluate
 from flexigpt.extend import ExtendOptions as ExtendOptions
+from flexigpt.extend import assemble_extended as assemble_extended
 from flexigpt.extend import extend as extend
 from flexigpt.inspection import inspect_model as inspect_model
 from flexigpt.materialization import materialize as materialize
@@ -22,6 +24,7 @@ from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM as FlexiGPTForCausalL
 from flexigpt.plan import Plan as Plan
 from flexigpt.plan import Replica as Replica
 from flexigpt.prune import PruneOptions as PruneOptions
+from flexigpt.prune import assemble_pruned as assemble_pruned
 from flexigpt.prune import plan_only as plan_only
 from flexigpt.prune import prune as prune
 from flexigpt.recover import recover as recover

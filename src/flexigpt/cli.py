@@ -95,6 +95,7 @@ def prune_command(
     compare_distances: Annotated[
         str | None, typer.Option(help=_PRUNE["compare_distances"], metavar="full-rank,frobenius")
     ] = None,
+    align: Annotated[bool, typer.Option("--align", help=_PRUNE["align"])] = PruneOptions.align,
     adapter_init: Annotated[
         str, typer.Option(help=_PRUNE["adapter_init"], metavar="|".join(ADAPTER_INITS))
     ] = PruneOptions.adapter_init,
@@ -124,6 +125,7 @@ def prune_command(
         refit_kept=refit_kept,
         base_distance=base_distance,
         compare_distances=None if compare_distances is None else compare_distances.split(","),
+        align=align,
         adapter_init=adapter_init,
         norm_init=norm_init,
         output_norm=output_norm,

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from flexigpt.baselines import BaselineOptions, baseline
-from flexigpt.baselines import expected_bytes as baseline_bytes
+from flexigpt.baselines import BaselineOptions, assemble_baseline
+from flexigpt.baselines import expected as baseline_expected
 from flexigpt.checkpoint import load_tokenizer
 from flexigpt.console import (
     MAX_SHARD_SIZE,
@@ -16,6 +16,7 @@ from flexigpt.console import (
     field_help,
     parse_shard_size,
     stdout,
+    tell_estimate,
     write_and_show,
 )
 from flexigpt.distributed import launched_rank
@@ -26,7 +27,7 @@ from flexigpt.selection import BLOCK_SCORES
 from flexigpt.tables import cost_table, notes
 from flexigpt.trainable import TRAIN
 from flexigpt.training import PRECISIONS
-from flexigpt.writing import check_output, check_space
+from flexigpt.writing import check_output
 
 _BASELINE, _RECOVER = field_help(BaselineOptions), field_help(RecoverOptions)
 
@@ -49,6 +50,8 @@ def baseline_command(
     perplexity: Annotated[str | None, typer.Option(help=_BASELINE["perplexity"])] = None,
     dtype: Annotated[str, typer.Option(help=_BASELINE["dtype"])] = BaselineOptions.dtype,
     device: Annotated[str, typer.Option(help=_BASELINE["device"])] = BaselineOptions.device,
+    memory: Annotated[str | None, typer.Option(help=_BASELINE["memory"], metavar="4GiB")] = None,
+    cache: Annotated[Path | None, typer.Option(help=_BASELINE["cache"])] = None,
     seed: Annotated[int | None, typer.Option(help=_BASELINE["seed"])] = None,
     max_shard_size: Annotated[str | None, typer.Option(help=MAX_SHARD_SIZE)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
@@ -67,15 +70,17 @@ def baseline_command(
         perplexity=perplexity,
         dtype=dtype,
         device=device,
+        memory=memory,
+        cache=cache,
         seed=seed,
     )
     check_output(out, (source, calibration, perplexity), overwrite)
     shard_bytes = parse_shard_size(max_shard_size)
-    check_space(out, baseline_bytes(source, options))
     load_tokenizer(source)
+    tell_estimate(baseline_expected(source, options), out, cache)
     with Bars() as track:
-        model, _, record = baseline(source, options, track)
-    write_and_show(out, source, model, record | {"command": context.obj}, shard_bytes)
+        assembly, _, record = assemble_baseline(source, options, track)
+        write_and_show(out, source, assembly, record | {"command": context.obj}, shard_bytes, track)
 
 
 def recover_command(
@@ -102,6 +107,7 @@ def recover_command(
     ] = RecoverOptions.activation_checkpointing,
     teacher: Annotated[str | None, typer.Option(help=_RECOVER["teacher"], metavar="SOURCE")] = None,
     distill_weight: Annotated[float | None, typer.Option(help=_RECOVER["distill_weight"])] = None,
+    draft_weight: Annotated[float | None, typer.Option(help=_RECOVER["draft_weight"])] = None,
     perplexity: Annotated[str | None, typer.Option(help=_RECOVER["perplexity"])] = None,
     eval_every: Annotated[int | None, typer.Option(help=_RECOVER["eval_every"])] = None,
     save_every: Annotated[int, typer.Option(help=_RECOVER["save_every"])] = RecoverOptions.save_every,
@@ -136,6 +142,7 @@ def recover_command(
         activation_checkpointing=activation_checkpointing,
         teacher=teacher,
         distill_weight=distill_weight,
+        draft_weight=draft_weight,
         perplexity=perplexity,
         eval_every=eval_every,
         save_every=save_every,

@@ -1,15 +1,15 @@
 """Pruning: source model -> plan -> compact model."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
+from flexigpt.aligned_source import AlignedSource
 from flexigpt.cache import CachedStage
 from flexigpt.checkpoint import check_depth, empty_compact
 from flexigpt.distances import base_distances
@@ -37,11 +37,12 @@ from flexigpt.scoring import (
     ScoringOptions,
     check_source,
     chosen,
+    digest,
     open_scored,
     pruned_or_count,
 )
 from flexigpt.selection import BASE_DISTANCES, DEFAULT_DISTANCE, choose_bases
-from flexigpt.streaming import Assembly
+from flexigpt.streaming import Assembly, StreamedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,8 @@ class PruneOptions(ScoringOptions):
         rank: rank of the adapters; default: hidden size / 16.
         base_distance: distance by which each pruned block's base is chosen; default: low-rank.
         compare_distances: further distances to measure and record, for the report; they choose nothing.
+        align: whether a pruned block's weights are first brought near its base's, by what changes nothing that the
+            block computes: places of units and heads, turns of values and keys.
         adapter_init: how adapters start.
         norm_init: where the output norms' gamma starts: a constant, or fitted; default: 0.05.
         output_norm: whether replicas have output norms.
@@ -65,6 +68,7 @@ class PruneOptions(ScoringOptions):
     rank: int | None = None
     base_distance: str | None = None
     compare_distances: Sequence[str] | None = None
+    align: bool = False
     adapter_init: str = "svd"
     norm_init: float | str | None = None
     output_norm: bool = True
@@ -80,6 +84,8 @@ class PruneOptions(ScoringOptions):
         if self.rank is not None and self.rank < 1:
             raise InputError(f"--rank {self.rank} is too small: give at least 1")
         parse_norm_init(self.norm_init)
+        if self.align and self.adapter_init == "zero":
+            raise InputError("--align has no effect with --adapter-init zero, which mends nothing: leave it out")
         if self.compare_distances and (self.base_distance or DEFAULT_DISTANCE) in self.compare_distances:
             raise InputError(
                 f"--compare-distances {','.join(self.compare_distances)} names the distance by which bases are chosen, "
@@ -170,10 +176,11 @@ def assemble_pruned(
     opened, checked, plan, record = _plan_source(source, options, timed)
     empty, taken = empty_compact(opened.source.model, plan, options.output_norm)
     assembly = Assembly(empty, opened.source, taken)
-    depends = {"plan": plan.to_dict(), "init": _init_of(options), "windows": _digest(opened.windows)}
+    depends = {"plan": plan.to_dict(), "init": _init_of(options), "windows": digest(opened.windows)}
     with opened.cache.stage("replicas", **depends) as stage:
-        _fill(assembly, opened, plan, options, stage, timed)
-        record["adapter_spectra"] = adapter_spectra(assembly, opened.source, plan)
+        blocks = AlignedSource(opened.source, plan, stage) if options.align else opened.source
+        _fill(assembly, _Filling(plan, blocks, opened.windows, stage), options, timed)
+        record["adapter_spectra"] = adapter_spectra(assembly, blocks, plan)
         record |= measure_both(
             {"source": opened.source, "compact": assembly},
             opened.text,
@@ -187,19 +194,22 @@ def assemble_pruned(
         stage.discard()
 
 
+class _Filling(NamedTuple):
+    """What replicas are filled from."""
+
+    plan: Plan
+    source: StreamedModel
+    windows: torch.Tensor | None
+    stage: CachedStage
+
+
 def _init_of(options: PruneOptions) -> dict[str, Any]:
     """What decides the replicas' own tensors, besides plan, source and text."""
-    settings = {name: getattr(options, name) for name in ("adapter_init", "output_norm", "refit_kept")}
+    settings = {name: getattr(options, name) for name in ("align", "adapter_init", "output_norm", "refit_kept")}
     return settings | {"norm_init": _norm_init(options), "seed": options.seed or 0}
 
 
-def _digest(windows: torch.Tensor | None) -> str:
-    return "" if windows is None else hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-
-
-def _fill(
-    assembly: Assembly, opened: Opened, plan: Plan, options: PruneOptions, stage: CachedStage, track: Track
-) -> None:
+def _fill(assembly: Assembly, work: _Filling, options: PruneOptions, track: Track) -> None:
     """Fills what is the replicas' own, block by block, from the stage's folder where it is there already."""
     norm_init = _norm_init(options)
     start = ReplicaStart(
@@ -207,13 +217,14 @@ def _fill(
         norm_init=DEFAULT_NORM_INIT if isinstance(norm_init, str) else norm_init,
         seed=options.seed or 0,
     )
-    for replica in track(plan.replicas, "initialising replicas", len(plan.replicas)):
-        make = partial(replica_tensors, assembly.blocks[replica.block], opened.source, replica, start)
-        assembly.own(replica.block, stage.tensors(f"replica-{replica.block}", make))
+    for replica in track(work.plan.replicas, "initialising replicas", len(work.plan.replicas)):
+        make = partial(replica_tensors, assembly.blocks[replica.block], work.source, replica, start)
+        assembly.own(replica.block, work.stage.tensors(f"replica-{replica.block}", make))
     if options.fits:
-        assert opened.windows is not None
+        assert work.windows is not None
         fits = Fits(adapter=ADAPTER_INITS[options.adapter_init].fit, norms=norm_init == FITTED, kept=options.refit_kept)
-        fit_blocks(opened.source, assembly, range(len(assembly)), opened.windows, fits, stage=stage, track=track)
+        numbers = range(len(assembly))
+        fit_blocks(work.source, assembly, numbers, work.windows, fits, stage=work.stage, track=track)
 
 
 def plan_only(source: str, options: PruneOptions, track: Track = silent) -> tuple[Plan, Record]:
@@ -222,7 +233,7 @@ def plan_only(source: str, options: PruneOptions, track: Track = silent) -> tupl
     Raises:
         InputError: as `prune`; or settings that only applying a plan reads.
     """
-    for field in ("plan", "perplexity", "adapter_init", "norm_init", "output_norm", "refit_kept"):
+    for field in ("plan", "perplexity", "align", "adapter_init", "norm_init", "output_norm", "refit_kept"):
         if getattr(options, field) != getattr(PruneOptions, field):
             raise InputError(f"{_flag(field)} has no effect with --plan-only, which makes no model: leave it out")
     timed = Timed(track)

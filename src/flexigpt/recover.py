@@ -18,21 +18,27 @@ from flexigpt.checkpoint import (
     load_model,
     load_tokenizer,
     model_fingerprint,
-    move,
     open_empty,
     stored_bytes,
 )
-from flexigpt.data import TokenizedText, check_window_length, tokenize_text
+from flexigpt.data import check_window_length, tokenize_text
 from flexigpt.distillation import Teacher, check_teacher
 from flexigpt.distributed import World, joined_world, local_device, part
 from flexigpt.errors import InputError
-from flexigpt.evaluate import perplexity
+from flexigpt.held_out import HeldOut
 from flexigpt.progress import Track, silent
 from flexigpt.record import Record, model_size, new_record
 from flexigpt.recover_options import RecoverOptions, resolve_settings
 from flexigpt.run_folder import RunFolder
 from flexigpt.tracking import Trackers
-from flexigpt.trainable import USES_LORA, lora_rank_for, matching_lora_rank, merge_lora, prepare_training
+from flexigpt.trainable import (
+    USES_LORA,
+    layout_of,
+    lora_rank_for,
+    matching_lora_rank,
+    merge_lora,
+    prepare_training,
+)
 from flexigpt.training import NotFiniteError, Speed, Training, hold_in, peak_bytes
 from flexigpt.writing import RECORD, check_output, check_space, write_checkpoint
 
@@ -105,6 +111,10 @@ class _Run:
         self.window_length = check_window_length(options.window_length, empty.config)
         if options.teacher is not None:
             check_teacher(options.teacher, self.tokenizer, self.window_length)
+        if options.draft_weight is not None and not layout_of(empty).bases:
+            raise InputError(
+                f"--draft-weight has no effect, since {model} has no replicas and so no draft: leave it out"
+            )
         rank = options.lora_rank
         if options.match is not None:
             rank = matching_lora_rank(empty, open_empty(options.match))
@@ -138,6 +148,7 @@ class _Run:
             "lora_rank": self.lora_rank,
             "teacher": None if options.teacher is None else model_fingerprint(options.teacher),
             "distill_weight": settings.distill_weight,
+            "draft_weight": options.draft_weight,
             "perplexity": None if options.perplexity is None else text_fingerprint(options.perplexity),
             "lr": settings.lr,
             "warmup_steps": settings.warmup_steps,
@@ -149,7 +160,7 @@ class _Run:
 
     def train(self, resume: bool) -> dict[str, torch.Tensor]:
         """Loads, prepares and trains; returns what was trained, by name, on the CPU."""
-        text = self._held_out_text()
+        held_out = self._held_out()
         if not resume:
             self.world.lead(self._check_enough)
         training = self._prepare()
@@ -158,24 +169,25 @@ class _Run:
             self._restore(training, self.folder.steps()[-1], stream)
         else:
             self.folder.start(self._identity())
-        if text is not None and "before" not in self.measured:
-            self.measured["before"] = self._measure(training, text)
+        if held_out is not None and "before" not in self.measured:
+            self.measured["before"] = held_out.of_training(training)
         trackers = self._trackers()
         with _interruptions() as interrupted, closing(trackers):
             try:
-                self._loop(training, stream, text, trackers, interrupted)
+                self._loop(training, stream, held_out, trackers, interrupted)
             except NotFiniteError as error:
                 self._fall_back(training, str(error))
         self.measured["trained_parameters"] = training.trained_parameters
         self.measured["peak_bytes"] = peak_bytes(self.device)
         return training.trained_tensors()
 
-    def _held_out_text(self) -> TokenizedText | None:
+    def _held_out(self) -> HeldOut | None:
         if self.options.perplexity is None:
             return None
-        return tokenize_text(
+        text = tokenize_text(
             self.options.perplexity, self.tokenizer, column=self.options.text_column, window_length=self.window_length
         )
+        return HeldOut(text=text, window_length=self.window_length, draft=self.options.draft_weight is not None)
 
     def _check_enough(self) -> None:
         check_enough(
@@ -221,7 +233,7 @@ class _Run:
         self,
         training: Training,
         stream: TrainingStream,
-        text: TokenizedText | None,
+        held_out: HeldOut | None,
         trackers: Trackers,
         interrupted: threading.Event,
     ) -> None:
@@ -244,9 +256,9 @@ class _Run:
                 self.measured["tokens_per_second"] = speed.mean()
                 done = step + 1
                 values |= {"step": done, "tokens": done * settings.batch_tokens, **speed.read()}
-                if text is not None and (done % self.eval_every == 0) and done < settings.steps:
+                if held_out is not None and (done % self.eval_every == 0) and done < settings.steps:
                     try:
-                        values["perplexity"] = self._measure(training, text)["perplexity"]
+                        values["perplexity"] = held_out.perplexity_of_training(training)
                     except InputError as error:  # the text was fine before
                         raise NotFiniteError(f"the held-out perplexity after step {done} is not finite") from error
                 trackers.log(values, done)
@@ -294,13 +306,6 @@ class _Run:
         self._restore(training, good[-1])
         self.stopped = f"{reason}: {self.out} holds the state after step {good[-1]}; {advice}"
 
-    def _measure(self, training: Training, text: TokenizedText) -> dict[str, Any]:
-        training.model.eval()
-        with training.computing():
-            measured = perplexity(training.model, text, window_length=self.window_length, world=self.world)
-        training.model.train()
-        return measured.to_dict()
-
     def finish(self, trained: dict[str, torch.Tensor], command: str | None) -> Record:
         """Merges what was trained into the model as it was, measures it, and writes it."""
         model = load_model(self.model, device="cpu")
@@ -328,9 +333,9 @@ class _Run:
         }
         record = new_record(self.model, self.options, resolved)
         record |= {"compared": ["before", "after"], "before": before, "after": model_size(model)}
-        text = self._held_out_text()
-        if text is not None:
-            measured = _measure_in(model, settings.dtype, self.device, text, self.window_length, self.track)
+        held_out = self._held_out()
+        if held_out is not None:
+            measured = held_out.computed_in(model, settings.dtype, self.device, self.track)
             record["perplexity"] = {
                 "text": self.options.perplexity,
                 "before": self.measured["before"],
@@ -351,24 +356,6 @@ class _Run:
         if origin.is_file():
             record["origin"] = json.loads(origin.read_text(encoding="utf-8"))
         return record
-
-
-def _measure_in(
-    model: PreTrainedModel,
-    dtype: torch.dtype,
-    device: torch.device,
-    text: TokenizedText,
-    window_length: int,
-    track: Track,
-) -> dict[str, Any]:
-    """Perplexity computed in a dtype other than the stored one; the model is as before afterwards."""
-    stored = {name: parameter.data for name, parameter in model.named_parameters()}
-    hold_in(model, dtype)
-    measured = perplexity(move(model.eval(), device), text, window_length=window_length, track=track)
-    move(model, torch.device("cpu"))
-    for name, parameter in model.named_parameters():
-        parameter.data = stored[name]
-    return measured.to_dict()
 
 
 @contextmanager

@@ -49,6 +49,8 @@ class RecoverOptions:
         activation_checkpointing: whether activations are computed again in the backward pass, to save memory.
         teacher: folder or hub name of the source model, to distill from; default: none.
         distill_weight: of the divergence from the teacher, beside 1 minus it of the cross-entropy; default: 0.5.
+        draft_weight: of the divergence of the draft (the model without its replicas) from the whole model, beside the
+            loss of the latter: speculative decoding then accepts more; default: the draft is not trained.
         perplexity: held-out text to measure perplexity on before, during and after; default: none.
         eval_every: steps between two such measurements; default: a tenth of the run.
         save_every: steps between two checkpoints to resume from.
@@ -76,6 +78,7 @@ class RecoverOptions:
     activation_checkpointing: bool = False
     teacher: str | None = None
     distill_weight: float | None = None
+    draft_weight: float | None = None
     perplexity: str | None = None
     eval_every: int | None = None
     save_every: int = 20
@@ -96,8 +99,10 @@ class RecoverOptions:
         for name, (low, high) in ranges.items():
             if not low < getattr(self, name) < high:
                 raise InputError(f"{flag(name)} {getattr(self, name)} is out of range: see --help")
-        if self.distill_weight is not None and not 0 < self.distill_weight <= 1:
-            raise InputError(f"--distill-weight {self.distill_weight} is outside (0, 1]")
+        for name in ("distill_weight", "draft_weight"):
+            weight = getattr(self, name)
+            if weight is not None and not 0 < weight <= 1:
+                raise InputError(f"{flag(name)} {weight} is outside (0, 1]")
         parse_tokens(self.tokens)
         check_seed(self.seed)
         check_trackers(self.report_to)
@@ -106,6 +111,8 @@ class RecoverOptions:
     def _refuse_without_effect(self) -> None:
         idle = {
             "distill_weight": self.teacher is None and "without --teacher",
+            # What replicas are is not in the draft, and nothing else would be trained.
+            "draft_weight": self.train == "replicas" and f"with --train {self.train}",
             "eval_every": self.perplexity is None and "without --perplexity",
             "lora_rank": self.train not in USES_LORA and f"with --train {self.train}",
             "match": (self.train not in USES_LORA and f"with --train {self.train}")
@@ -174,5 +181,6 @@ def resolve_settings(options: RecoverOptions, window_length: int, world: World, 
         fsdp=options.fsdp,
         activation_checkpointing=options.activation_checkpointing,
         distill_weight=0.0 if options.teacher is None else distill_weight,
+        draft_weight=options.draft_weight or 0.0,
         seed=options.seed,
     )

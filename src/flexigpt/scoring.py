@@ -265,13 +265,19 @@ def open_scored(name: str, options: ScoringOptions, checked: CheckedSource, trac
 
 def _scores(opened: Opened, windows: torch.Tensor, checked: CheckedSource, track: Track) -> dict[str, list[float]]:
     """Every block's score by each of BLOCK_SCORES, in one pass."""
-    digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-    with opened.cache.stage("scores", windows=digest, shape=list(windows.shape)) as stage:
+    with opened.cache.stage("scores", windows=digest(windows)) as stage:
         if stage.result is None:
             spill = opened.cache.folder if checked.needs_file(windows.numel()) else None
             stage.finish(block_means(opened.source, windows, BLOCK_SCORES, spill=spill, stage=stage, track=track))
         found: dict[str, list[float]] = stage.result
     return found
+
+
+def digest(windows: torch.Tensor | None) -> str:
+    """What tells calibration windows from others, as a key of the cache."""
+    if windows is None:
+        return ""
+    return f"{tuple(windows.shape)} {hashlib.sha256(windows.numpy().tobytes()).hexdigest()}"
 
 
 def chosen(pruned: Sequence[int] | int, scored: dict[str, Any]) -> Sequence[int]:

@@ -80,6 +80,9 @@ class StreamedModel:
         weight = self.parameter(block, f"{path}.weight")
         return weight.T if isinstance(self.blocks[block].get_submodule(path), Conv1D) else weight
 
+    def check_unchanged(self) -> None:
+        """Raises InputError where its files are no longer what they were when it was opened."""
+
     def expect(self, block: int) -> None:
         """Says which block comes next, so that its parameters may be fetched meanwhile."""
 
@@ -134,7 +137,7 @@ class Source(StreamedModel):
 
     def __init__(self, name: str, dtype: str = "auto", device: str = "auto") -> None:
         check_dtype(dtype)
-        self._where = find_device(device)
+        self._name, self._where = name, find_device(device)
         model = open_empty(name, dtype)
         self.files: WeightFiles = open_weights(name)
         self._names = names_in_files(self.files, model)
@@ -149,6 +152,11 @@ class Source(StreamedModel):
         if not Path(name).is_dir() or Path(name, "generation_config.json").is_file():
             with contextlib.suppress(OSError):  # none there: the one made of config.json stands
                 model.generation_config = GenerationConfig.from_pretrained(name)
+
+    def check_unchanged(self) -> None:
+        """Raises InputError where its files are no longer what they were when it was opened."""
+        if open_weights(self._name).fingerprint != self.files.fingerprint:
+            raise InputError(f"the weights of {self._name} changed while they were read: start again")
 
     def origin(self, name: str) -> StoredTensor:
         """Where a tensor lies."""
@@ -227,7 +235,12 @@ class Assembly(StreamedModel):
         return self._own[name] if name in self._own else self._source.origin(self._taken[name])
 
     def pieces(self) -> list[Piece]:
-        """What a checkpoint of it stores, each tensor once."""
+        """What a checkpoint of it stores, each tensor once.
+
+        Raises:
+            InputError: a source that is no longer what it was.
+        """
+        self._source.check_unchanged()
         seen: dict[int, Piece] = {}
         for name, values in self.model.state_dict(keep_vars=True).items():
             if id(values) not in seen:

@@ -111,7 +111,27 @@ def cost_rows(record: Record) -> Rows:
     if "perplexity" in record:
         was, became = (record["perplexity"][name]["perplexity"] for name in (first, second))
         rows.append(["perplexity", f"{was:.2f}", f"{became:.2f}", f"{became / was:.1%}"])
+        rows += _draft_rows(*(record["perplexity"][name].get("draft") for name in (first, second)))
     return ["", first, second, f"of {first}"], rows
+
+
+def _draft_rows(before: dict[str, float] | None, after: dict[str, float] | None) -> list[list[str]]:
+    """What the draft was worth, where it was measured."""
+    if before is None or after is None:
+        return []
+    shown = (
+        ("draft's perplexity", "perplexity", ".2f"),
+        ("draft agrees", "agreement", ".1%"),
+        ("draft accepted", "acceptance", ".1%"),
+    )
+    return [
+        [title, *(format(side[key], form) for side in (before, after)), _share(after[key], before[key])]
+        for title, key, form in shown
+    ]
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if whole else ""
 
 
 def cost_table(record: Record) -> Table:

@@ -191,12 +191,13 @@ def _sides(layout: Layout) -> int:
     return sum(sum(linear_size(block.get_submodule(path))) for path in layout.linears)
 
 
-def training_flops(model: PreTrainedModel, window_length: int) -> int:
+def training_flops(model: PreTrainedModel, window_length: int, draft: bool = False) -> int:
     """Floating-point operations of training on one token, by the usual count.
 
     A forward pass takes 2 for each weight that a token meets (a base's once more for each of its replicas) and, in each
     block, the causal half of attention's 4 x tokens x hidden size. A backward pass takes 2 again for each weight and
     twice attention's, from the head down to the first trained block, and 2 for each trained weight (a base's likewise).
+    With a draft that is trained too, the kept blocks after the first replica and the head go through both once more.
     """
     layout, first = layout_of(model), first_trained_block(model)
     weights = [sum(p.numel() for p in block.parameters() if p.ndim == 2) for block in layout.blocks]
@@ -211,4 +212,11 @@ def training_flops(model: PreTrainedModel, window_length: int) -> int:
     outside = 0 if head is None else 2 * head.weight.numel()
     forward = outside + sum(2 * number + attention for number in weights)
     backward = outside + sum(2 * number + 2 * attention for number in weights[first:])
+    if draft:
+        after = [block for block in layout.kept if block > min(layout.bases)]
+        forward += outside + sum(2 * weights[block] + attention for block in after)
+        backward += outside + sum(2 * weights[block] + 2 * attention for block in after)
+        again = [p for block in after for p in layout.blocks[block].parameters()]
+        again += [] if head is None else [head.weight]
+        trained += sum(p.numel() for p in again if p.requires_grad and p.ndim == 2)
     return forward + backward + 2 * trained

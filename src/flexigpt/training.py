@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from flexigpt.distillation import Teacher
 from flexigpt.distributed import World, reduced, replicate, shard, whole
-from flexigpt.losses import token_loss
+from flexigpt.drafting import Draft
+from flexigpt.losses import TokenLoss, token_loss
 from flexigpt.trainable import layout_of, trained_parameters, training_flops
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,6 +46,7 @@ class Settings:
         fsdp: whether parameters are sharded.
         activation_checkpointing: whether a block's activations are computed again in the backward pass.
         distill_weight: of the divergence from the teacher.
+        draft_weight: of the divergence of the draft from the whole model; 0: the draft is not trained.
         seed: of dropout, where the model has any.
     """
 
@@ -60,6 +62,7 @@ class Settings:
     fsdp: bool
     activation_checkpointing: bool
     distill_weight: float
+    draft_weight: float
     seed: int
 
     @property
@@ -94,7 +97,8 @@ class Training:
     ) -> None:
         self.model, self.settings, self.world, self.device, self.teacher = model, settings, world, device, teacher
         hold_in(model, settings.dtype, frozen_only=True)
-        self.flops_per_token = training_flops(model, settings.window_length)
+        self.draft = Draft(model) if settings.draft_weight else None
+        self.flops_per_token = training_flops(model, settings.window_length, draft=self.draft is not None)
         self.trained_parameters = sum(p.numel() for p in trained_parameters(model).values())
         if settings.activation_checkpointing:
             _checkpoint_activations(model)
@@ -130,8 +134,8 @@ class Training:
             windows: (batch_windows, window_length + 1) ids, the same on every process; each takes its share.
 
         Returns:
-            loss, cross_entropy and divergence a token in nats, the learning rate, and, where fp16 has not overflowed,
-            the gradients' norm.
+            loss, cross_entropy and divergence a token in nats, where the draft is trained too its draft_divergence from
+            the whole model, the learning rate, and, where fp16 has not overflowed, the gradients' norm.
 
         Raises:
             NotFiniteError: the parameters are as they were before.
@@ -141,34 +145,54 @@ class Training:
         torch.manual_seed(hash((settings.seed, number, world.rank)) % 2**63)
         share = windows.tensor_split(world.size)[world.rank].to(self.device)
         parts = share.split(settings.micro_batch)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for index, part in enumerate(parts):
             with reduced(self.wrapped, last=index == len(parts) - 1):
-                loss = self._loss(part, self._scale["loss_scale"] / (share.shape[0] * settings.window_length))
-                loss.loss.backward()
-            sums += torch.stack((loss.cross_entropy, loss.divergence))
-        entropy, divergence = (world.sum(sums) / settings.batch_tokens).tolist()
+                loss, drafted = self._losses(
+                    part, self._scale["loss_scale"] / (share.shape[0] * settings.window_length)
+                )
+                # One backward pass for both: what they share is run through once, and DDP sees each gradient once.
+                (loss.loss if drafted is None else loss.loss + drafted.loss).backward()
+            apart = torch.zeros_like(loss.divergence) if drafted is None else drafted.divergence
+            sums += torch.stack((loss.cross_entropy, loss.divergence, apart))
+        entropy, divergence, draft = (world.sum(sums) / settings.batch_tokens).tolist()
         mean = (1 - settings.distill_weight) * entropy + settings.distill_weight * divergence
+        mean += settings.draft_weight * draft
         if not math.isfinite(mean):
             raise NotFiniteError(f"the loss of step {number + 1} is not finite")
         lr = settings.lr_at(number)
         norm = self._update(number, lr)
         values = {"loss": mean, "cross_entropy": entropy, "divergence": divergence, "lr": lr}
+        values |= {} if self.draft is None else {"draft_divergence": draft}
         return values | ({"gradient_norm": norm} if math.isfinite(norm) else {})
 
-    def _loss(self, part: torch.Tensor, scale: float) -> Any:
-        inputs, targets = part[:, :-1], part[:, 1:]
+    def _losses(self, part: torch.Tensor, scale: float) -> tuple[TokenLoss, TokenLoss | None]:
+        """Of the model, and of its draft where that is trained too."""
+        targets, settings = part[:, 1:].flatten(), self.settings
         with self.computing():
-            teacher_logits, entering = (None, None) if self.teacher is None else self.teacher.logits(inputs)
-            with contextlib.nullcontext() if self.teacher is None else self.teacher.entered(entering):
-                logits = self.wrapped(input_ids=inputs, use_cache=False).logits
-        return token_loss(
-            logits.flatten(0, 1),
-            targets.flatten(),
-            scale=scale,
-            teacher_logits=None if teacher_logits is None else teacher_logits.flatten(0, 1),
-            distill_weight=self.settings.distill_weight,
-        )
+            logits, teacher_logits, drafted = self._logits(part[:, :-1])
+        draft_loss = None
+        if drafted is not None:  # first, since it reads the model's logits, and the other loss writes over them
+            of_draft = {"scale": scale * settings.draft_weight, "distill_weight": 1.0}
+            draft_loss = token_loss(drafted, targets, teacher_logits=logits.detach(), **of_draft)
+        of_model = {"scale": scale, "distill_weight": settings.distill_weight}
+        return token_loss(logits, targets, teacher_logits=teacher_logits, **of_model), draft_loss
+
+    def _logits(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """(batch, tokens) ids -> (batch x tokens, vocabulary) logits of model, teacher and draft."""
+        teacher_logits = drafted = None
+        branch: list[torch.Tensor] = []
+        with contextlib.ExitStack() as around:
+            if self.teacher is not None:
+                teacher_logits, entering = self.teacher.logits(ids)
+                teacher_logits = teacher_logits.flatten(0, 1)
+                around.enter_context(self.teacher.entered(entering))
+            if self.draft is not None:
+                branch = around.enter_context(self.draft.watched())
+            logits = self.wrapped(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+        if self.draft is not None:
+            drafted = self.draft.logits(ids, branch[0]).flatten(0, 1)
+        return logits, teacher_logits, drafted
 
     def _update(self, number: int, lr: float) -> float:
         """Clips and steps; returns the gradients' norm. Steps whose fp16 gradients overflow are skipped."""
