@@ -78,6 +78,7 @@ def assemble_baseline(
         name=options.perplexity,
         window_length=checked.window_length,
         spill=opened.spill,
+        cache=opened.cache,
         track=timed,
     )
     return assembly, blocks, record | {"stages": timed.seconds, "seconds": round(timed.total, 1)}

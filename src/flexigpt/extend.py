@@ -220,6 +220,7 @@ def assemble_extended(source: str, options: ExtendOptions, track: Track = silent
         text,
         name=options.perplexity,
         window_length=window_length,
+        cache=opened.cache(None),
         track=timed,
     )
     return assembly, plan, record | {"stages": timed.seconds, "seconds": round(timed.total, 1)}

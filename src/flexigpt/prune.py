@@ -187,6 +187,7 @@ def assemble_pruned(
             name=options.perplexity,
             window_length=checked.source.window_length,
             spill=opened.spill,
+            cache=opened.cache,
             track=timed,
         )
         record["plain_removal"] = {"parameters": checked.source.shape.removed_parameters(len(plan.replicas))}

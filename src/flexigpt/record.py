@@ -1,7 +1,9 @@
 """The record: what a flow was asked, what it ran on, and what it measured. JSON-ready."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from flexigpt.accounting import count_parts
+from flexigpt.cache import Cache
 from flexigpt.checkpoint import stored_bytes
 from flexigpt.data import TokenizedText
-from flexigpt.evaluate import perplexity, streamed_perplexity
+from flexigpt.evaluate import streamed_perplexity
 from flexigpt.progress import Track
-from flexigpt.streaming import StreamedModel
+from flexigpt.streaming import Source, StreamedModel
 
 Record = dict[str, Any]
 FORMAT = 1  # of what is recorded; raised when an older flexigpt could no longer read it
@@ -32,39 +35,43 @@ def new_record(source: str, options: Any, resolved: dict[str, Any]) -> Record:
 
 
 def measure_both(
-    models: Mapping[str, PreTrainedModel | StreamedModel],
+    models: Mapping[str, StreamedModel],
     text: TokenizedText | None,
     *,
     name: str | None,
     window_length: int,
+    cache: Cache,
     spill: Path | None = None,
     track: Track,
 ) -> Record:
     """Stored size of two models and, where there is a text, their perplexity on it.
 
     Args:
-        models: what it was -> what it became, each by the name that it has in record and tables.
+        models: what it was, a source, -> what it became, each by the name that it has in record and tables.
         text: what to measure perplexity on, tokenized.
         name: of the text.
         window_length: tokens in a window; windows do not overlap.
+        cache: the source's, which keeps its perplexity.
         spill: folder for hidden states of the text that memory does not hold; None: it does.
-        track: told of each batch.
+        track: told of each block.
 
     Returns:
         `compared` (the two names), the size of each by its name and, where there is a text, `perplexity`: its `text`
         and what was measured, by the same names.
     """
     record: Record = {"compared": list(models)}
+    record |= {label: model_size(model.model) for label, model in models.items()}
+    if text is None:
+        return record
+    record["perplexity"] = {"text": name}
+    digest = hashlib.sha256(text.ids.numpy().tobytes()).hexdigest()
     for label, model in models.items():
-        record[label] = model_size(model.model if isinstance(model, StreamedModel) else model)
-    if text is not None:
-        record["perplexity"] = {"text": name}
-        for label, model in models.items():
-            if isinstance(model, StreamedModel):
-                measured = streamed_perplexity(model, text, window_length=window_length, spill=spill, track=track)
-            else:
-                measured = perplexity(model, text, window_length=window_length, track=track)
-            record["perplexity"][label] = measured.to_dict()
+        measure = partial(streamed_perplexity, model, text, window_length=window_length, spill=spill, track=track)
+        if isinstance(model, Source):
+            with cache.stage("perplexity", text=digest, window_length=window_length) as stage:
+                record["perplexity"][label] = stage.result or stage.finish(measure().to_dict())
+        else:
+            record["perplexity"][label] = measure().to_dict()
     return record
 
 

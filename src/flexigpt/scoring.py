@@ -232,8 +232,7 @@ def open_scored(name: str, options: ScoringOptions, checked: CheckedSource, trac
     """Opens the source and scores its blocks, where the options ask for it; what can be refused early is, first."""
     windows, text = _read_texts(name, options, checked.window_length)
     source = Source(name, options.dtype, options.device)
-    kind = {"dtype": str(source.model.dtype), "device": source.device.type}
-    cache = Cache(options.cache, source=source.files.fingerprint, **kind)
+    cache = source.cache(options.cache)
     with cache.stage("finite") as stage:
         if stage.result is None:
             check_finite(source, track)

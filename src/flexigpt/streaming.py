@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from flexigpt.architecture import find_architecture
+from flexigpt.cache import Cache
 from flexigpt.checkpoint import all_tensors, check_dtype, fill_model, find_device, open_empty, plan_of
 from flexigpt.errors import InputError
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
@@ -152,6 +153,11 @@ class Source(StreamedModel):
         if not Path(name).is_dir() or Path(name, "generation_config.json").is_file():
             with contextlib.suppress(OSError):  # none there: the one made of config.json stands
                 model.generation_config = GenerationConfig.from_pretrained(name)
+
+    def cache(self, folder: str | Path | None) -> Cache:
+        """Keeps what is measured of it, in that folder or the default one."""
+        kind = {"dtype": str(self._dtype), "device": self._where.type}
+        return Cache(folder, source=self.files.fingerprint, **kind)
 
     def check_unchanged(self) -> None:
         """Raises InputError where its files are no longer what they were when it was opened."""
