@@ -116,7 +116,7 @@ def test_scores_against_a_token_by_token_loop(name: str) -> None:
 def test_calibration_leaves_the_model_as_it_was() -> None:
     source = tiny_model("llama-gqa")
     before = source(token_ids()).logits
-    block_means(StreamedModel(source), token_ids(batch=3), BLOCK_SCORES)
+    block_means([StreamedModel(source)], token_ids(batch=3), BLOCK_SCORES)
     assert torch.equal(source(token_ids()).logits, before)
 
 
@@ -125,4 +125,4 @@ def test_statistics_that_are_not_finite_name_the_block() -> None:
     with torch.no_grad():
         block_list(source)[3].mlp.down_proj.weight.fill_(6e4)
     with pytest.raises(InputError, match="block 3 are not finite"):
-        check_means(block_means(StreamedModel(source), token_ids(), BLOCK_SCORES)["influence"])
+        check_means(block_means([StreamedModel(source)], token_ids(), BLOCK_SCORES)["influence"])

@@ -7,6 +7,7 @@ many. Nothing grows with the number of blocks or with the square of the tokens.
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,8 @@ class Stream:
             self.hidden[number] = outputs
 
 
-@torch.no_grad()
 def block_means(
-    source: StreamedModel,
+    sources: Sequence[StreamedModel],
     windows: torch.Tensor,
     statistics: Mapping[str, BlockStatistic],
     *,
@@ -90,39 +90,52 @@ def block_means(
     """The means over all tokens of statistics of each block's input and output, by name.
 
     Args:
-        source: a source model.
+        sources: a source model; or the same on several devices, which share the windows.
         windows: (windows, tokens) ids.
         statistics: each (tokens, hidden) float32 inputs X_i and outputs X_{i+1} -> (tokens,) values. X_{i+1} is the
             residual stream before the final norm.
-        spill: folder for a file that holds the hidden states; None: memory does.
+        spill: folder for files that hold the hidden states; None: memory does.
         stage: where the run leaves what it needs to go on after it was killed.
         track: told of each block.
 
     Returns:
         For each statistic a value for each block; not finite where the model overflows.
     """
-    stream = Stream(source.model, calibration_batches(windows), spill)
+    batches = calibration_batches(windows)
+    shares = [batches[number :: len(sources)] for number in range(len(sources))]
+    pairs = [(source, share) for source, share in zip(sources, shares, strict=True) if share]
+    streams = [Stream(source.model, share, spill) for source, share in pairs]
     means: dict[str, list[float]] = {name: [] for name in statistics}
-    progress = None if stage is None else _Progress(stage, stream)
+    progress = None if stage is None else _Progress(stage, streams)
     done = 0
     if progress is not None:
         done, means = progress.resumed(means)
-    for index in track(range(len(source)), "calibrating", len(source)):
-        if index < done:
-            continue
-        source.expect(index + 1)
-        totals = {name: torch.zeros((), dtype=torch.float64, device=source.device) for name in statistics}
-        with source.block(index) as block:
-            for number, outputs in enumerate(stream.outputs(block, index)):
-                ends = stream.hidden[number].flatten(0, 1).float(), outputs.flatten(0, 1).float()
-                for name, statistic in statistics.items():
-                    totals[name] += statistic(*ends).sum(dtype=torch.float64)
-                stream.hidden[number] = outputs
-        for name, total in totals.items():
-            means[name].append(total.item() / windows.numel())
-        if progress is not None:
-            progress.save(index + 1, means)
+    with ThreadPoolExecutor(len(streams)) as pool:
+        for index in track(range(len(sources[0])), "calibrating", len(sources[0])):
+            if index < done:
+                continue
+            sums = [pool.submit(_sums, pairs[k][0], streams[k], statistics, index) for k in range(len(streams))]
+            for name in statistics:
+                means[name].append(sum(found.result()[name] for found in sums) / windows.numel())
+            if progress is not None:
+                progress.save(index + 1, means)
     return means
+
+
+@torch.no_grad()
+def _sums(
+    source: StreamedModel, stream: Stream, statistics: Mapping[str, BlockStatistic], index: int
+) -> dict[str, float]:
+    """Runs a block on a stream, which then stands behind it; sums over tokens."""
+    source.expect(index + 1)
+    totals = {name: torch.zeros((), dtype=torch.float64, device=source.device) for name in statistics}
+    with source.block(index) as block:
+        for number, outputs in enumerate(stream.outputs(block, index)):
+            ends = stream.hidden[number].flatten(0, 1).float(), outputs.flatten(0, 1).float()
+            for name, statistic in statistics.items():
+                totals[name] += statistic(*ends).sum(dtype=torch.float64)
+            stream.hidden[number] = outputs
+    return {name: total.item() for name, total in totals.items()}
 
 
 def check_means(means: Sequence[float]) -> None:
@@ -138,15 +151,18 @@ def check_means(means: Sequence[float]) -> None:
 class _Progress:
     """What a calibration leaves to go on from."""
 
-    def __init__(self, stage: CachedStage, stream: Stream) -> None:
-        self._stage, self._stream = stage, stream
+    def __init__(self, stage: CachedStage, streams: Sequence[Stream]) -> None:
+        self._stage, self._streams = stage, streams
         self._saved, self._cost = time.monotonic(), 0.0
 
     def resumed(self, means: dict[str, list[float]]) -> tuple[int, dict[str, list[float]]]:
-        """The blocks that are done and their means; the stream stands behind them."""
+        """The blocks that are done and their means; the streams stand behind them."""
         found = self._stage.note("progress")
-        if found is None or not self._stream.hidden.load(self._stage.folder / f"hidden-{found['done']}"):
+        places = [] if found is None else self._places(found["done"])
+        if found is None or not all(path.is_file() for _, path in places):
             return 0, means
+        for stream, path in places:
+            stream.hidden.load(path)
         return found["done"], found["means"]
 
     def save(self, done: int, means: dict[str, list[float]]) -> None:
@@ -155,13 +171,16 @@ class _Progress:
         if began - self._saved < max(_SAVE_SECONDS, _SAVE_SHARE * self._cost):
             return
         before = set(self._stage.folder.glob("hidden-*"))
-        path = self._stage.folder / f"hidden-{done}"
-        self._stream.hidden.save(path)
+        for stream, path in self._places(done):
+            stream.hidden.save(path)
         self._stage.keep_note("progress", {"done": done, "means": means})
-        for old in before - {path}:
+        for old in before - {path for _, path in self._places(done)}:
             old.unlink()
         self._saved = time.monotonic()
         self._cost = self._saved - began
+
+    def _places(self, done: int) -> list[tuple[Stream, Path]]:
+        return [(stream, self._stage.folder / f"hidden-{done}-{k}") for k, stream in enumerate(self._streams)]
 
 
 @contextmanager

@@ -75,16 +75,14 @@ class HiddenStates(Sequence[torch.Tensor]):
                     file.write(_bytes(batch.cpu()))
         temporary.replace(path)
 
-    def load(self, path: Path) -> bool:
-        """Exchanges all batches for those that `save` wrote for as many of the same shapes; False: it wrote others."""
-        if not path.is_file() or path.stat().st_size != self.num_bytes:
-            return False
+    def load(self, path: Path) -> None:
+        """Exchanges all batches for those that `save` wrote, of as many of the same shapes."""
+        assert path.stat().st_size == self.num_bytes
         with path.open("rb") as file:
             for number, (batch, device) in enumerate(zip(self._tensors, self._devices, strict=True)):
                 values = torch.empty_like(batch, device="cpu")
                 file.readinto(_bytes(values))
                 self[number] = values.to(device)
-        return True
 
     def _start(self, number: int) -> int:
         return sum(batch.numel() * batch.element_size() for batch in self._tensors[:number])

@@ -264,10 +264,11 @@ def open_scored(name: str, options: ScoringOptions, checked: CheckedSource, trac
 
 def _scores(opened: Opened, windows: torch.Tensor, checked: CheckedSource, track: Track) -> dict[str, list[float]]:
     """Every block's score by each of BLOCK_SCORES, in one pass."""
-    with opened.cache.stage("scores", windows=digest(windows)) as stage:
+    sources = [opened.source, *opened.source.twins()]
+    with opened.cache.stage("scores", windows=digest(windows), devices=len(sources)) as stage:
         if stage.result is None:
             spill = opened.cache.folder if checked.needs_file(windows.numel()) else None
-            stage.finish(block_means(opened.source, windows, BLOCK_SCORES, spill=spill, stage=stage, track=track))
+            stage.finish(block_means(sources, windows, BLOCK_SCORES, spill=spill, stage=stage, track=track))
         found: dict[str, list[float]] = stage.result
     return found
 

@@ -139,6 +139,7 @@ class Source(StreamedModel):
     def __init__(self, name: str, dtype: str = "auto", device: str = "auto") -> None:
         check_dtype(dtype)
         self._name, self._where = name, find_device(device)
+        self._anywhere = device in ("auto", "cuda")
         model = open_empty(name, dtype)
         self.files: WeightFiles = open_weights(name)
         self._names = names_in_files(self.files, model)
@@ -153,6 +154,13 @@ class Source(StreamedModel):
         if not Path(name).is_dir() or Path(name, "generation_config.json").is_file():
             with contextlib.suppress(OSError):  # none there: the one made of config.json stands
                 model.generation_config = GenerationConfig.from_pretrained(name)
+
+    def twins(self) -> list["Source"]:
+        """The same model on every further GPU, where none was named."""
+        if not self._anywhere or self._where.type != "cuda":
+            return []
+        dtype = str(self._dtype).removeprefix("torch.")
+        return [Source(self._name, dtype, f"cuda:{number}") for number in range(1, torch.cuda.device_count())]
 
     def cache(self, folder: str | Path | None) -> Cache:
         """Keeps what is measured of it, in that folder or the default one."""
