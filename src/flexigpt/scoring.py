@@ -3,12 +3,12 @@
 import dataclasses
 import hashlib
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from flexigpt.architecture import find_architecture, model_shape, num_blocks
@@ -180,7 +180,7 @@ def check_source(source: str, options: ScoringOptions, output_norm: bool = True)
 def _memory(given: str | None, block_bytes: int) -> int:
     """Bytes that a block and hidden states may take."""
     if given is None:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        return int(psutil.virtual_memory().available) // 2
     memory = parse_size(given, itemsize=1)
     if memory < block_bytes:
         raise InputError(
