@@ -163,14 +163,15 @@ class Bench:
         """Runs the command, going on where it was killed."""
         out = self.work / f"recovered-{name}"
         compact = str(self.start((*EXTEND, "block") if ratio == EXTENSION else PRUNE, ratio))
-        self.flexigpt(
-            *("recover", str(self.start(row.start, ratio)), str(out)),
-            *(compact if word == "COMPACT" else word for word in row.train),
-            *("--data", str(EXAMPLE / "recovery.parquet"), "--epochs", "3", "--tokens", str(tokens)),
-            *("--batch-tokens", "4096", "--window-length", "256", "--lr", str(lr), "--precision", "fp32"),
-            *("--perplexity", str(held_out), "--eval-every", "1000000", "--save-every", "20"),
-            *(("--resume",) if out.with_name(f"{out.name}.recovery").exists() else ()),
-        )
+        if not (out / "record.json").exists():  # a killed benchmark may have left one behind
+            self.flexigpt(
+                *("recover", str(self.start(row.start, ratio)), str(out)),
+                *(compact if word == "COMPACT" else word for word in row.train),
+                *("--data", str(EXAMPLE / "recovery.parquet"), "--epochs", "3", "--tokens", str(tokens)),
+                *("--batch-tokens", "4096", "--window-length", "256", "--lr", str(lr), "--precision", "fp32"),
+                *("--perplexity", str(held_out), "--eval-every", "1000000", "--save-every", "20"),
+                *(("--resume",) if out.with_name(f"{out.name}.recovery").exists() else ()),
+            )
         record = json.loads((out / "record.json").read_text())
         shutil.rmtree(out)
         return {

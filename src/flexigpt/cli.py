@@ -151,8 +151,9 @@ def prune_command(
             print(note)
         print(f"plan written to {out / 'plan.json'}; apply it with --plan")
         return
+    told = prune_expected(source, options)
     load_tokenizer(source)  # a source without one is told now, not after the work
-    tell_estimate(prune_expected(source, options), out, cache)
+    tell_estimate(told, out, cache)
     with Bars() as track, assemble_pruned(source, options, track) as (assembly, _, record):
         write_and_show(out, source, assembly, record | command, shard_bytes, track)
 

@@ -76,8 +76,9 @@ def baseline_command(
     )
     check_output(out, (source, calibration, perplexity), overwrite)
     shard_bytes = parse_shard_size(max_shard_size)
+    told = baseline_expected(source, options)
     load_tokenizer(source)
-    tell_estimate(baseline_expected(source, options), out, cache)
+    tell_estimate(told, out, cache)
     with Bars() as track:
         assembly, _, record = assemble_baseline(source, options, track)
         write_and_show(out, source, assembly, record | {"command": context.obj}, shard_bytes, track)
