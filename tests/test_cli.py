@@ -38,7 +38,7 @@ def test_prune_prints_the_plan_the_cost_and_the_place(run: Run, tiny_source: Pat
     out = tmp_path / "out"
     code, printed, progress = run(
         *("prune", tiny_source, out, "--ratio", "0.4", "--rank", "4", "--calibration", text),
-        *("--window-length", "64", "--windows", "4", "--perplexity", text),
+        *("--window-length", "64", "--windows", "4", "--perplexity", text, "--cache", tmp_path / "cache"),
     )
     assert code == 0
     record = json.loads((out / "record.json").read_text())
