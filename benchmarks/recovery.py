@@ -28,6 +28,8 @@ RESULTS = Path(__file__).parent / "results"
 LEARNING_RATES = (3e-3, 1e-2, 3e-2)
 # The replicas' own parameters alone want more: 3e-2 won at the edge of the values above.
 REPLICA_LEARNING_RATES = (1e-2, 3e-2, 1e-1)
+# What was fitted in closed form wants less: 1e-2 undoes it.
+FITTED_LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 DEVELOPMENT_CHAPTERS = 4
 SEARCH_SHARE = 10
 
@@ -49,9 +51,18 @@ class Row:
     train: tuple[str, ...] = ()
     rate_of: str | None = None
 
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates to choose from."""
+        if "--refit-kept" in self.start:
+            return FITTED_LEARNING_RATES
+        return REPLICA_LEARNING_RATES if "replicas" in self.train else LEARNING_RATES
+
 
 PRUNE = ("prune", "--ratio", "RATIO")
 REMOVE = ("baseline", "--ratio", "RATIO")
+FITTED = ("--adapter-init", "activation", "--norm-init", "fitted", "--refit-kept")
+REFITTED = ("--refit-kept",)
 REMOVE_FEWER = ("baseline", "--ratio", "FEWER")
 MATCH = ("--match", "COMPACT")
 TEACH = ("--teacher", str(EXAMPLE))
@@ -77,6 +88,21 @@ PRUNING = {
         start=REMOVE_FEWER,
         train=MATCH + TEACH,
         rate_of="removal",
+    ),
+    "fitted-distilled": Row(
+        label="fitted in closed form + LoRA on kept blocks + distillation", start=PRUNE + FITTED, train=TEACH
+    ),
+    "removal-refit-distilled": Row(
+        label="plain removal, kept blocks refitted, + LoRA + distillation",
+        start=REMOVE + REFITTED,
+        train=MATCH + TEACH,
+        rate_of="fitted-distilled",
+    ),
+    "fewer-refit-distilled": Row(
+        label="plain removal of one block fewer, kept blocks refitted, + LoRA + distillation",
+        start=REMOVE_FEWER + REFITTED,
+        train=MATCH + TEACH,
+        rate_of="fitted-distilled",
     ),
     # Its own search: at the rate that suits replicas with output norms it diverges.
     "no-norm": Row(label="replicas only, without output norm", start=(*PRUNE, "--no-output-norm"), train=ONLY),
@@ -186,8 +212,7 @@ class Bench:
     def best_rate(self, name: str, ratio: str) -> float:
         """The best of three for a row, or for the one whose search serves it."""
         name, tokens = ROWS[name].rate_of or name, self.arguments.tokens // SEARCH_SHARE
-        rates = REPLICA_LEARNING_RATES if "replicas" in ROWS[name].train else LEARNING_RATES
-        tried = {lr: self.train(name, ratio, lr, tokens, self.development)["after"] for lr in rates}
+        tried = {lr: self.train(name, ratio, lr, tokens, self.development)["after"] for lr in ROWS[name].rates}
         return min(tried, key=tried.__getitem__)
 
     def twin(self, name: str, ratio: str) -> str:
@@ -210,7 +235,7 @@ class Bench:
 
     def finished(self, name: str, ratio: str) -> tuple[float, dict] | None:
         """The learning rate and what was measured, where the row is done."""
-        for lr in {*LEARNING_RATES, *REPLICA_LEARNING_RATES}:
+        for lr in ROWS[ROWS[name].rate_of or name].rates:
             found = self.known.get(f"{name} {ratio} {self.arguments.tokens} {lr}")
             if found is not None and lr == self.best_rate(name, ratio):
                 return lr, found
@@ -225,7 +250,9 @@ class Bench:
             f"fp32, {platform.machine()}, torch {torch.__version__}; perplexity on all of validation.jsonl, windows of "
             "256.",
             f"The learning rate is the best of {shown(LEARNING_RATES)}, for replicas only of "
-            f"{shown(REPLICA_LEARNING_RATES)}, by perplexity on {DEVELOPMENT_CHAPTERS} other chapters",
+            f"{shown(REPLICA_LEARNING_RATES)}, for",
+            f"what was fitted of {shown(FITTED_LEARNING_RATES)}, by perplexity on {DEVELOPMENT_CHAPTERS} other "
+            "chapters",
             f"after 1/{SEARCH_SHARE} of the tokens; rows that train alike, as an ablation does, share it.",
             "",
             "| ratio | model | stored MB | trained parameters | lr | before | after |",
@@ -246,6 +273,8 @@ class Bench:
         for ours, more, fewer in (
             ("kept", "removal", "fewer"),
             ("distilled", "removal-distilled", "fewer-distilled"),
+            ("fitted-distilled", "removal-distilled", "fewer-distilled"),
+            ("fitted-distilled", "removal-refit-distilled", "fewer-refit-distilled"),
         ):
             done = [self.finished(name, ratio) for name in (ours, more, fewer)]
             if all(done):

@@ -21,6 +21,7 @@ from flexigpt.scoring import (
     open_scored,
     pruned_or_count,
 )
+from flexigpt.selection import GREEDY_SCORE
 from flexigpt.streaming import Assembly, StreamedModel
 
 
@@ -62,7 +63,7 @@ def assemble_baseline(
     """
     timed = Timed(track)
     checked, pruned = _check(source, options)
-    opened = open_scored(source, options, checked, timed)
+    opened = open_scored(source, options, checked, pruned, timed)
     blocks = tuple(chosen(pruned, opened.scored))
     assembly = _without(opened.source, blocks)
     if options.refit_kept:
@@ -105,7 +106,8 @@ def expected(source: str, options: BaselineOptions) -> Estimate:
     num_removed = pruned if isinstance(pruned, int) else len(pruned)
     tokens = (options.windows or DEFAULT_WINDOWS) * checked.window_length if options.calibrates else 0
     written = checked.shape.removed_parameters(num_removed) * checked.itemsize
-    return estimate(checked, options, Work(tokens=tokens, written=written))
+    removals = num_removed if options.block_score == GREEDY_SCORE else 0
+    return estimate(checked, options, Work(tokens=tokens, removals=removals, written=written))
 
 
 def _check(source: str, options: BaselineOptions) -> tuple[CheckedSource, Sequence[int] | int]:

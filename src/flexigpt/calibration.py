@@ -8,7 +8,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ _SAVE_SECONDS, _SAVE_SHARE = 60.0, 20
 
 BlockStatistic = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+# By path within the block: what a module was given, and what it returned.
+Seen = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def calibration_batches(windows: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -59,10 +61,10 @@ class Stream:
         moved = (batch.to(model.device) for batch in batches)
         self.hidden = HiddenStates(_enter_blocks(model, moved, self._arguments), spill)
 
-    def copy(self) -> "Stream":
-        """Another stream that goes on from here, in memory."""
+    def copy(self, spill: Path | None = None) -> "Stream":
+        """Another stream that goes on from here, in memory or in a file in that folder."""
         other = copy.copy(self)
-        other.hidden = HiddenStates(self.hidden)
+        other.hidden = HiddenStates(self.hidden, spill)
         return other
 
     def outputs(self, block: nn.Module, index: int) -> Iterator[torch.Tensor]:
@@ -205,6 +207,13 @@ def run_through(
         model.expect(index + 1)
         with model.block(index) as block:
             stream.advance(block, index)
+    with finished_blocks(model, stream):
+        yield
+
+
+@contextmanager
+def finished_blocks(model: StreamedModel, stream: Stream) -> Iterator[None]:
+    """Within it the model, called with the batches of a stream in order, gives what it makes of the hidden states."""
     finished = iter(stream.hidden)
     returns_tuple = _returns_tuple(model.model)
 
@@ -257,3 +266,17 @@ def _returns_tuple(model: PreTrainedModel) -> bool:
 def block_output(output: Any) -> torch.Tensor:
     """The hidden states that a block returns, in some families with more."""
     return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def watched(block: nn.Module, paths: Iterable[str]) -> Iterator[Seen]:
+    """Within it modules note what they were last given and returned."""
+    seen: Seen = {}
+
+    def note(path: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        return lambda _, args, output: seen.update({path: (args[0], output)})
+
+    with ExitStack() as hooks:
+        for path in paths:
+            hooks.callback(block.get_submodule(path).register_forward_hook(note(path)).remove)
+        yield seen

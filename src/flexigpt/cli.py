@@ -37,7 +37,7 @@ from flexigpt.generate import GenerateOptions, generate
 from flexigpt.initialization import ADAPTER_INITS
 from flexigpt.prune import PruneOptions, assemble_pruned, plan_only
 from flexigpt.prune import expected as prune_expected
-from flexigpt.selection import BASE_DISTANCES, BLOCK_SCORES
+from flexigpt.selection import BASE_DISTANCES, SCORE_NAMES
 from flexigpt.tables import notes, plan_table
 from flexigpt.writing import check_output, check_space, write_plan
 
@@ -87,7 +87,7 @@ def prune_command(
     text_column: Annotated[str | None, typer.Option(help=_PRUNE["text_column"])] = None,
     windows: Annotated[int | None, typer.Option(help=_PRUNE["windows"])] = None,
     window_length: Annotated[int | None, typer.Option(help=_PRUNE["window_length"])] = None,
-    block_score: Annotated[str | None, typer.Option(help=_PRUNE["block_score"], metavar="|".join(BLOCK_SCORES))] = None,
+    block_score: Annotated[str | None, typer.Option(help=_PRUNE["block_score"], metavar="|".join(SCORE_NAMES))] = None,
     refit_kept: Annotated[bool, typer.Option("--refit-kept", help=_PRUNE["refit_kept"])] = False,
     base_distance: Annotated[
         str | None, typer.Option(help=_PRUNE["base_distance"], metavar="|".join(BASE_DISTANCES))

@@ -16,6 +16,9 @@ _FACTOR_FLOPS = 70
 _FACTOR_BYTES = 28
 # Passes of calibration text through a block, of each kind, that a fit takes.
 _FIT_PASSES = 10
+# Of the eigendecomposition of an n x n matrix in float64, by n^3; and what it holds beside it, in bytes a number.
+_EIGEN_FLOPS = 40
+_EIGEN_BYTES = 40
 # Float32 tensors of the MLP's width that a block holds while it runs on one batch of 2048 tokens.
 _ACTIVATIONS = 6 * 2048 * 4
 _PROBE_SIDE, _PROBES = 1024, 3
@@ -55,6 +58,8 @@ class Work:
     Attributes:
         tokens: of calibration text, none where it is not run through the blocks.
         factors: whether distances between low-rank factors are measured.
+        activations: pruned blocks whose distances are measured on what calibration text makes of weights.
+        removals: blocks that are chosen one after the other, by perplexity without them.
         replicas: number of them to be made.
         rank: of factors and adapters.
         written: bytes of the checkpoint.
@@ -62,6 +67,8 @@ class Work:
 
     tokens: int
     factors: bool = False
+    activations: int = 0
+    removals: int = 0
     replicas: int = 0
     rank: int = 0
     written: int = 0
@@ -83,10 +90,14 @@ def estimate(checked: CheckedSource, options: ScoringOptions, work: Work) -> Est
     flops = 0.0
     if work.tokens:
         read += blocks * itemsize
-        flops += 2.0 * blocks * work.tokens
+        # A candidate's text runs through the blocks behind it: through half of them on average.
+        flops += 2.0 * blocks * work.tokens * max(1.0, work.removals * depth / 2)
     if work.factors:
         read += depth * linears
         flops += _FACTOR_FLOPS * depth * shape.linear_parameters * work.rank
+    if work.activations:
+        read += blocks * itemsize + work.activations * (1 + depth - work.activations) * linears
+        flops += _activation_flops(checked, work)
     read += 4 * work.replicas * linears  # adapters, and what they mend
     flops += _FACTOR_FLOPS * work.replicas * shape.linear_parameters * work.rank
     if options.fits:
@@ -100,6 +111,9 @@ def estimate(checked: CheckedSource, options: ScoringOptions, work: Work) -> Est
         scratch, hidden = max(scratch, hidden), 0
     widest = max(max(size) for size in shape.linears.values())
     running = 2 * shape.block_parameters * itemsize + 4 * largest + _ACTIVATIONS * widest + hidden
+    if work.activations:
+        squares = [inputs * inputs for _, inputs in shape.linears.values()]
+        running += 8 * sum(squares) + max(_EIGEN_BYTES * max(squares), _FACTOR_BYTES * largest)
     outside = (shape.parameters - blocks) * itemsize
     factoring = _FACTOR_BYTES * largest if work.factors or work.replicas else 0
     return Estimate(
@@ -109,6 +123,17 @@ def estimate(checked: CheckedSource, options: ScoringOptions, work: Work) -> Est
         memory=_LIBRARIES + outside + max(running, factoring),
         seconds=flops / matmul_rate(find_device(options.device)),
     )
+
+
+def _activation_flops(checked: CheckedSource, work: Work) -> float:
+    """Of text through the blocks once and, for each pruned block, roots of moments, products with them, and tails."""
+    shape, candidates = checked.shape, checked.depth - work.activations
+    flops = 2.0 * checked.depth * shape.block_parameters * work.tokens
+    for outputs, inputs in shape.linears.values():
+        root = 2.0 * work.tokens * inputs**2 + _EIGEN_FLOPS * inputs**3
+        products = 4.0 * outputs * inputs**2 * (1 + candidates)  # in float64, at half the rate
+        flops += work.activations * (root + products + _FACTOR_FLOPS * outputs * inputs * work.rank * candidates)
+    return flops
 
 
 def matmul_rate(device: torch.device) -> float:

@@ -6,9 +6,9 @@ to where the source's stream is, so that it also mends what the blocks before it
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -17,20 +17,18 @@ from transformers.pytorch_utils import Conv1D
 
 from flexigpt.architecture import find_architecture, weight_matrix
 from flexigpt.cache import CachedStage
-from flexigpt.calibration import Stream, calibration_batches
+from flexigpt.calibration import Seen, Stream, calibration_batches, watched
 from flexigpt.checkpoint import plan_of
 from flexigpt.hidden_states import HiddenStates
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM, NormedOutput, SharedLinear
 from flexigpt.progress import Track, silent
-from flexigpt.regression import Moments, ridge_fit
+from flexigpt.regression import Moments, RunningSum, ridge_fit
 from flexigpt.streaming import StreamedModel, exchange_parameters
 
 # W_i, W_j, moments, rank -> A (rank, inputs), B (outputs, rank).
 AdapterFit = Callable[[torch.Tensor, torch.Tensor, Moments, int], tuple[torch.Tensor, torch.Tensor]]
 # How far a block may be from adding its sublayers' outputs to its input, and still count as doing so.
 _ADDITIVE_TOLERANCE = 0.02
-# By path within the block: what a module was given, and what it returned.
-_Seen = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +170,7 @@ class _BlockFit:
     def _watch_own(self) -> None:
         """Notes what the source's block writes, and how it adds that to the residual stream."""
         first: torch.Tensor | None = None
-        with _watched(self._own, self._writers) as seen:
+        with watched(self._own, self._writers) as seen:
             for output in self._streams.theirs.outputs(self._own, self._streams.block):
                 first = output if first is None else first
                 self._their_writes.append({path: seen[path][1].reshape(output.shape) for path in self._writers})
@@ -242,7 +240,7 @@ class _BlockFit:
 
     def _moments(self, path: str, writer: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Second moments of a linear's inputs and, where it writes to the residual stream, of what it should write."""
-        inputs, targets = _Sum(), _Sum()
+        inputs, targets = RunningSum(), RunningSum()
         for number, seen, output in self._passes({path, writer or path}):
             given = seen[path][0].flatten(0, -2).float()
             inputs.add(given.T @ given)
@@ -256,7 +254,7 @@ class _BlockFit:
         """gamma of an output norm, each channel by least squares."""
         module = cast(NormedOutput, self._block.get_submodule(path))
         norm = module.output_norm
-        products, squares = _Sum(), _Sum()
+        products, squares = RunningSum(), RunningSum()
         for number, seen, output in self._passes((path, f"{path}.inner")):
             normed = F.layer_norm(seen[f"{path}.inner"][1].float(), norm.normalized_shape, eps=norm.eps).flatten(0, -2)
             wished = self._wished(path, number, seen[path][1], output).float().flatten(0, -2)
@@ -264,9 +262,9 @@ class _BlockFit:
             squares.add(normed.square().sum(0))
         self._set(f"{path}.output_norm.weight", products.total / squares.total.clamp(min=1e-30))
 
-    def _passes(self, paths: Iterable[str]) -> Iterator[tuple[int, _Seen, torch.Tensor]]:
+    def _passes(self, paths: Iterable[str]) -> Iterator[tuple[int, Seen, torch.Tensor]]:
         """Runs the replica on our stream: number of the batch, what its modules saw, its output."""
-        with _watched(self._block, paths) as seen:
+        with watched(self._block, paths) as seen:
             for number, output in enumerate(self._streams.ours.outputs(self._block, self._streams.block)):
                 yield number, seen, output
 
@@ -282,27 +280,3 @@ class _BlockFit:
             short = self._streams.theirs.hidden[number] - self._streams.ours.hidden[number]
             return self._their_writes[number][writer] + short / self._factor
         return written.reshape(output.shape) + (self._streams.leaving[number] - output) / self._factor
-
-
-class _Sum:
-    """Adds up float32 tensors in float64."""
-
-    def __init__(self) -> None:
-        self.total = torch.zeros((), dtype=torch.float64)
-
-    def add(self, values: torch.Tensor) -> None:
-        self.total = self.total.to(values.device) + values.double()
-
-
-@contextmanager
-def _watched(block: nn.Module, paths: Iterable[str]) -> Iterator[_Seen]:
-    """Within it modules note what they were last given and returned."""
-    seen: _Seen = {}
-
-    def note(path: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
-        return lambda _, args, output: seen.update({path: (args[0], output)})
-
-    with ExitStack() as hooks:
-        for path in paths:
-            hooks.callback(block.get_submodule(path).register_forward_hook(note(path)).remove)
-        yield seen

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from flexigpt.activation_distances import activation_distances
 from flexigpt.aligned_source import AlignedSource
 from flexigpt.cache import CachedStage
 from flexigpt.checkpoint import check_depth, empty_compact
@@ -41,7 +42,7 @@ from flexigpt.scoring import (
     open_scored,
     pruned_or_count,
 )
-from flexigpt.selection import BASE_DISTANCES, DEFAULT_DISTANCE, choose_bases
+from flexigpt.selection import BASE_DISTANCES, DEFAULT_DISTANCE, GREEDY_SCORE, choose_bases
 from flexigpt.streaming import Assembly, StreamedModel
 
 
@@ -109,9 +110,21 @@ class PruneOptions(ScoringOptions):
         return *super().how_much, "plan"
 
     @property
+    def distances(self) -> tuple[str, ...]:
+        """Keys of BASE_DISTANCES: what is measured, first that by which bases are chosen; none with a plan."""
+        if self.plan is not None:
+            return ()
+        return self.base_distance or DEFAULT_DISTANCE, *(self.compare_distances or ())
+
+    @property
+    def compares_activations(self) -> bool:
+        """Whether a distance is measured on calibration text."""
+        return any(name in BASE_DISTANCES and BASE_DISTANCES[name].calibrated for name in self.distances)
+
+    @property
     def calibrates(self) -> bool:
         """Whether calibration text is read."""
-        return self.fits or (self.plan is None and super().calibrates)
+        return self.fits or self.compares_activations or (self.plan is None and super().calibrates)
 
     @property
     def fits(self) -> bool:
@@ -265,6 +278,8 @@ def expected(source: str, options: PruneOptions, plan_only: bool = False) -> Est
     work = Work(
         tokens=tokens,
         factors=checked.plan is None and BASE_DISTANCES[name].prepare is not None,
+        activations=len(ranks) if options.compares_activations else 0,
+        removals=len(ranks) if options.block_score == GREEDY_SCORE else 0,
         replicas=0 if plan_only else len(ranks),
         rank=max(ranks, default=0),
         written=0 if plan_only else checked.source.shape.stored_parameters(ranks) * checked.source.itemsize,
@@ -305,19 +320,27 @@ def _plan_source(source: str, options: PruneOptions, track: Track) -> tuple[Open
     Or takes the plan that was given. What can be refused early is refused first.
     """
     checked = _check_source(source, options)
-    opened = open_scored(source, options, checked.source, track)
+    opened = open_scored(source, options, checked.source, checked.pruned, track)
     record = new_record(source, options, _resolved(options, checked)) | opened.scored
     if checked.plan is not None:
         return opened, checked, checked.plan, record
     pruned = chosen(checked.pruned, opened.scored)
-    name, rank = options.base_distance or DEFAULT_DISTANCE, checked.rank
+    name, *others = options.distances
     record["base_distance"] = name
-    record["distances"] = base_distances(opened.source, pruned, rank, name, opened.cache, track)
-    record["compared_distances"] = {
-        other: base_distances(opened.source, pruned, rank, other, opened.cache, track)
-        for other in options.compare_distances or ()
-    }
-    return opened, checked, choose_bases(record["distances"], rank, checked.source.depth), record
+    record["distances"] = _distances(opened, checked, pruned, name, track)
+    record["compared_distances"] = {other: _distances(opened, checked, pruned, other, track) for other in others}
+    return opened, checked, choose_bases(record["distances"], checked.rank, checked.source.depth), record
+
+
+def _distances(
+    opened: Opened, checked: _Checked, pruned: Sequence[int], name: str, track: Track
+) -> dict[int, dict[int, float]]:
+    """Of each pruned block to each kept one, by a key of BASE_DISTANCES."""
+    if not BASE_DISTANCES[name].calibrated:
+        return base_distances(opened.source, pruned, checked.rank, name, opened.cache, track)
+    assert opened.windows is not None
+    spill = opened.cache.folder if checked.source.needs_file(opened.windows.numel()) else None
+    return activation_distances(opened, pruned, checked.rank, spill=spill, track=track)
 
 
 def _resolved(options: PruneOptions, checked: _Checked) -> dict[str, Any]:

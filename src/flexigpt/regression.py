@@ -24,6 +24,48 @@ class Moments(NamedTuple):
     targets: torch.Tensor
 
 
+class RunningSum:
+    """Adds up float32 tensors in float64.
+
+    Attributes:
+        total: of what was added, on its device.
+    """
+
+    def __init__(self) -> None:
+        self.total = torch.zeros((), dtype=torch.float64)
+
+    def add(self, values: torch.Tensor) -> None:
+        """One more of the same shape."""
+        self.total = self.total.to(values.device) + values.double()
+
+
+class _Damped(NamedTuple):
+    """C' = C + c I, its eigenvalues and eigenvectors; what is below zero in C is rounding."""
+
+    values: torch.Tensor
+    vectors: torch.Tensor
+    damping: torch.Tensor
+
+
+def _damped(inputs: torch.Tensor) -> _Damped:
+    values, vectors = torch.linalg.eigh(inputs)
+    damping = _DAMPING * values.clamp(min=0).mean().clamp(min=1e-30)
+    return _Damped(values.clamp(min=0) + damping, vectors, damping)
+
+
+def damped_root(inputs: torch.Tensor) -> torch.Tensor:
+    """R with R R^T = C', the damped second moment that `low_rank_fit` fits to; exists where C is singular.
+
+    `low_rank_fit` minimises |(W_i - W_j - B A) R|_F^2 for y = W_i x: what it leaves is the tail of (W_i - W_j) R beyond
+    the r leading singular values.
+
+    Args:
+        inputs: C, (inputs, inputs), float64; its scale is that of R^2.
+    """
+    found = _damped(inputs)
+    return found.vectors * found.values.sqrt()
+
+
 def low_rank_fit(
     pruned: torch.Tensor, base: torch.Tensor, moments: Moments, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,10 +84,8 @@ def low_rank_fit(
     Returns:
         A (r, inputs), its rows of length one, and B (outputs, r), float64.
     """
-    values, vectors = torch.linalg.eigh(moments.inputs)
-    damping = _DAMPING * values.clamp(min=0).mean().clamp(min=1e-30)
-    damped = values.clamp(min=0) + damping
-    inverse_root = (vectors * damped.rsqrt()) @ vectors.T
+    values, vectors, damping = _damped(moments.inputs)
+    inverse_root = (vectors * values.rsqrt()) @ vectors.T
     residual = moments.targets + damping * (pruned.double() - base.double()) - base.double() @ moments.inputs
     fitted = truncated_svd(residual @ inverse_root, rank)
     down = fitted.right.T @ inverse_root

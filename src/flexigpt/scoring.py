@@ -17,9 +17,10 @@ from flexigpt.calibration import block_means, check_means
 from flexigpt.checkpoint import check_dtype, load_tokenizer, open_empty, read_config
 from flexigpt.data import DEFAULT_TEXT, TokenizedText, calibration_windows, check_window_length, tokenize_text
 from flexigpt.errors import InputError, check_seed, flag
+from flexigpt.greedy import remove_greedily
 from flexigpt.plan import ModelShape, parse_size
 from flexigpt.progress import Track
-from flexigpt.selection import BLOCK_SCORES, check_blocks, lowest, num_pruned_at
+from flexigpt.selection import BLOCK_SCORES, GREEDY_SCORE, SCORE_NAMES, check_blocks, lowest, num_pruned_at
 from flexigpt.streaming import Source, check_finite
 
 DEFAULT_WINDOWS = 64
@@ -40,7 +41,8 @@ class ScoringOptions:
         text_column: column that holds the text; default: text.
         windows: calibration windows; default: 64.
         window_length: tokens in a window, for calibration and perplexity; default: the model's context, at most 2048.
-        block_score: score whose lowest blocks are pruned; default: influence.
+        block_score: score whose lowest blocks are pruned; perplexity chooses one block after the other, each time that
+            without which the perplexity of the calibration text is least, and takes far longer; default: influence.
         refit_kept: whether the kept blocks are refitted to the source on the calibration text, in closed form; nothing
             more is stored.
         perplexity: text to measure perplexity on before and after, as for calibration; default: none.
@@ -75,8 +77,8 @@ class ScoringOptions:
             *most, last = map(flag, self.how_much)
             got = " and ".join(given) or "none of them"
             raise InputError(f"give exactly one of {', '.join(most)} and {last}: got {got}")
-        if self.block_score is not None and self.block_score not in BLOCK_SCORES:
-            raise InputError(f"--block-score {self.block_score} is unknown: give {', '.join(BLOCK_SCORES)}")
+        if self.block_score is not None and self.block_score not in SCORE_NAMES:
+            raise InputError(f"--block-score {self.block_score} is unknown: give {', '.join(SCORE_NAMES)}")
         if self.windows is not None and self.windows < 1:
             raise InputError(f"--windows {self.windows} is too small: give at least 1")
         check_seed(self.seed)
@@ -90,6 +92,8 @@ class ScoringOptions:
         if self.blocks is not None and not self.calibrates:
             reason = "--blocks needs no calibration text unless --calibration gives one"
             idle += [("windows", reason), ("block_score", reason)]
+        elif self.blocks is not None and self.block_score == GREEDY_SCORE:
+            idle.append(("block_score", f"--blocks names the blocks that {GREEDY_SCORE} would choose"))
         if not self.calibrates and self.perplexity is None:
             idle += [(name, "no text is read") for name in ("text_column", "window_length")]
         if not self.is_random:
@@ -215,7 +219,8 @@ class Opened:
         source: the source.
         text: to measure perplexity on.
         windows: calibration windows, (windows, tokens) ids.
-        scored: what the record says of the scores: nothing, or `calibration`, `block_score` and `scores`.
+        scored: what the record says of the scores: nothing, or `calibration`, `block_score` and `scores`, and
+            `removal_order` where blocks were chosen one after the other.
         cache: keeps what is measured of this source.
         spill: where hidden states of the text go that memory does not hold; None: it does.
     """
@@ -228,8 +233,18 @@ class Opened:
     spill: Path | None
 
 
-def open_scored(name: str, options: ScoringOptions, checked: CheckedSource, track: Track) -> Opened:
-    """Opens the source and scores its blocks, where the options ask for it; what can be refused early is, first."""
+def open_scored(
+    name: str, options: ScoringOptions, checked: CheckedSource, pruned: Sequence[int] | int, track: Track
+) -> Opened:
+    """Opens the source and scores its blocks, where the options ask for it; what can be refused early is, first.
+
+    Args:
+        name: folder or hub name of the source.
+        options: as given.
+        checked: the source.
+        pruned: the blocks to prune, or how many.
+        track: told of the progress of each stage.
+    """
     windows, text = _read_texts(name, options, checked.window_length)
     source = Source(name, options.dtype, options.device)
     cache = source.cache(options.cache)
@@ -256,8 +271,12 @@ def open_scored(name: str, options: ScoringOptions, checked: CheckedSource, trac
             "asked": defaults["windows"],
         },
         "block_score": defaults["block_score"],
-        "scores": _scores(opened, windows, checked, track)[defaults["block_score"]],
     }
+    if defaults["block_score"] == GREEDY_SCORE:
+        assert isinstance(pruned, int)
+        scored |= _removed(opened, windows, checked, pruned, track)
+    else:
+        scored["scores"] = _scores(opened, windows, checked, track)[defaults["block_score"]]
     check_means(scored["scores"])
     return dataclasses.replace(opened, scored=scored)
 
@@ -273,6 +292,14 @@ def _scores(opened: Opened, windows: torch.Tensor, checked: CheckedSource, track
     return found
 
 
+def _removed(opened: Opened, windows: torch.Tensor, checked: CheckedSource, count: int, track: Track) -> dict[str, Any]:
+    """The blocks that the model misses least, one after the other."""
+    spill = opened.cache.folder if checked.needs_file(windows.numel() * checked.depth) else None
+    key = digest(windows)
+    done = remove_greedily(opened.source, windows, count, cache=opened.cache, key=key, spill=spill, track=track)
+    return {"scores": done.perplexities, "removal_order": done.order}
+
+
 def digest(windows: torch.Tensor | None) -> str:
     """What tells calibration windows from others, as a key of the cache."""
     if windows is None:
@@ -282,7 +309,9 @@ def digest(windows: torch.Tensor | None) -> str:
 
 def chosen(pruned: Sequence[int] | int, scored: dict[str, Any]) -> Sequence[int]:
     """The blocks that were named, or as many of the lowest scores as were counted."""
-    return lowest(scored["scores"], pruned) if isinstance(pruned, int) else pruned
+    if not isinstance(pruned, int):
+        return pruned
+    return sorted(scored.get("removal_order", ())) or lowest(scored["scores"], pruned)
 
 
 def _read_texts(

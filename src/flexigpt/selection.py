@@ -12,6 +12,9 @@ from flexigpt.errors import InputError
 from flexigpt.factorization import LowRank, tail_norm, truncated_svd, unmended
 from flexigpt.plan import Plan, Replica
 
+# Stands in for the length of an output that is zero: candidates still differ by what they leave of it.
+_LEAST_OUTPUT = 1e-100
+
 
 def influence(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
     """Block influence (eq. 1): 1 - cos(X_i, X_{i+1}) of each token. (tokens, hidden) twice -> (tokens,)."""
@@ -34,6 +37,9 @@ BLOCK_SCORES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = 
     "angular": angular,
     "relative-magnitude": relative_magnitude,
 }
+# Not of each block by itself: blocks are chosen one after the other (`greedy.remove_greedily`).
+GREEDY_SCORE = "perplexity"
+SCORE_NAMES = (*BLOCK_SCORES, GREEDY_SCORE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +48,15 @@ class BaseDistance:
 
     Attributes:
         between: (one, other, rank) -> the distance, a scalar; of weights (outputs, inputs), or, where there is
-            `prepare`, of what it made of them.
+            `prepare`, of what it made of them; `one` is the pruned block's where the distance is `calibrated`.
         prepare: (weight, rank) -> factors, made once for each weight; None: weights are compared.
+        calibrated: whether weights are first multiplied by a root of the second moment of what the pruned block's
+            linear is given on calibration text (`regression.damped_root`), so that norms are those of outputs.
     """
 
     between: Callable[[Any, Any, int], torch.Tensor]
     prepare: Callable[[torch.Tensor, int], LowRank] | None = None
+    calibrated: bool = False
 
 
 BASE_DISTANCES: dict[str, BaseDistance] = {
@@ -63,6 +72,11 @@ BASE_DISTANCES: dict[str, BaseDistance] = {
     # Figure 4 (c): plain |W_i - W_j|_F.
     "frobenius": BaseDistance(
         between=lambda one, other, rank: (one.double() - other.double()).norm(),
+    ),
+    # Ours: what an adapter fitted to calibration text cannot mend of a linear's output, by the output itself.
+    "activation": BaseDistance(
+        between=lambda one, other, rank: tail_norm(one - other, rank) / one.norm().clamp(min=_LEAST_OUTPUT),
+        calibrated=True,
     ),
 }
 DEFAULT_DISTANCE = "low-rank"

@@ -1,0 +1,93 @@
+"""Blocks chosen one after the other by perplexity, against removing them from the whole model."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from conftest import Run
+from families import tiny_model, token_ids
+from flexigpt import BaselineOptions, InputError, PruneOptions
+from flexigpt.baselines import expected, remove_blocks
+from flexigpt.cache import Cache
+from flexigpt.greedy import remove_greedily
+from flexigpt.streaming import Source, StreamedModel
+
+
+def perplexity_without(model: PreTrainedModel, blocks: list[int], windows: torch.Tensor) -> float:
+    """Of the shorter model, which computes all windows at once."""
+    shorter = remove_blocks(model, blocks) if blocks else model
+    with torch.no_grad():
+        logits = shorter(input_ids=windows).logits[:, :-1]
+    return math.exp(F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item())
+
+
+def naive(model: PreTrainedModel, windows: torch.Tensor, count: int, depth: int) -> tuple[list[int], list[float]]:
+    order: list[int] = []
+    found = [0.0] * depth
+    for _ in range(count):
+        for block in set(range(depth)) - set(order):
+            found[block] = perplexity_without(model, [*order, block], windows)
+        order.append(min(set(range(depth)) - set(order), key=lambda block: found[block]))
+    return order, found
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_the_choice_is_that_of_removing_blocks_from_the_whole_model(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    blocks = StreamedModel(model)
+    windows = token_ids(batch=5)
+    order, perplexities = naive(model, windows, 2, len(blocks))
+    for spill in (None, tmp_path):
+        done = remove_greedily(blocks, windows, 2, cache=Cache(tmp_path / str(spill is None)), key="", spill=spill)
+        assert done.order == order
+        assert done.perplexities == pytest.approx(perplexities, rel=1e-4)
+
+
+def test_a_killed_run_goes_on_and_more_blocks_cost_only_what_is_new(
+    tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = torch.randint(0, 64, (3, 16), generator=torch.Generator().manual_seed(0))
+    whole = remove_greedily(Source(str(tiny_source)), windows, 3, cache=Cache(tmp_path / "whole"), key="")
+    remove_greedily(Source(str(tiny_source)), windows, 2, cache=Cache(tmp_path / "parts"), key="")
+    ran: list[int] = []
+    block_of = StreamedModel.block
+    monkeypatch.setattr(StreamedModel, "block", lambda self, index: ran.append(index) or block_of(self, index))
+    source = Source(str(tiny_source))
+    assert remove_greedily(source, windows, 3, cache=Cache(tmp_path / "parts"), key="") == whole
+    assert len(ran) == len(source) - 2
+
+
+def test_both_commands_prune_by_it_and_say_in_which_order(
+    run: Run, tiny_source: Path, text: Path, tmp_path: Path
+) -> None:
+    calibrated = ["--calibration", text, "--window-length", 64, "--windows", 4, "--ratio", 0.4]
+    records = {}
+    for command, more in (("prune", ["--rank", 3]), ("baseline", [])):
+        out = tmp_path / command
+        code, printed, _ = run(command, tiny_source, out, *calibrated, "--block-score", "perplexity", *more)
+        assert code == 0, printed
+        assert "perplexity" in printed
+        records[command] = json.loads((out / "record.json").read_text())
+    order = records["prune"]["removal_order"]
+    assert records["baseline"]["removal_order"] == order
+    assert records["baseline"]["removed"]["blocks"] == sorted(order)
+    assert {int(block) for block in records["prune"]["distances"]} == set(order)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "prune")
+    for folder in ("prune", "baseline"):
+        assert run("report", tmp_path / folder, "--out", tmp_path / f"report-{folder}")[0] == 0
+
+
+def test_it_is_refused_where_the_blocks_are_named(text: Path) -> None:
+    with pytest.raises(InputError, match="--block-score has no effect"):
+        PruneOptions(blocks=[1], calibration=str(text), block_score="perplexity")
+
+
+def test_its_time_is_told(tiny_source: Path, text: Path) -> None:
+    settings = {"ratio": 0.4, "calibration": str(text), "window_length": 64, "windows": 8}
+    told = [expected(str(tiny_source), BaselineOptions(**settings, block_score=s)) for s in ("influence", "perplexity")]
+    assert told[1].seconds > 3 * told[0].seconds
