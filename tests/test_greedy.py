@@ -11,10 +11,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import Run
 from families import tiny_model, token_ids
-from flexigpt import BaselineOptions, InputError, PruneOptions
+from flexigpt import BaselineOptions, InputError, PruneOptions, prune
 from flexigpt.baselines import expected, remove_blocks
 from flexigpt.cache import Cache
+from flexigpt.checkpoint import load_model, load_tokenizer
+from flexigpt.data import calibration_windows
+from flexigpt.fitting import Fits, fit_blocks
 from flexigpt.greedy import remove_greedily
+from flexigpt.initialization import ADAPTER_INITS
 from flexigpt.streaming import Source, StreamedModel
 
 
@@ -69,12 +73,12 @@ def test_both_commands_prune_by_it_and_say_in_which_order(
     records = {}
     for command, more in (("prune", ["--rank", 3]), ("baseline", [])):
         out = tmp_path / command
-        code, printed, _ = run(command, tiny_source, out, *calibrated, "--block-score", "perplexity", *more)
+        code, printed, _ = run(command, tiny_source, out, *calibrated, "--block-score", "removal-perplexity", *more)
         assert code == 0, printed
         assert "perplexity" in printed
         records[command] = json.loads((out / "record.json").read_text())
-    order = records["prune"]["removal_order"]
-    assert records["baseline"]["removal_order"] == order
+    order = records["prune"]["pruning_order"]
+    assert records["baseline"]["pruning_order"] == order
     assert records["baseline"]["removed"]["blocks"] == sorted(order)
     assert {int(block) for block in records["prune"]["distances"]} == set(order)
     AutoModelForCausalLM.from_pretrained(tmp_path / "prune")
@@ -82,12 +86,50 @@ def test_both_commands_prune_by_it_and_say_in_which_order(
         assert run("report", tmp_path / folder, "--out", tmp_path / f"report-{folder}")[0] == 0
 
 
+def test_replicas_are_judged_as_pruning_would_make_them(tiny_source: Path, text: Path, tmp_path: Path) -> None:
+    """Every candidate of both steps fitted by itself to the first half of the windows; perplexity of the second."""
+    shared = {"rank": 3, "dtype": "float32", "cache": tmp_path / "cache"}
+    fitted = {"adapter_init": "activation", "norm_init": "fitted", "window_length": 32}
+    options = PruneOptions(
+        ratio=0.4, calibration=str(text), windows=12, block_score="replacement-perplexity", **shared, **fitted
+    )
+    _, plan, record = prune(str(tiny_source), options)
+    tokenizer = load_tokenizer(str(tiny_source))
+    windows = calibration_windows(str(text), tokenizer, column="text", windows=12, window_length=32, seed=0)
+    order: list[int] = []
+    for _ in plan.replicas:
+        found = {}
+        for block in set(range(plan.num_blocks)) - set(order):
+            compact, _, _ = prune(str(tiny_source), PruneOptions(blocks=[*order, block], **shared))
+            source = StreamedModel(load_model(str(tiny_source), "float32"))
+            fits = Fits(adapter=ADAPTER_INITS["activation"].fit, norms=True)
+            fit_blocks(source, StreamedModel(compact), range(plan.num_blocks), windows[:6], fits)
+            found[block] = perplexity_without(compact, [], windows[6:])
+        order.append(min(found, key=lambda block: found[block]))
+    assert record["pruning_order"] == order
+    assert plan.pruned == sorted(order)
+    assert {block: record["scores"][block] for block in found} == pytest.approx(found, rel=1e-3)
+
+
+def test_replacement_needs_two_windows_and_replicas(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
+    given = ["--ratio", 0.4, "--calibration", text, "--window-length", 64, "--block-score", "replacement-perplexity"]
+    code, _, errors = run("prune", tiny_source, tmp_path / "out", *given, "--windows", 1)
+    assert code == 2
+    assert "give --windows 2" in errors
+    code, _, errors = run("baseline", tiny_source, tmp_path / "out", *given, "--windows", 2)
+    assert code == 2
+    assert "is unknown: give influence, angular, relative-magnitude, removal-perplexity" in errors
+
+
 def test_it_is_refused_where_the_blocks_are_named(text: Path) -> None:
     with pytest.raises(InputError, match="--block-score has no effect"):
-        PruneOptions(blocks=[1], calibration=str(text), block_score="perplexity")
+        PruneOptions(blocks=[1], calibration=str(text), block_score="removal-perplexity")
 
 
 def test_its_time_is_told(tiny_source: Path, text: Path) -> None:
     settings = {"ratio": 0.4, "calibration": str(text), "window_length": 64, "windows": 8}
-    told = [expected(str(tiny_source), BaselineOptions(**settings, block_score=s)) for s in ("influence", "perplexity")]
+    told = [
+        expected(str(tiny_source), BaselineOptions(**settings, block_score=s))
+        for s in ("influence", "removal-perplexity")
+    ]
     assert told[1].seconds > 3 * told[0].seconds

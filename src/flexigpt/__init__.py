@@ -23,10 +23,10 @@ from flexigpt.materialization import materialize as materialize
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM as FlexiGPTForCausalLM
 from flexigpt.plan import Plan as Plan
 from flexigpt.plan import Replica as Replica
-from flexigpt.prune import PruneOptions as PruneOptions
 from flexigpt.prune import assemble_pruned as assemble_pruned
 from flexigpt.prune import plan_only as plan_only
 from flexigpt.prune import prune as prune
+from flexigpt.prune_options import PruneOptions as PruneOptions
 from flexigpt.recover import recover as recover
 from flexigpt.recover_options import RecoverOptions as RecoverOptions
 from flexigpt.report import report as report

@@ -21,7 +21,7 @@ from flexigpt.scoring import (
     open_scored,
     pruned_or_count,
 )
-from flexigpt.selection import GREEDY_SCORE
+from flexigpt.selection import GREEDY_SCORES
 from flexigpt.streaming import Assembly, StreamedModel
 
 
@@ -106,7 +106,7 @@ def expected(source: str, options: BaselineOptions) -> Estimate:
     num_removed = pruned if isinstance(pruned, int) else len(pruned)
     tokens = (options.windows or DEFAULT_WINDOWS) * checked.window_length if options.calibrates else 0
     written = checked.shape.removed_parameters(num_removed) * checked.itemsize
-    removals = num_removed if options.block_score == GREEDY_SCORE else 0
+    removals = num_removed if options.block_score in GREEDY_SCORES else 0
     return estimate(checked, options, Work(tokens=tokens, removals=removals, written=written))
 
 

@@ -35,9 +35,10 @@ from flexigpt.extend import PATTERNS, ExtendOptions, assemble_extended
 from flexigpt.extend import expected_bytes as extend_bytes
 from flexigpt.generate import GenerateOptions, generate
 from flexigpt.initialization import ADAPTER_INITS
-from flexigpt.prune import PruneOptions, assemble_pruned, plan_only
+from flexigpt.prune import assemble_pruned, plan_only
 from flexigpt.prune import expected as prune_expected
-from flexigpt.selection import BASE_DISTANCES, SCORE_NAMES
+from flexigpt.prune_options import PruneOptions
+from flexigpt.selection import BASE_DISTANCES, BLOCK_SCORES, GREEDY_SCORES
 from flexigpt.tables import notes, plan_table
 from flexigpt.writing import check_output, check_space, write_plan
 
@@ -51,6 +52,7 @@ app = typer.Typer(
 _UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 _INTERRUPTED = 130  # what typer returns after KeyboardInterrupt
 
+_SCORES = "|".join((*BLOCK_SCORES, *GREEDY_SCORES))
 _PRUNE, _EXTEND = field_help(PruneOptions), field_help(ExtendOptions)
 _GENERATE = field_help(GenerateOptions)
 
@@ -87,7 +89,7 @@ def prune_command(
     text_column: Annotated[str | None, typer.Option(help=_PRUNE["text_column"])] = None,
     windows: Annotated[int | None, typer.Option(help=_PRUNE["windows"])] = None,
     window_length: Annotated[int | None, typer.Option(help=_PRUNE["window_length"])] = None,
-    block_score: Annotated[str | None, typer.Option(help=_PRUNE["block_score"], metavar="|".join(SCORE_NAMES))] = None,
+    block_score: Annotated[str | None, typer.Option(help=_PRUNE["block_score"], metavar=_SCORES)] = None,
     refit_kept: Annotated[bool, typer.Option("--refit-kept", help=_PRUNE["refit_kept"])] = False,
     base_distance: Annotated[
         str | None, typer.Option(help=_PRUNE["base_distance"], metavar="|".join(BASE_DISTANCES))

@@ -23,7 +23,7 @@ from flexigpt.distributed import launched_rank
 from flexigpt.errors import InputError
 from flexigpt.recover import recover
 from flexigpt.recover_options import RecoverOptions
-from flexigpt.selection import SCORE_NAMES
+from flexigpt.selection import BLOCK_SCORES, REMOVAL_SCORE
 from flexigpt.tables import cost_table, notes
 from flexigpt.trainable import TRAIN
 from flexigpt.training import PRECISIONS
@@ -44,7 +44,7 @@ def baseline_command(
     windows: Annotated[int | None, typer.Option(help=_BASELINE["windows"])] = None,
     window_length: Annotated[int | None, typer.Option(help=_BASELINE["window_length"])] = None,
     block_score: Annotated[
-        str | None, typer.Option(help=_BASELINE["block_score"], metavar="|".join(SCORE_NAMES))
+        str | None, typer.Option(help=_BASELINE["block_score"], metavar="|".join((*BLOCK_SCORES, REMOVAL_SCORE)))
     ] = None,
     refit_kept: Annotated[bool, typer.Option("--refit-kept", help=_BASELINE["refit_kept"])] = False,
     perplexity: Annotated[str | None, typer.Option(help=_BASELINE["perplexity"])] = None,

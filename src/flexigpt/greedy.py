@@ -1,9 +1,9 @@
-"""Blocks chosen one after the other, each time the one that the model misses least: by perplexity without it."""
+"""Blocks chosen one after the other; by perplexity without them, each time the one that the model misses least."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -14,17 +14,40 @@ from flexigpt.progress import Track, silent
 from flexigpt.streaming import StreamedModel
 
 
-class Removal(NamedTuple):
+class GreedyChoice(NamedTuple):
     """What was chosen.
 
     Attributes:
-        order: the blocks, in the order in which they were removed.
-        perplexities: for each block of the model, the perplexity of the calibration text when it was removed; for one
-            that was kept, what it would have been in the last step.
+        order: the blocks, in the order in which they were chosen.
+        perplexities: for each block of the model, the perplexity of the calibration text when it was chosen; for one
+            that was not, what it would have been in the last step.
     """
 
     order: list[int]
     perplexities: list[float]
+
+    def record(self) -> dict[str, Any]:
+        """What the record says of it."""
+        return {"scores": self.perplexities, "pruning_order": self.order}
+
+
+def choose_greedily(depth: int, count: int, step: Callable[[list[int]], dict[int, float]]) -> GreedyChoice:
+    """Chooses `count` of `depth` blocks, each time the one of least perplexity given those chosen before.
+
+    Args:
+        depth: blocks of the model.
+        count: fewer than that.
+        step: blocks chosen so far -> for each other one the perplexity with it.
+    """
+    order: list[int] = []
+    perplexities = [math.nan] * depth
+    for _ in range(count):
+        found = step(order)
+        for block, value in found.items():
+            perplexities[block] = value
+        # NaN is not less than anything: a block without which the model overflows comes behind all others.
+        order.append(min(found, key=lambda block: math.inf if math.isnan(found[block]) else found[block]))
+    return GreedyChoice(order, perplexities)
 
 
 def remove_greedily(
@@ -36,8 +59,8 @@ def remove_greedily(
     key: str,
     spill: Path | None = None,
     track: Track = silent,
-) -> Removal:
-    """Removes `count` blocks, each time the one without which perplexity is least.
+) -> GreedyChoice:
+    """Chooses `count` blocks, each time the one without which perplexity is least.
 
     A step takes about half as many forward passes as there are blocks, with one block in memory at a time: the hidden
     states of all candidates go through the blocks together, and a candidate's part from the others' where it is left
@@ -46,7 +69,7 @@ def remove_greedily(
     Args:
         source: a source model.
         windows: calibration windows, (windows, tokens) ids.
-        count: blocks to remove, fewer than there are.
+        count: blocks to choose, fewer than there are.
         cache: keeps the steps.
         key: tells the windows from others.
         spill: folder for files that hold the hidden states; None: memory does.
@@ -55,27 +78,45 @@ def remove_greedily(
     Returns:
         The choice. Perplexities are not finite where the model overflows.
     """
-    order: list[int] = []
-    perplexities = [math.nan] * len(source)
-    blocks = iter(track(range(count * len(source)), "removing blocks", count * len(source)))
-    for _ in range(count):
-        with cache.stage("removal", windows=key, removed=sorted(order)) as stage:
-            if stage.result is None:
-                step = _Step(source, windows, order, spill)
-                for index in range(len(source)):
-                    next(blocks)
-                    step.run(index)
-                stage.finish({str(block): step.perplexity(stream) for block, stream in step.without.items()})
-            else:
-                for _ in range(len(source)):
-                    next(blocks)
-            found = {int(block): value for block, value in stage.result.items()}
-        for block, value in found.items():
-            perplexities[block] = value
-        # NaN is not less than anything: a block whose removal overflows is never chosen before others.
-        order.append(min(found, key=lambda block: math.inf if math.isnan(found[block]) else found[block]))
-    list(blocks)  # tells that it is done
-    return Removal(order, perplexities)
+    told = iter(track(range(count * len(source)), "removing blocks", count * len(source)))
+
+    def step(chosen: list[int]) -> dict[int, float]:
+        with cache.stage("removal", windows=key, chosen=sorted(chosen)) as stage:
+            candidates = None if stage.result is not None else _Step(source, windows, chosen, spill)
+            for index in range(len(source)):
+                next(told)
+                if candidates is not None:
+                    candidates.run(index)
+            if candidates is not None:
+                stage.finish({str(block): candidates.perplexity(block) for block in candidates.without})
+            return {int(block): value for block, value in stage.result.items()}
+
+    choice = choose_greedily(len(source), count, step)
+    list(told)  # tells that it is done
+    return choice
+
+
+@torch.no_grad()
+def windows_perplexity(model: StreamedModel, stream: Stream, batches: Sequence[torch.Tensor]) -> float:
+    """Of the batches that the stream began with and has taken past all blocks; each token but a window's first.
+
+    Args:
+        model: a source or compact model.
+        stream: behind the last block.
+        batches: (windows, tokens) ids each.
+
+    Returns:
+        NaN where logits are not finite.
+    """
+    total, tokens = 0.0, 0
+    with finished_blocks(model, stream):
+        for batch in batches:
+            targets = batch[:, 1:].to(model.device)
+            logits = model.model(input_ids=batch.to(model.device), use_cache=False).logits[:, :-1]
+            for row, wanted in zip(logits, targets, strict=True):
+                total += F.cross_entropy(row.float(), wanted, reduction="sum").item()
+            tokens += targets.numel()
+    return math.exp(min(total / tokens, 700.0)) if math.isfinite(total) else math.nan
 
 
 class _Step:
@@ -104,15 +145,6 @@ class _Step:
                 stream.advance(block, index)
         self.without[index] = leaving
 
-    @torch.no_grad()
-    def perplexity(self, stream: Stream) -> float:
-        """Of the windows, each token but a window's first, by what stands behind the last block."""
-        model, total, tokens = self._source.model, 0.0, 0
-        with finished_blocks(self._source, stream):
-            for batch in self._batches:
-                targets = batch[:, 1:].to(model.device)
-                logits = model(input_ids=batch.to(model.device), use_cache=False).logits[:, :-1]
-                for row, wanted in zip(logits, targets, strict=True):
-                    total += F.cross_entropy(row.float(), wanted, reduction="sum").item()
-                tokens += targets.numel()
-        return math.exp(min(total / tokens, 700.0)) if math.isfinite(total) else math.nan
+    def perplexity(self, block: int) -> float:
+        """Without that block."""
+        return windows_perplexity(self._source, self.without[block], self._batches)

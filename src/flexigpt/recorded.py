@@ -40,7 +40,7 @@ _RECORD = {
     "calibration?": {"text": str, "windows": [int], "asked": int},
     "block_score?": str,
     "scores?": [float],
-    "removal_order?": [int],
+    "pruning_order?": [int],
     "base_distance?": str,
     "distances?": _DISTANCES,
     "compared_distances?": {str: _DISTANCES},

@@ -20,7 +20,7 @@ from flexigpt.errors import InputError, check_seed, flag
 from flexigpt.greedy import remove_greedily
 from flexigpt.plan import ModelShape, parse_size
 from flexigpt.progress import Track
-from flexigpt.selection import BLOCK_SCORES, GREEDY_SCORE, SCORE_NAMES, check_blocks, lowest, num_pruned_at
+from flexigpt.selection import BLOCK_SCORES, GREEDY_SCORES, REMOVAL_SCORE, check_blocks, lowest, num_pruned_at
 from flexigpt.streaming import Source, check_finite
 
 DEFAULT_WINDOWS = 64
@@ -41,8 +41,9 @@ class ScoringOptions:
         text_column: column that holds the text; default: text.
         windows: calibration windows; default: 64.
         window_length: tokens in a window, for calibration and perplexity; default: the model's context, at most 2048.
-        block_score: score whose lowest blocks are pruned; perplexity chooses one block after the other, each time that
-            without which the perplexity of the calibration text is least, and takes far longer; default: influence.
+        block_score: score whose lowest blocks are pruned; removal-perplexity chooses one block after the other, each
+            time that without which the perplexity of the calibration text is least, and takes longer; in prune,
+            replacement-perplexity looks at the perplexity with its replica instead; default: influence.
         refit_kept: whether the kept blocks are refitted to the source on the calibration text, in closed form; nothing
             more is stored.
         perplexity: text to measure perplexity on before and after, as for calibration; default: none.
@@ -77,8 +78,8 @@ class ScoringOptions:
             *most, last = map(flag, self.how_much)
             got = " and ".join(given) or "none of them"
             raise InputError(f"give exactly one of {', '.join(most)} and {last}: got {got}")
-        if self.block_score is not None and self.block_score not in SCORE_NAMES:
-            raise InputError(f"--block-score {self.block_score} is unknown: give {', '.join(SCORE_NAMES)}")
+        if self.block_score is not None and self.block_score not in self.score_names:
+            raise InputError(f"--block-score {self.block_score} is unknown: give {', '.join(self.score_names)}")
         if self.windows is not None and self.windows < 1:
             raise InputError(f"--windows {self.windows} is too small: give at least 1")
         check_seed(self.seed)
@@ -92,8 +93,8 @@ class ScoringOptions:
         if self.blocks is not None and not self.calibrates:
             reason = "--blocks needs no calibration text unless --calibration gives one"
             idle += [("windows", reason), ("block_score", reason)]
-        elif self.blocks is not None and self.block_score == GREEDY_SCORE:
-            idle.append(("block_score", f"--blocks names the blocks that {GREEDY_SCORE} would choose"))
+        elif self.blocks is not None and self.block_score in GREEDY_SCORES:
+            idle.append(("block_score", f"--blocks names the blocks that {self.block_score} would choose"))
         if not self.calibrates and self.perplexity is None:
             idle += [(name, "no text is read") for name in ("text_column", "window_length")]
         if not self.is_random:
@@ -104,6 +105,11 @@ class ScoringOptions:
     def how_much(self) -> tuple[str, ...]:
         """The fields of which exactly one is given."""
         return "ratio", "blocks", "target_size"
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """Values of block_score."""
+        return *BLOCK_SCORES, REMOVAL_SCORE
 
     @property
     def calibrates(self) -> bool:
@@ -220,7 +226,7 @@ class Opened:
         text: to measure perplexity on.
         windows: calibration windows, (windows, tokens) ids.
         scored: what the record says of the scores: nothing, or `calibration`, `block_score` and `scores`, and
-            `removal_order` where blocks were chosen one after the other.
+            `pruning_order` where blocks were chosen one after the other.
         cache: keeps what is measured of this source.
         spill: where hidden states of the text go that memory does not hold; None: it does.
     """
@@ -272,12 +278,12 @@ def open_scored(
         },
         "block_score": defaults["block_score"],
     }
-    if defaults["block_score"] == GREEDY_SCORE:
+    if defaults["block_score"] == REMOVAL_SCORE:
         assert isinstance(pruned, int)
         scored |= _removed(opened, windows, checked, pruned, track)
-    else:
+    elif defaults["block_score"] in BLOCK_SCORES:
         scored["scores"] = _scores(opened, windows, checked, track)[defaults["block_score"]]
-    check_means(scored["scores"])
+    check_means(scored.get("scores", ()))
     return dataclasses.replace(opened, scored=scored)
 
 
@@ -297,7 +303,7 @@ def _removed(opened: Opened, windows: torch.Tensor, checked: CheckedSource, coun
     spill = opened.cache.folder if checked.needs_file(windows.numel() * checked.depth) else None
     key = digest(windows)
     done = remove_greedily(opened.source, windows, count, cache=opened.cache, key=key, spill=spill, track=track)
-    return {"scores": done.perplexities, "removal_order": done.order}
+    return done.record()
 
 
 def digest(windows: torch.Tensor | None) -> str:
@@ -311,7 +317,7 @@ def chosen(pruned: Sequence[int] | int, scored: dict[str, Any]) -> Sequence[int]
     """The blocks that were named, or as many of the lowest scores as were counted."""
     if not isinstance(pruned, int):
         return pruned
-    return sorted(scored.get("removal_order", ())) or lowest(scored["scores"], pruned)
+    return sorted(scored.get("pruning_order", ())) or lowest(scored["scores"], pruned)
 
 
 def _read_texts(

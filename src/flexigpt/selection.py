@@ -37,9 +37,10 @@ BLOCK_SCORES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = 
     "angular": angular,
     "relative-magnitude": relative_magnitude,
 }
-# Not of each block by itself: blocks are chosen one after the other (`greedy.remove_greedily`).
-GREEDY_SCORE = "perplexity"
-SCORE_NAMES = (*BLOCK_SCORES, GREEDY_SCORE)
+# Not of each block by itself: blocks are chosen one after the other, by perplexity of the calibration text without them
+# (`greedy.remove_greedily`) or with their replicas (`replacement.replace_greedily`).
+REMOVAL_SCORE, REPLACEMENT_SCORE = "removal-perplexity", "replacement-perplexity"
+GREEDY_SCORES = (REMOVAL_SCORE, REPLACEMENT_SCORE)
 
 
 @dataclass(frozen=True, kw_only=True)

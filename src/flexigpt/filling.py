@@ -1,0 +1,54 @@
+"""Replicas filled: initialised, and where that is asked for fitted to calibration text."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from flexigpt.cache import CachedStage
+from flexigpt.fitting import Fits, fit_blocks
+from flexigpt.initialization import ADAPTER_INITS, DEFAULT_NORM_INIT, FITTED, ReplicaStart, replica_tensors
+from flexigpt.plan import Plan
+from flexigpt.progress import Track
+from flexigpt.prune_options import PruneOptions
+from flexigpt.streaming import Assembly, StreamedModel
+
+
+class Filling(NamedTuple):
+    """What replicas are filled from.
+
+    Attributes:
+        plan: which they are.
+        source: whose blocks they replace.
+        windows: calibration windows, (windows, tokens) ids; None: nothing is fitted.
+        stage: keeps what is done, which a run that was killed finds again.
+    """
+
+    plan: Plan
+    source: StreamedModel
+    windows: torch.Tensor | None
+    stage: CachedStage
+
+
+def init_of(options: PruneOptions) -> dict[str, Any]:
+    """What decides the replicas' own tensors, besides plan, source and text."""
+    settings = {name: getattr(options, name) for name in ("align", "adapter_init", "output_norm", "refit_kept")}
+    return settings | {"norm_init": options.norm_start, "seed": options.seed or 0}
+
+
+def fill(assembly: Assembly, work: Filling, options: PruneOptions, track: Track) -> None:
+    """Fills what is the replicas' own, block by block, from the stage's folder where it is there already."""
+    norm_init = options.norm_start
+    start = ReplicaStart(
+        adapter_init=options.adapter_init,
+        norm_init=DEFAULT_NORM_INIT if isinstance(norm_init, str) else norm_init,
+        seed=options.seed or 0,
+    )
+    for replica in track(work.plan.replicas, "initialising replicas", len(work.plan.replicas)):
+        make = partial(replica_tensors, assembly.blocks[replica.block], work.source, replica, start)
+        assembly.own(replica.block, work.stage.tensors(f"replica-{replica.block}", make))
+    if options.fits:
+        assert work.windows is not None
+        fits = Fits(adapter=ADAPTER_INITS[options.adapter_init].fit, norms=norm_init == FITTED, kept=options.refit_kept)
+        numbers = range(len(assembly))
+        fit_blocks(work.source, assembly, numbers, work.windows, fits, stage=work.stage, track=track)

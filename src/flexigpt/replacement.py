@@ -1,0 +1,113 @@
+"""Blocks chosen one after the other, each time the one whose replica does the least damage."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from flexigpt.activation_distances import activation_distances
+from flexigpt.calibration import Stream, calibration_batches
+from flexigpt.checkpoint import empty_compact
+from flexigpt.distances import base_distances
+from flexigpt.errors import InputError
+from flexigpt.filling import Filling, fill, init_of
+from flexigpt.greedy import GreedyChoice, choose_greedily, windows_perplexity
+from flexigpt.progress import Track, silent
+from flexigpt.prune_options import PruneOptions
+from flexigpt.scoring import CheckedSource, Opened, digest
+from flexigpt.selection import BASE_DISTANCES, choose_bases
+from flexigpt.streaming import Assembly
+
+
+def distances_by_name(
+    opened: Opened, checked: CheckedSource, pruned: Sequence[int], rank: int, name: str, track: Track = silent
+) -> dict[int, dict[int, float]]:
+    """Of each pruned block to each kept one, by a key of BASE_DISTANCES."""
+    if not BASE_DISTANCES[name].calibrated:
+        return base_distances(opened.source, pruned, rank, name, opened.cache, track)
+    assert opened.windows is not None
+    spill = opened.cache.folder if checked.needs_file(opened.windows.numel()) else None
+    return activation_distances(opened, pruned, rank, spill=spill, track=track)
+
+
+def replace_greedily(
+    opened: Opened, checked: CheckedSource, options: PruneOptions, rank: int, count: int, track: Track = silent
+) -> GreedyChoice:
+    """Chooses `count` blocks, each time the one with whose replica perplexity is least, beside those chosen before.
+
+    Candidates are pruned as the options say, kept blocks not refitted: bases by distance, replicas filled on the first
+    half of the calibration windows. Perplexity is that of the second half.
+
+    Args:
+        opened: the source, its calibration windows and its cache, which keeps every candidate's perplexity.
+        checked: the source.
+        options: of the run.
+        rank: of the adapters.
+        count: blocks to choose, fewer than there are.
+        track: told of each candidate.
+
+    Raises:
+        InputError: a single calibration window.
+    """
+    assert opened.windows is not None
+    half = len(opened.windows) // 2
+    if half == 0:
+        raise InputError("one calibration window cannot be halved into text to fit and text to judge: give --windows 2")
+    screening = dataclasses.replace(options, refit_kept=False)
+    judge = _Judge(opened, checked, screening, rank, half)
+    depends = {
+        "windows": digest(opened.windows),
+        "init": init_of(screening),
+        "rank": rank,
+        "base_distance": options.distances[0],
+    }
+    if BASE_DISTANCES[options.distances[0]].prepare is not None:
+        distances_by_name(opened, checked, [0], rank, options.distances[0], track)  # of all pairs, kept
+    candidates = sum(len(opened.source) - step for step in range(count))
+    told = iter(track(range(candidates), "replacing blocks", candidates))
+
+    def step(chosen: list[int]) -> dict[int, float]:
+        with opened.cache.stage("replacement", chosen=sorted(chosen), **depends) as stage:
+            found: dict[str, float] = stage.result or stage.note("found") or {}
+            for block in sorted(set(range(len(opened.source))) - set(chosen)):
+                if str(block) not in found:
+                    found[str(block)] = judge.perplexity(sorted([*chosen, block]))
+                    stage.keep_note("found", found)
+                next(told)
+            if stage.result is None:
+                stage.finish(found)
+        return {int(block): value for block, value in found.items()}
+
+    choice = choose_greedily(len(opened.source), count, step)
+    list(told)
+    return choice
+
+
+class _Judge:
+    """Prunes by a plan and measures what is left."""
+
+    def __init__(self, opened: Opened, checked: CheckedSource, options: PruneOptions, rank: int, half: int) -> None:
+        assert opened.windows is not None
+        self._opened, self._checked, self._options, self._rank = opened, checked, options, rank
+        self._fitted, self._held = opened.windows[:half], opened.windows[half:]
+
+    @torch.no_grad()
+    def perplexity(self, pruned: Sequence[int]) -> float:
+        """Of the second half of the windows, with replicas in the place of these blocks."""
+        source, cache = self._opened.source, self._opened.cache
+        distances = distances_by_name(self._opened, self._checked, pruned, self._rank, self._options.distances[0])
+        plan = choose_bases(distances, self._rank, len(source))
+        empty, taken = empty_compact(source.model, plan, self._options.output_norm)
+        assembly = Assembly(empty, source, taken)
+        depends = {"plan": plan.to_dict(), "init": init_of(self._options), "windows": digest(self._fitted)}
+        with cache.stage("candidate", **depends) as stage:
+            fill(assembly, Filling(plan, source, self._fitted, stage), self._options, silent)
+            batches = calibration_batches(self._held)
+            spill = cache.folder if self._checked.needs_file(self._held.numel()) else None
+            stream = Stream(assembly.model, batches, spill)
+            for index in range(len(assembly)):
+                with assembly.block(index) as block:
+                    stream.advance(block, index)
+            found = windows_perplexity(assembly, stream, batches)
+            stage.discard()
+        return found
