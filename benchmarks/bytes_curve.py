@@ -24,8 +24,16 @@ ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "novel16"
 RESULTS = Path(__file__).parent / "results"
 DEPTH = 16
-REFIT = ("--refit-kept",)
-FIT = ("--adapter-init", "activation", "--norm-init", "fitted", "--refit-kept")
+REFIT = ("--refit-kept", "--block-score", "removal-perplexity")
+FIT = (
+    "--adapter-init",
+    "activation",
+    "--norm-init",
+    "fitted",
+    "--refit-kept",
+    "--block-score",
+    "replacement-perplexity",
+)
 # Name of a line -> rows: command, blocks pruned, rank of the replicas.
 LINES: dict[str, list[tuple[str, int, int]]] = {
     "plain removal": [("baseline", blocks, 0) for blocks in range(1, 8)],
@@ -35,7 +43,7 @@ LINES: dict[str, list[tuple[str, int, int]]] = {
 # Line -> rows of recovery.json that belong to it.
 TRAINED = {
     "plain removal": ("removal-distilled", "fewer-distilled"),
-    "plain removal, refitted": ("removal-refit-distilled", "fewer-refit-distilled"),
+    "plain removal by perplexity, refitted": ("removal-refitted-distilled", "fewer-refitted-distilled"),
     "the paper's start": ("distilled",),
     "fitted": ("fitted-distilled",),
 }

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from flexigpt.checkpoint import find_device
+from flexigpt.greedy import MOST_WINDOWS
 from flexigpt.scoring import CheckedSource, ScoringOptions
+from flexigpt.selection import REMOVAL_SCORE
 
 # Python, torch and transformers, with nothing loaded.
 _LIBRARIES = 600 * 2**20
@@ -90,8 +92,9 @@ def estimate(checked: CheckedSource, options: ScoringOptions, work: Work) -> Est
     flops = 0.0
     if work.tokens:
         read += blocks * itemsize
-        # A candidate's text runs through the blocks behind it: through half of them on average.
-        flops += 2.0 * blocks * work.tokens * max(1.0, work.removals * depth / 2)
+        flops += 2.0 * blocks * work.tokens
+    if work.removals:
+        flops += _choosing_flops(checked, options, work)
     if work.factors:
         read += depth * linears
         flops += _FACTOR_FLOPS * depth * shape.linear_parameters * work.rank
@@ -123,6 +126,17 @@ def estimate(checked: CheckedSource, options: ScoringOptions, work: Work) -> Est
         memory=_LIBRARIES + outside + max(running, factoring),
         seconds=flops / matmul_rate(find_device(options.device)),
     )
+
+
+def _choosing_flops(checked: CheckedSource, options: ScoringOptions, work: Work) -> float:
+    """Of judging every block in every step, without it or with its replica."""
+    depth = checked.depth
+    judged = min(work.tokens, MOST_WINDOWS * checked.window_length)
+    a_pass = 2.0 * checked.shape.block_parameters * judged
+    if options.block_score == REMOVAL_SCORE:  # text runs through what is behind the candidate: half, on average
+        return work.removals * depth * a_pass * depth / 2
+    fitting = 2 * depth + _FIT_PASSES * work.removals / 2 if options.fits else 0.0
+    return work.removals * depth * a_pass / 2 * (depth + fitting)  # half of the text to fit, half to judge
 
 
 def _activation_flops(checked: CheckedSource, work: Work) -> float:

@@ -13,6 +13,9 @@ from flexigpt.calibration import Stream, calibration_batches, finished_blocks
 from flexigpt.progress import Track, silent
 from flexigpt.streaming import StreamedModel
 
+# Of the calibration windows, so many judge candidates: every one of them costs forward passes.
+MOST_WINDOWS = 32
+
 
 class GreedyChoice(NamedTuple):
     """What was chosen.

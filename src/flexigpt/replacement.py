@@ -11,7 +11,7 @@ from flexigpt.checkpoint import empty_compact
 from flexigpt.distances import base_distances
 from flexigpt.errors import InputError
 from flexigpt.filling import Filling, fill, init_of
-from flexigpt.greedy import GreedyChoice, choose_greedily, windows_perplexity
+from flexigpt.greedy import MOST_WINDOWS, GreedyChoice, choose_greedily, windows_perplexity
 from flexigpt.progress import Track, silent
 from flexigpt.prune_options import PruneOptions
 from flexigpt.scoring import CheckedSource, Opened, digest
@@ -36,7 +36,7 @@ def replace_greedily(
     """Chooses `count` blocks, each time the one with whose replica perplexity is least, beside those chosen before.
 
     Candidates are pruned as the options say, kept blocks not refitted: bases by distance, replicas filled on the first
-    half of the calibration windows. Perplexity is that of the second half.
+    half of the first 32 calibration windows. Perplexity is that of the second half.
 
     Args:
         opened: the source, its calibration windows and its cache, which keeps every candidate's perplexity.
@@ -50,13 +50,14 @@ def replace_greedily(
         InputError: a single calibration window.
     """
     assert opened.windows is not None
-    half = len(opened.windows) // 2
+    windows = opened.windows[:MOST_WINDOWS]
+    half = len(windows) // 2
     if half == 0:
         raise InputError("one calibration window cannot be halved into text to fit and text to judge: give --windows 2")
     screening = dataclasses.replace(options, refit_kept=False)
-    judge = _Judge(opened, checked, screening, rank, half)
+    judge = _Judge(opened, checked, screening, rank, (windows[:half], windows[half:]))
     depends = {
-        "windows": digest(opened.windows),
+        "windows": digest(windows),
         "init": init_of(screening),
         "rank": rank,
         "base_distance": options.distances[0],
@@ -86,10 +87,16 @@ def replace_greedily(
 class _Judge:
     """Prunes by a plan and measures what is left."""
 
-    def __init__(self, opened: Opened, checked: CheckedSource, options: PruneOptions, rank: int, half: int) -> None:
-        assert opened.windows is not None
+    def __init__(
+        self,
+        opened: Opened,
+        checked: CheckedSource,
+        options: PruneOptions,
+        rank: int,
+        windows: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
         self._opened, self._checked, self._options, self._rank = opened, checked, options, rank
-        self._fitted, self._held = opened.windows[:half], opened.windows[half:]
+        self._fitted, self._held = windows
 
     @torch.no_grad()
     def perplexity(self, pruned: Sequence[int]) -> float:

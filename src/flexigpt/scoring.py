@@ -17,7 +17,7 @@ from flexigpt.calibration import block_means, check_means
 from flexigpt.checkpoint import check_dtype, load_tokenizer, open_empty, read_config
 from flexigpt.data import DEFAULT_TEXT, TokenizedText, calibration_windows, check_window_length, tokenize_text
 from flexigpt.errors import InputError, check_seed, flag
-from flexigpt.greedy import remove_greedily
+from flexigpt.greedy import MOST_WINDOWS, remove_greedily
 from flexigpt.plan import ModelShape, parse_size
 from flexigpt.progress import Track
 from flexigpt.selection import BLOCK_SCORES, GREEDY_SCORES, REMOVAL_SCORE, check_blocks, lowest, num_pruned_at
@@ -300,6 +300,7 @@ def _scores(opened: Opened, windows: torch.Tensor, checked: CheckedSource, track
 
 def _removed(opened: Opened, windows: torch.Tensor, checked: CheckedSource, count: int, track: Track) -> dict[str, Any]:
     """The blocks that the model misses least, one after the other."""
+    windows = windows[:MOST_WINDOWS]
     spill = opened.cache.folder if checked.needs_file(windows.numel() * checked.depth) else None
     key = digest(windows)
     done = remove_greedily(opened.source, windows, count, cache=opened.cache, key=key, spill=spill, track=track)
