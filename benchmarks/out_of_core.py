@@ -3,11 +3,13 @@
 python benchmarks/out_of_core.py --shape llama-2-7b
 python benchmarks/out_of_core.py --shape tinyllama --memory 128MiB --kills 6
 python benchmarks/out_of_core.py --growth
+python benchmarks/out_of_core.py --pair llama-2-7b
 
 Checkpoints are random, their spectra like trained ones'; they are made in --work and deleted afterwards. Every run is
 a `flexigpt prune` in a process of its own, whose memory is sampled. The floor is each byte read once, one forward pass
 and the products of the factorisations, at the rates of this machine. Rows are added to
-benchmarks/results/out_of_core.json and the table made anew.
+benchmarks/results/out_of_core.json and the table made anew. --pair measures the distance of one pair of blocks by a
+full SVD for each linear, and adds to the row of that shape how long all pairs would take so.
 """
 
 import argparse
@@ -174,6 +176,19 @@ def floor_seconds(folder: Path, config: LlamaConfig, tokens: int, rank: int, pru
     }
 
 
+def pair_seconds(name: str) -> float:
+    """One pair of blocks by a full SVD of the difference of each of their linears, in float32; each shape once."""
+    config = LlamaConfig(vocab_size=VOCABULARY, **SHAPES[name])
+    blocks = [t for path, t in empty_model(config).named_parameters() if ".layers.0." in path and t.ndim == 2]
+    taken: dict[tuple[int, ...], float] = {}
+    for shape in {tuple(t.shape) for t in blocks}:
+        one, other = (random_weight(shape, torch.Generator().manual_seed(seed)).float() for seed in (1, 2))
+        began = time.perf_counter()
+        torch.linalg.svd(one - other, full_matrices=False)
+        taken[shape] = time.perf_counter() - began
+    return sum(taken[tuple(t.shape)] for t in blocks)
+
+
 def read_rate(file: Path) -> float:
     """Bytes a second of reading a file that the system has not in memory, as far as it lets go of it."""
     with file.open("rb", buffering=0) as opened:
@@ -271,6 +286,15 @@ def write_table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"- {row['shape']} {row['memory']} ({row['threads']} threads, {row['machine']}): {stages}; floor: {floors}"
         )
+        if "pair" in row:
+            pairs = row["blocks"] * (row["blocks"] - 1) // 2
+            stage = row["stages"]["measuring distances"]
+            lines.append(
+                f"  - distances of all {pairs} pairs: {stage:,.0f} s; one pair by a full SVD of each linear's "
+                f"difference: {row['pair']:,.0f} s, all pairs so: {pairs * row['pair'] / 3600:,.1f} h, "
+                f"{pairs * row['pair'] / stage:,.0f} times as long (three SVDs a linear, of both weights and of the "
+                f"difference, as eq. 2 to 4 are written: {3 * pairs * row['pair'] / stage:,.0f} times)"
+            )
         if row["kills"]:
             lines.append(f"  - killed {row['kills']['times']} times: the same bytes: {row['kills']['same bytes']}")
     return "\n".join(lines) + "\n"
@@ -280,6 +304,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--growth", action="store_true", help="12, 24 and 48 blocks of the same width")
+    parser.add_argument("--pair", choices=SHAPES)
     parser.add_argument("--ratio", type=float, default=0.3)
     parser.add_argument("--other-ratio", type=float, default=0.4, help="to plan again for")
     parser.add_argument("--windows", type=int, default=32)
@@ -291,13 +316,18 @@ def main() -> None:
     arguments = parser.parse_args()
     names = [arguments.shape] if arguments.shape else []
     names += [name for name in SHAPES if name.startswith("narrow")] if arguments.growth else []
-    if not names:
-        parser.error("give --shape or --growth")
+    if not names and not arguments.pair:
+        parser.error("give --shape, --growth or --pair")
     file = RESULTS.with_suffix(".json")
     rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
     for name in names:
         row = bench(name, arguments)
         rows = [old for old in rows if (old["shape"], old["memory"]) != (row["shape"], row["memory"])] + [row]
+        file.write_text(json.dumps(rows, indent=1) + "\n")
+        RESULTS.with_suffix(".md").write_text(write_table(rows), encoding="utf-8")
+    if arguments.pair:
+        seconds = pair_seconds(arguments.pair)
+        rows = [row | {"pair": seconds} if row["shape"] == arguments.pair else row for row in rows]
         file.write_text(json.dumps(rows, indent=1) + "\n")
         RESULTS.with_suffix(".md").write_text(write_table(rows), encoding="utf-8")
     print(write_table(rows))
