@@ -40,12 +40,12 @@ LINES: dict[str, list[tuple[str, int, int]]] = {
     "4 replicas": [("prune", 4, rank) for rank in (1, 4, 12, 24, 48)],
     "6 replicas": [("prune", 6, rank) for rank in (4, 12, 24)],
 }
-# Line -> rows of recovery.json that belong to it.
-TRAINED = {
-    "plain removal": ("removal-distilled", "fewer-distilled"),
-    "plain removal by perplexity, refitted": ("removal-refitted-distilled", "fewer-refitted-distilled"),
-    "the paper's start": ("distilled",),
-    "fitted": ("fitted-distilled",),
+# Line -> tokens, and rows of recovery.json that belong to it.
+TRAINED: dict[str, tuple[int, tuple[str, ...]]] = {
+    "plain removal by influence": (1_000_000, ("removal-distilled", "fewer-distilled")),
+    "the paper's start": (1_000_000, ("distilled",)),
+    "plain removal by perplexity, refitted": (600_000, ("removal-refitted-distilled", "fewer-refitted-distilled")),
+    "fitted": (600_000, ("fitted-distilled",)),
 }
 
 
@@ -83,12 +83,13 @@ def interpolated(points: list[tuple[float, float]], size: float) -> float | None
 
 
 def trained_points(name: str) -> list[tuple[float, float]]:
-    """(bytes, perplexity) of the longest runs in recovery.json of the rows behind that name, by bytes."""
+    """(bytes, perplexity) of what recovery.json holds of the rows behind that name, by bytes; the best rate of each."""
+    length, rows = TRAINED[name]
     known: dict[str, dict[str, Any]] = json.loads((RESULTS / "recovery.json").read_text())
     best: dict[tuple[str, str], tuple[float, float]] = {}
     for key, found in known.items():
         row, ratio, tokens, _ = key.split(" ")
-        if row in TRAINED[name] and int(tokens) == 1_000_000:
+        if row in rows and int(tokens) == length:
             point = (found["bytes"], found["after"])
             best[row, ratio] = min(point, best.get((row, ratio), point), key=lambda p: p[1])
     return sorted(best.values())
@@ -125,11 +126,11 @@ def write(known: dict[str, dict[str, float]], arguments: argparse.Namespace) -> 
                 f"| {label} | {rank or ''} | {found['bytes'] / 1e6:.2f} | {found['perplexity']:.2f} | "
                 f"{f'{rival:.2f}' if rival else ''} | {excess} |"
             )
-    lines += ["", "After 1M tokens with distillation ([recovery.md](recovery.md)), stored MB: perplexity:", ""]
+    lines += ["", "Trained with distillation ([recovery.md](recovery.md)), stored MB: perplexity:", ""]
     for name in TRAINED:
         shown = ", ".join(f"{size / 1e6:.2f}: {value:.2f}" for size, value in trained_points(name))
         if shown:
-            lines.append(f"- {name}: {shown}")
+            lines.append(f"- {name}, {TRAINED[name][0]:,} tokens: {shown}")
     (RESULTS / "bytes_curve.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw(points, source).savefig(RESULTS / "bytes_curve.svg", metadata={"Date": None})
 

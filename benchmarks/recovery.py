@@ -3,8 +3,8 @@
 python benchmarks/recovery.py --ratios 0.3 0.4 --workers 2
 
 Every run is a `flexigpt` command. What each gave is kept in benchmarks/results/recovery.json and not run again; the
-table goes to benchmarks/results/recovery.md. The learning rate of each row is the best of three, by perplexity on
-another text after a tenth of the tokens.
+table goes to benchmarks/results/recovery.md, or, after other than 1M tokens, to recovery-600k.md and the like. The
+learning rate of each row is the best of three, by perplexity on another text after a tenth of the tokens.
 """
 
 import argparse
@@ -30,6 +30,7 @@ LEARNING_RATES = (3e-3, 1e-2, 3e-2)
 REPLICA_LEARNING_RATES = (1e-2, 3e-2, 1e-1)
 # What was fitted in closed form hardly moves in a tenth of the tokens: a search there would say nothing.
 FITTED_LEARNING_RATES = (3e-3,)
+TOKENS = 1_000_000
 DEVELOPMENT_CHAPTERS = 4
 SEARCH_SHARE = 10
 
@@ -141,6 +142,8 @@ class Bench:
         self.work = Path(arguments.work)
         self.work.mkdir(parents=True, exist_ok=True)
         self.file = RESULTS / "recovery.json"
+        name = "recovery" if arguments.tokens == TOKENS else f"recovery-{arguments.tokens // 1000}k"
+        self.table = RESULTS / f"{name}.md"
         self.known: dict[str, dict] = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.lock, self.starting = threading.Lock(), threading.Lock()
         self.running: dict[str, threading.Lock] = {}
@@ -247,7 +250,7 @@ class Bench:
         lines = [
             "# Perplexity after recovery of novel16",
             "",
-            f"`python benchmarks/recovery.py --ratios {' '.join(self.arguments.ratios)}`: "
+            f"`python benchmarks/recovery.py --ratios {' '.join(self.arguments.ratios)} --tokens {self.arguments.tokens}`: "
             f"{self.arguments.tokens:,} tokens of recovery.parquet, 4,096 a step,",
             f"fp32, {platform.machine()}, torch {torch.__version__}; perplexity on all of validation.jsonl, windows of "
             "256.",
@@ -266,7 +269,7 @@ class Bench:
                     lines.append(table_line(ratio, row.label, *done))
             if ratio != EXTENSION:
                 lines += self.rivals(ratio)
-        (RESULTS / "recovery.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self.table.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def rivals(self, ratio: str) -> list[str]:
         """Plain removal at the compact model's stored bytes, interpolated between two numbers of blocks."""
@@ -308,7 +311,7 @@ def main() -> None:
     parser.add_argument("--ratios", nargs="*", default=["0.3", "0.4"])
     parser.add_argument("--extension", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--work", default=str(ROOT / "out" / "benchmark-recovery"))
@@ -322,7 +325,7 @@ def main() -> None:
         for run in runs:
             run.result()
     bench.write_table()
-    print((RESULTS / "recovery.md").read_text())
+    print(bench.table.read_text())
 
 
 if __name__ == "__main__":

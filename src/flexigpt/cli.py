@@ -37,7 +37,7 @@ from flexigpt.generate import GenerateOptions, generate
 from flexigpt.initialization import ADAPTER_INITS
 from flexigpt.prune import assemble_pruned, plan_only
 from flexigpt.prune import expected as prune_expected
-from flexigpt.prune_options import PruneOptions
+from flexigpt.prune_options import PRESETS, PruneOptions
 from flexigpt.selection import BASE_DISTANCES, BLOCK_SCORES, GREEDY_SCORES
 from flexigpt.tables import notes, plan_table
 from flexigpt.writing import check_output, check_space, write_plan
@@ -55,6 +55,29 @@ _INTERRUPTED = 130  # what typer returns after KeyboardInterrupt
 _SCORES = "|".join((*BLOCK_SCORES, *GREEDY_SCORES))
 _PRUNE, _EXTEND = field_help(PruneOptions), field_help(ExtendOptions)
 _GENERATE = field_help(GenerateOptions)
+
+
+def preset_values(context: typer.Context, preset: str, idle: dict[str, bool]) -> dict[str, Any]:
+    """What a preset sets of what was not given.
+
+    Args:
+        context: knows what was given.
+        preset: a key of PRESETS.
+        idle: settings that have no effect beside those given.
+
+    Raises:
+        InputError: an unknown preset; one that sets nothing here.
+    """
+    if preset not in PRESETS:
+        raise InputError(f"--preset {preset} is unknown: give {', '.join(PRESETS)}")
+    values = {
+        name: value
+        for name, value in PRESETS[preset].items()
+        if not idle.get(name) and getattr(context.get_parameter_source(name), "name", "") == "DEFAULT"
+    }
+    if PRESETS[preset] and not values:
+        raise InputError(f"--preset {preset} has no effect, since all that it sets is given: leave it out")
+    return values
 
 
 def _print_version(asked: bool) -> None:
@@ -80,6 +103,15 @@ def prune_command(
     ratio: Annotated[float | None, typer.Option(help=_PRUNE["ratio"])] = None,
     blocks: Annotated[str | None, typer.Option(help=_PRUNE["blocks"], metavar="12,13,...")] = None,
     target_size: Annotated[str | None, typer.Option(help=_PRUNE["target_size"], metavar="4.8B|3.2GB")] = None,
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="Settings that go together, where they are not given: the paper's, which are the defaults, or those "
+            "that leave the least perplexity before recovery: --block-score replacement-perplexity, --adapter-init "
+            "activation, --norm-init fitted, --refit-kept.",
+            metavar="|".join(PRESETS),
+        ),
+    ] = "paper",
     plan: Annotated[Path | None, typer.Option(help=_PRUNE["plan"])] = None,
     plan_only_: Annotated[
         bool, typer.Option("--plan-only", help="Write only the plan, OUT/plan.json, to look at, edit and apply.")
@@ -90,7 +122,7 @@ def prune_command(
     windows: Annotated[int | None, typer.Option(help=_PRUNE["windows"])] = None,
     window_length: Annotated[int | None, typer.Option(help=_PRUNE["window_length"])] = None,
     block_score: Annotated[str | None, typer.Option(help=_PRUNE["block_score"], metavar=_SCORES)] = None,
-    refit_kept: Annotated[bool, typer.Option("--refit-kept", help=_PRUNE["refit_kept"])] = False,
+    refit_kept: Annotated[bool, typer.Option(help=_PRUNE["refit_kept"])] = False,
     base_distance: Annotated[
         str | None, typer.Option(help=_PRUNE["base_distance"], metavar="|".join(BASE_DISTANCES))
     ] = None,
@@ -113,7 +145,16 @@ def prune_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
     """Prune a source model into a compact model and write its checkpoint."""
+    idle = {"block_score": blocks is not None or plan is not None, "norm_init": not output_norm}
+    by_preset = preset_values(context, preset, idle | {"refit_kept": plan_only_})
+    given: dict[str, Any] = {
+        "block_score": block_score,
+        "refit_kept": refit_kept,
+        "adapter_init": adapter_init,
+        "norm_init": norm_init,
+    }
     options = PruneOptions(
+        **given | by_preset,
         ratio=ratio,
         blocks=None if blocks is None else block_numbers(blocks),
         target_size=target_size,
@@ -123,13 +164,9 @@ def prune_command(
         text_column=text_column,
         windows=windows,
         window_length=window_length,
-        block_score=block_score,
-        refit_kept=refit_kept,
         base_distance=base_distance,
         compare_distances=None if compare_distances is None else compare_distances.split(","),
         align=align,
-        adapter_init=adapter_init,
-        norm_init=norm_init,
         output_norm=output_norm,
         perplexity=perplexity,
         dtype=dtype,

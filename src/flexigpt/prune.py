@@ -108,7 +108,10 @@ def plan_only(source: str, options: PruneOptions, track: Track = silent) -> tupl
     Raises:
         InputError: as `prune`; or settings that only applying a plan reads.
     """
-    for field in ("plan", "perplexity", "align", "adapter_init", "norm_init", "output_norm", "refit_kept"):
+    idle = ["plan", "perplexity", "align", "refit_kept"]
+    if options.block_score != REPLACEMENT_SCORE:  # which judges replicas, made as they say
+        idle += ["adapter_init", "norm_init", "output_norm"]
+    for field in idle:
         if getattr(options, field) != getattr(PruneOptions, field):
             raise InputError(f"{_flag(field)} has no effect with --plan-only, which makes no model: leave it out")
     timed = Timed(track)

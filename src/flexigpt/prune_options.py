@@ -3,11 +3,24 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flexigpt.errors import InputError, flag
 from flexigpt.initialization import ADAPTER_INITS, DEFAULT_NORM_INIT, FITTED, parse_norm_init
 from flexigpt.scoring import ScoringOptions
 from flexigpt.selection import BASE_DISTANCES, DEFAULT_DISTANCE, REPLACEMENT_SCORE
+
+# Settings that go together, for `PruneOptions(ratio=0.3, **PRESETS["fitted"])`: the paper's recipe, which is what the
+# defaults are, and what leaves the least perplexity before recovery.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "fitted": {
+        "block_score": REPLACEMENT_SCORE,
+        "adapter_init": "activation",
+        "norm_init": FITTED,
+        "refit_kept": True,
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)

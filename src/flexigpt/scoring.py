@@ -173,7 +173,8 @@ def check_source(source: str, options: ScoringOptions, output_norm: bool = True)
     architecture = find_architecture(read_config(source))
     if options.refit_kept and not set(architecture.output_norms) <= set(architecture.linears):
         raise InputError(
-            f"--refit-kept has no effect on {source}, whose blocks normalise what attention and MLP write: leave it out"
+            f"--refit-kept has no effect on {source}, whose blocks normalise what attention and MLP write: leave it "
+            "out (with --preset fitted, give --no-refit-kept)"
         )
     empty = open_empty(source)
     stored: torch.dtype = empty.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
