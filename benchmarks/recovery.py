@@ -250,8 +250,8 @@ class Bench:
         lines = [
             "# Perplexity after recovery of novel16",
             "",
-            f"`python benchmarks/recovery.py --ratios {' '.join(self.arguments.ratios)} --tokens {self.arguments.tokens}`: "
-            f"{self.arguments.tokens:,} tokens of recovery.parquet, 4,096 a step,",
+            f"`python benchmarks/recovery.py --ratios {' '.join(self.arguments.ratios)} "
+            f"--tokens {self.arguments.tokens}`: {self.arguments.tokens:,} tokens of recovery.parquet, 4,096 a step,",
             f"fp32, {platform.machine()}, torch {torch.__version__}; perplexity on all of validation.jsonl, windows of "
             "256.",
             f"The learning rate is the best of {shown(LEARNING_RATES)}, for replicas only of "
