@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from flexigpt.architecture import find_architecture
 from flexigpt.cache import Cache, CachedStage
 from flexigpt.factorization import LowRank
+from flexigpt.parallel import in_parallel, workers_of
 from flexigpt.progress import Track, silent
 from flexigpt.selection import BASE_DISTANCES, BaseDistance
 from flexigpt.streaming import StreamedModel
@@ -24,7 +26,8 @@ def base_distances(
     """Distance of each pruned block to each kept block: the sum over its linears.
 
     Where weights are factored, all pairs of blocks are measured, so that pruning others later costs nothing; elsewhere
-    the pairs that are asked for. Memory holds two weights, or two blocks' factors of one linear.
+    the pairs that are asked for. Memory holds two weights, or one for each core that factors
+    one, or two blocks' factors of one linear.
 
     Args:
         source: a source model.
@@ -85,8 +88,8 @@ class _Measure:
         if stage.result is not None:
             yield from (None for _ in range(len(self.source)))
             return
-        for block in range(len(self.source)):
-            self._factors(path, block, stage)
+        tasks = (partial(self._factors, path, block, stage) for block in range(len(self.source)))
+        for _ in in_parallel(tasks, workers_of(self.source.device)):
             yield
         known, left = {}, -1
         for i, j in wanted:

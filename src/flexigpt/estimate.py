@@ -7,6 +7,7 @@ import torch
 
 from flexigpt.checkpoint import find_device
 from flexigpt.greedy import MOST_WINDOWS
+from flexigpt.parallel import workers_of
 from flexigpt.scoring import CheckedSource, ScoringOptions
 from flexigpt.selection import REMOVAL_SCORE
 
@@ -118,7 +119,8 @@ def estimate(checked: CheckedSource, options: ScoringOptions, work: Work) -> Est
         squares = [inputs * inputs for _, inputs in shape.linears.values()]
         running += 8 * sum(squares) + max(_EIGEN_BYTES * max(squares), _FACTOR_BYTES * largest)
     outside = (shape.parameters - blocks) * itemsize
-    factoring = _FACTOR_BYTES * largest if work.factors or work.replicas else 0
+    workers = workers_of(find_device(options.device))
+    factoring = workers * _FACTOR_BYTES * largest if work.factors or work.replicas else 0
     return Estimate(
         read=read,
         written=work.written,

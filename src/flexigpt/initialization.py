@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from flexigpt.errors import InputError
 from flexigpt.factorization import truncated_svd
 from flexigpt.fitting import AdapterFit
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM, NormedOutput, SharedLinear
+from flexigpt.parallel import in_parallel, workers_of
 from flexigpt.plan import Plan, Replica
 from flexigpt.progress import Track, silent
 from flexigpt.regression import low_rank_fit
@@ -165,14 +167,21 @@ def replica_tensors(
     generator = torch.Generator().manual_seed((start.seed + replica.block * _SEED_STEP) % 2**63)
     init = ADAPTER_INITS[start.adapter_init].start
     like = next(source.model.get_input_embeddings().parameters())
+
+    def adapter(linear: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        pruned, kept = (source.weight_matrix(i, linear) for i in (own, base))
+        left, right = init(pruned, kept, replica.rank, torch.Generator().manual_seed(seed))
+        return _like(left, like), _like(right, like)
+
     tensors: dict[str, torch.Tensor] = {}
+    shared = [path for path, module in block.named_modules() if isinstance(module, SharedLinear)]
+    seeds = torch.randint(2**62, (len(shared),), generator=generator).tolist()
+    tasks = [partial(adapter, path.removesuffix(".inner"), seed) for path, seed in zip(shared, seeds, strict=True)]
+    for path, factors in zip(shared, in_parallel(tasks, workers_of(source.device)), strict=True):
+        tensors |= {f"{path}.{name}": values for name, values in zip(("adapter_A", "adapter_B"), factors, strict=True)}
     for path, module in block.named_modules():
         if isinstance(module, SharedLinear):
             linear = path.removesuffix(".inner")
-            pruned, kept = (source.weight_matrix(i, linear) for i in (own, base))
-            factors = init(pruned, kept, replica.rank, generator)
-            for name, values in zip(("adapter_A", "adapter_B"), factors, strict=True):
-                tensors[f"{path}.{name}"] = _like(values, like)
             if module.bias_difference is not None:
                 biases = [source.parameter(i, f"{linear}.bias") for i in (own, base)]
                 tensors[f"{path}.bias_difference"] = biases[0] - biases[1]
