@@ -3,7 +3,8 @@
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import combinations
+from itertools import combinations, groupby
+from operator import itemgetter
 
 import torch
 
@@ -91,12 +92,17 @@ class _Measure:
         tasks = (partial(self._factors, path, block, stage) for block in range(len(self.source)))
         for _ in in_parallel(tasks, workers_of(self.source.device)):
             yield
-        known, left = {}, -1
-        for i, j in wanted:
-            if i != left:
-                one, left = self._factors(path, i, stage), i
-            known[f"{i} {j}"] = self.distance.between(one, self._factors(path, j, stage), self.rank).item()
+        rows = ((i, [j for _, j in pairs]) for i, pairs in groupby(wanted, key=itemgetter(0)))
+        compare = (partial(self._compare, path, i, others, stage) for i, others in rows)
+        known: dict[str, float] = {}
+        for row in in_parallel(compare, workers_of(self.source.device)):
+            known |= row
         stage.finish(known)
+
+    def _compare(self, path: str, i: int, others: Sequence[int], stage: CachedStage) -> dict[str, float]:
+        one = self._factors(path, i, stage)
+        between = self.distance.between
+        return {f"{i} {j}": between(one, self._factors(path, j, stage), self.rank).item() for j in others}
 
     def _factors(self, path: str, block: int, stage: CachedStage) -> LowRank:
         prepare = self.distance.prepare
