@@ -226,6 +226,7 @@ def bench(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         row = {
             "shape": name,
             "memory": arguments.memory or "",
+            "windows": arguments.windows,
             "blocks": config.num_hidden_layers,
             "source_bytes": first.record["source"]["bytes"],
             "seconds": first.seconds,
@@ -263,20 +264,20 @@ def write_table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Pruning checkpoints that are never in memory",
         "",
-        "`python benchmarks/out_of_core.py --shape NAME`, `--growth`: bfloat16 checkpoints of random weights, 32",
+        "`python benchmarks/out_of_core.py --shape NAME`, `--growth`: bfloat16 checkpoints of random weights,",
         "windows of 512 tokens, 30 %, rank hidden / 16. Memory: peaks of what is resident, anonymous and mapped from",
         "files each on its own, Python and torch included. Floor: each byte read once, one forward pass, the products",
         "of the factorisations.",
         "",
-        "| shape | source GB | --memory | time | of the floor | anonymous GiB | mapped GiB | total GiB | re-planning |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| shape | source GB | windows | --memory | time | of floor | anonymous, mapped, total GiB | re-planning |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         floor = sum(row["floor"].values())
         lines.append(
-            f"| {row['shape']}, {row['blocks']} blocks | {row['source_bytes'] / 1e9:.2f} "
+            f"| {row['shape']}, {row['blocks']} blocks | {row['source_bytes'] / 1e9:.2f} | {row['windows']} "
             f"| {row['memory'] or 'default'} | {row['seconds']:,.0f} s | {row['seconds'] / floor:.2f} x "
-            f"| {row['anonymous'] / 2**30:.2f} | {row['mapped'] / 2**30:.2f} | {row['total'] / 2**30:.2f} "
+            f"| {', '.join(f'{row[kind] / 2**30:.2f}' for kind in ('anonymous', 'mapped', 'total'))} "
             f"| {row['replanning']:.1f} s, {row['replanning'] / row['seconds']:.1%} |"
         )
     lines += ["", "Seconds by stage, and the floor of each:", ""]
@@ -286,6 +287,8 @@ def write_table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"- {row['shape']} {row['memory']} ({row['threads']} threads, {row['machine']}): {stages}; floor: {floors}"
         )
+        if "remark" in row:
+            lines.append(f"  - {row['remark']}")
         if "pair" in row:
             pairs = row["blocks"] * (row["blocks"] - 1) // 2
             stage = row["stages"]["measuring distances"]
