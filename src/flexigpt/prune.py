@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from flexigpt.aligned_source import AlignedSource
+from flexigpt.calibration import check_means
 from flexigpt.checkpoint import check_depth, empty_compact
 from flexigpt.errors import InputError, flag
 from flexigpt.estimate import Estimate, Work, estimate
@@ -188,6 +189,7 @@ def _plan_source(source: str, options: PruneOptions, track: Track) -> tuple[Open
     if options.block_score == REPLACEMENT_SCORE:
         assert isinstance(checked.pruned, int)
         replaced = replace_greedily(opened, checked.source, options, checked.rank, checked.pruned, track)
+        check_means(replaced.perplexities)
         opened.scored.update(replaced.record())
     record = new_record(source, options, _resolved(options, checked)) | opened.scored
     if checked.plan is not None:
