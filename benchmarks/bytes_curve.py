@@ -25,15 +25,7 @@ EXAMPLE = ROOT / "examples" / "novel16"
 RESULTS = Path(__file__).parent / "results"
 DEPTH = 16
 REFIT = ("--refit-kept", "--block-score", "removal-perplexity")
-FIT = (
-    "--adapter-init",
-    "activation",
-    "--norm-init",
-    "fitted",
-    "--refit-kept",
-    "--block-score",
-    "replacement-perplexity",
-)
+FIT = ("--preset", "fitted")
 # Name of a line -> rows: command, blocks pruned, rank of the replicas.
 LINES: dict[str, list[tuple[str, int, int]]] = {
     "plain removal": [("baseline", blocks, 0) for blocks in range(1, 8)],
@@ -98,7 +90,9 @@ def trained_points(name: str) -> list[tuple[float, float]]:
 def write(known: dict[str, dict[str, float]], arguments: argparse.Namespace) -> None:
     """The table and the figure."""
     points = {
-        line: sorted((known[k]["bytes"], known[k]["perplexity"]) for k in map(key, rows) if k in known)
+        line: sorted(
+            (found["bytes"], found["perplexity"]) for row in rows if (found := known.get(key(row, arguments.windows)))
+        )
         for line, rows in LINES.items()
     }
     removal = points["plain removal"]
@@ -116,7 +110,7 @@ def write(known: dict[str, dict[str, float]], arguments: argparse.Namespace) -> 
     ]
     for line, rows in LINES.items():
         for command, blocks, rank in rows:
-            found = known.get(key((command, blocks, rank)))
+            found = known.get(key((command, blocks, rank), arguments.windows))
             if found is None:
                 continue
             rival = interpolated(removal, found["bytes"]) if rank else None
@@ -149,8 +143,8 @@ def draw(points: dict[str, list[tuple[float, float]]], source: float) -> Figure:
     return figure
 
 
-def key(row: tuple[str, int, int]) -> str:
-    return " ".join(map(str, row))
+def key(row: tuple[str, int, int], windows: int) -> str:
+    return f"{' '.join(map(str, row))} {windows}"
 
 
 def main() -> None:
@@ -163,9 +157,10 @@ def main() -> None:
     known: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
 
     def run(row: tuple[str, int, int]) -> None:
-        if key(row) not in known:
-            known[key(row)] = measure(*row, arguments)
-            print(key(row), known[key(row)]["perplexity"], flush=True)
+        name = key(row, arguments.windows)
+        if name not in known:
+            known[name] = measure(*row, arguments)
+            print(name, known[name]["perplexity"], flush=True)
             file.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
     with ThreadPoolExecutor(arguments.workers) as pool:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from conftest import Run
 from families import FAMILIES, NUM_BLOCKS, tiny_model, token_ids
 from flexigpt import InputError, PruneOptions, plan_only, prune
-from flexigpt import activation_distances as activation_module
+from flexigpt import cache as cache_module
 from flexigpt.activation_distances import activation_distances
 from flexigpt.architecture import block_list, find_architecture, weight_matrix
 from flexigpt.cache import Cache
@@ -203,7 +203,7 @@ STEPS = 5 + 2 * 4 * 7  # text goes through blocks 0 to 4; 2 pruned blocks, 4 can
 def test_a_run_that_was_killed_goes_on_to_the_same_distances(
     at: int, tiny_source: Path, settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activation_module, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(cache_module, "_SAVE_SECONDS", 0.0)
 
     def measured(cache: str, track: KillingTrack) -> dict[int, dict[int, float]]:
         options = PruneOptions(blocks=[2, 4], cache=tmp_path / cache, **settings)

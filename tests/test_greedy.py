@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import Run
 from families import tiny_model, token_ids
-from flexigpt import BaselineOptions, InputError, PruneOptions, prune
+from flexigpt import BaselineOptions, InputError, PruneOptions, plan_only, prune
 from flexigpt.baselines import expected, remove_blocks
 from flexigpt.cache import Cache
 from flexigpt.checkpoint import load_model, load_tokenizer
@@ -21,6 +21,7 @@ from flexigpt.fitting import Fits, fit_blocks
 from flexigpt.greedy import remove_greedily
 from flexigpt.initialization import ADAPTER_INITS
 from flexigpt.streaming import Source, StreamedModel
+from test_streaming import Killed, KillingTrack
 
 
 def perplexity_without(model: PreTrainedModel, blocks: list[int], windows: torch.Tensor) -> float:
@@ -175,7 +176,26 @@ def test_a_plan_of_the_fitted_preset_can_be_applied(run: Run, tiny_source: Path,
         *("prune", tiny_source, plan, "--plan-only", "--ratio", 0.4, "--rank", 3, "--preset", "fitted", *calibrated)
     )
     assert code == 0, errors
-    code, _, errors = run(
-        "prune", tiny_source, tmp_path / "out", "--plan", plan / "plan.json", "--preset", "fitted", *calibrated
-    )
-    assert code == 0, errors
+    applied = ("--plan", plan / "plan.json", "--preset", "fitted", *calibrated)
+    at_once = ("--ratio", 0.4, "--rank", 3, "--preset", "fitted", *calibrated)
+    for name, options in (("applied", applied), ("at-once", at_once)):
+        code, _, errors = run("prune", tiny_source, tmp_path / name, *options)
+        assert code == 0, errors
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("applied", "at-once"))
+    assert one == other
+
+
+@pytest.mark.parametrize("dies_at", [3, 8])
+def test_a_killed_choice_of_replicas_comes_to_the_same(
+    tiny_source: Path, text: Path, tmp_path: Path, dies_at: int
+) -> None:
+    """In either step."""
+
+    def settings(cache: str) -> PruneOptions:
+        calibrated = {"calibration": str(text), "window_length": 32, "windows": 4, "rank": 3}
+        return PruneOptions(ratio=0.4, block_score="replacement-perplexity", cache=tmp_path / cache, **calibrated)
+
+    whole, _ = plan_only(str(tiny_source), settings("whole"))
+    with pytest.raises(Killed):
+        plan_only(str(tiny_source), settings("killed"), KillingTrack("replacing blocks", dies_at))
+    assert plan_only(str(tiny_source), settings("killed"))[0] == whole

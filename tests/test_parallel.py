@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from conftest import Run
+from flexigpt.factorization import truncated_svd
 from flexigpt.parallel import in_parallel
 
 
@@ -48,6 +49,19 @@ def test_what_a_task_raises_is_raised(workers: int) -> None:
     assert next(results) == (1, 0)
     with pytest.raises(ZeroDivisionError):
         next(results)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_factors_do_not_depend_on_the_number_of_threads() -> None:
+    """Of weights whose products torch would spread over its threads."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(900, 800, generator=generator) for _ in range(3)]
+    spread = list(in_parallel((partial(truncated_svd, weight, 40) for weight in weights), 2))
+    torch.set_num_threads(1)
+    alone = list(in_parallel((partial(truncated_svd, weight, 40) for weight in weights), 1))
+    assert all(
+        torch.equal(*pair) for one, other in zip(spread, alone, strict=True) for pair in zip(one, other, strict=True)
+    )
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -26,6 +26,7 @@ from flexigpt.plan import Replica as Replica
 from flexigpt.prune import assemble_pruned as assemble_pruned
 from flexigpt.prune import plan_only as plan_only
 from flexigpt.prune import prune as prune
+from flexigpt.prune_options import PRESETS as PRESETS
 from flexigpt.prune_options import PruneOptions as PruneOptions
 from flexigpt.recover import recover as recover
 from flexigpt.recover_options import RecoverOptions as RecoverOptions

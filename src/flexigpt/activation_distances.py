@@ -4,9 +4,9 @@ The distance of a pruned block's linear to a candidate's is the length of what t
 pruned block is given in the source, leaves of its output, by the length of that output.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +21,6 @@ from flexigpt.scoring import Opened, digest
 from flexigpt.selection import BASE_DISTANCES
 
 DISTANCE = "activation"
-_SAVE_SECONDS = 10.0
 
 
 @torch.no_grad()
@@ -118,18 +117,14 @@ class _Measure:
         between = BASE_DISTANCES[DISTANCE].between
         for path in self.linears:
             with self._stage(pruned, path) as stage:
-                known: dict[str, float] = (stage.result or {}) | (stage.note("candidates") or {})
                 own = self.source.weight_matrix(pruned, path).double() @ roots[path]
-                saved = time.monotonic()
-                for j in self.kept:
-                    if str(j) not in known:
-                        other = self.source.weight_matrix(j, path).double() @ roots[path]
-                        known[str(j)] = between(own, other, self.rank).item()
-                        if time.monotonic() - saved > _SAVE_SECONDS:
-                            stage.keep_note("candidates", known)
-                            saved = time.monotonic()
-                    yield
-                self._found[pruned, path] = stage.finish(known)
+
+                def measure(base: int, path: str = path, own: torch.Tensor = own) -> float:
+                    other = self.source.weight_matrix(base, path).double() @ roots[path]
+                    return between(own, other, self.rank).item()
+
+                yield from stage.numbers({str(j): partial(measure, j) for j in self.kept})
+                self._found[pruned, path] = stage.result
 
     def _stage(self, pruned: int, path: str) -> AbstractContextManager[CachedStage]:
         depends = {"block": pruned, "path": path, "rank": self.rank, "windows": self._windows}

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from flexigpt.errors import InputError
 
 CACHE_VARIABLE = "FLEXIGPT_CACHE"
 _DIGITS = 24
+_SAVE_SECONDS = 10.0
 
 
 def default_folder() -> Path:
@@ -102,6 +104,25 @@ class CachedStage:
     def keep_note(self, name: str, data: Any) -> None:
         """Leaves JSON-ready data in the folder, complete or as it was."""
         replace_json(self.folder / f"{name}.json", data)
+
+    def numbers(self, measures: Mapping[str, Callable[[], float]]) -> Iterator[None]:
+        """Measures what no earlier run has, one by one, and yields after each; the result then has them all.
+
+        What was measured is left in the folder every ten seconds, for a run that is killed.
+
+        Args:
+            measures: key -> what measures its number.
+        """
+        known: dict[str, float] = (self.result or {}) | (self.note("numbers") or {})
+        saved = time.monotonic()
+        for key, measure in measures.items():
+            if key not in known:
+                known[key] = measure()
+                if time.monotonic() - saved > _SAVE_SECONDS:
+                    self.keep_note("numbers", known)
+                    saved = time.monotonic()
+            yield
+        self.finish(known)
 
     def tensors(self, name: str, make: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Tensors that a killed run left in the folder, or new ones, left there: views of a file, on the CPU."""

@@ -1,6 +1,5 @@
 """Distances between the blocks of a source: each weight is factored once, then pairs are compared."""
 
-import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import combinations, groupby
@@ -17,7 +16,6 @@ from flexigpt.selection import BASE_DISTANCES, BaseDistance
 from flexigpt.streaming import StreamedModel
 
 _Pair = tuple[int, int]
-_SAVE_SECONDS = 10.0
 
 
 @torch.no_grad()
@@ -27,8 +25,8 @@ def base_distances(
     """Distance of each pruned block to each kept block: the sum over its linears.
 
     Where weights are factored, all pairs of blocks are measured, so that pruning others later costs nothing; elsewhere
-    the pairs that are asked for. Memory holds two weights, or one for each core that factors
-    one, or two blocks' factors of one linear.
+    the pairs that are asked for. Memory holds two weights, or one for each core that factors, or as
+    many pairs of blocks' factors of one linear.
 
     Args:
         source: a source model.
@@ -72,17 +70,12 @@ class _Measure:
 
     def pairs(self, path: str, wanted: Sequence[_Pair], stage: CachedStage) -> Iterator[None]:
         """Compares weights."""
-        known: dict[str, float] = (stage.result or {}) | (stage.note("pairs") or {})
-        saved = time.monotonic()
-        for i, j in wanted:
-            if f"{i} {j}" not in known:
-                one, other = (self.source.weight_matrix(block, path) for block in (i, j))
-                known[f"{i} {j}"] = self.distance.between(one, other, self.rank).item()
-                if time.monotonic() - saved > _SAVE_SECONDS:
-                    stage.keep_note("pairs", known)
-                    saved = time.monotonic()
-            yield
-        stage.finish(known)
+
+        def measure(i: int, j: int) -> float:
+            one, other = (self.source.weight_matrix(block, path) for block in (i, j))
+            return self.distance.between(one, other, self.rank).item()
+
+        yield from stage.numbers({f"{i} {j}": partial(measure, i, j) for i, j in wanted})
 
     def all_pairs(self, path: str, wanted: Sequence[_Pair], stage: CachedStage) -> Iterator[None]:
         """Factors every block's weight, into files, and compares the factors."""

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from flexigpt.aligned_source import AlignedSource
 from flexigpt.cache import CachedStage
 from flexigpt.fitting import Fits, fit_blocks
 from flexigpt.initialization import ADAPTER_INITS, DEFAULT_NORM_INIT, FITTED, ReplicaStart, replica_tensors
@@ -34,6 +35,11 @@ def init_of(options: PruneOptions) -> dict[str, Any]:
     """What decides the replicas' own tensors, besides plan, source and text."""
     settings = {name: getattr(options, name) for name in ("align", "adapter_init", "output_norm", "refit_kept")}
     return settings | {"norm_init": options.norm_start, "seed": options.seed or 0}
+
+
+def source_of_replicas(source: StreamedModel, plan: Plan, options: PruneOptions, stage: CachedStage) -> StreamedModel:
+    """The source itself, or with its pruned blocks aligned to their bases; the stage keeps those."""
+    return AlignedSource(source, plan, stage) if options.align else source
 
 
 def fill(assembly: Assembly, work: Filling, options: PruneOptions, track: Track) -> None:

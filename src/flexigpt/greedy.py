@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from flexigpt.cache import Cache
 from flexigpt.calibration import Stream, calibration_batches, finished_blocks
+from flexigpt.half_precision import fast_half
+from flexigpt.losses import token_loss
 from flexigpt.progress import Track, silent
 from flexigpt.streaming import StreamedModel
 
@@ -100,25 +102,23 @@ def remove_greedily(
 
 
 @torch.no_grad()
-def windows_perplexity(model: StreamedModel, stream: Stream, batches: Sequence[torch.Tensor]) -> float:
-    """Of the batches that the stream began with and has taken past all blocks; each token but a window's first.
+def windows_perplexity(model: PreTrainedModel, batches: Sequence[torch.Tensor]) -> float:
+    """Perplexity of each token of windows but the first.
 
     Args:
-        model: a source or compact model.
-        stream: behind the last block.
+        model: in eval mode, whole or within `finished_blocks`.
         batches: (windows, tokens) ids each.
 
     Returns:
         NaN where logits are not finite.
     """
     total, tokens = 0.0, 0
-    with finished_blocks(model, stream):
-        for batch in batches:
-            targets = batch[:, 1:].to(model.device)
-            logits = model.model(input_ids=batch.to(model.device), use_cache=False).logits[:, :-1]
-            for row, wanted in zip(logits, targets, strict=True):
-                total += F.cross_entropy(row.float(), wanted, reduction="sum").item()
-            tokens += targets.numel()
+    for batch in batches:
+        targets = batch[:, 1:].to(model.device).flatten()
+        with fast_half(model):
+            logits = model(input_ids=batch.to(model.device), use_cache=False).logits[:, :-1]
+        total += token_loss(logits.flatten(0, 1), targets).cross_entropy.item()
+        tokens += len(targets)
     return math.exp(min(total / tokens, 700.0)) if math.isfinite(total) else math.nan
 
 
@@ -150,4 +150,5 @@ class _Step:
 
     def perplexity(self, block: int) -> float:
         """Without that block."""
-        return windows_perplexity(self._source, self.without[block], self._batches)
+        with finished_blocks(self._source, self.without[block]):
+            return windows_perplexity(self._source.model, self._batches)

@@ -1,17 +1,17 @@
 """Pruning: source model -> plan -> compact model."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from flexigpt.aligned_source import AlignedSource
 from flexigpt.calibration import check_means
 from flexigpt.checkpoint import check_depth, empty_compact
 from flexigpt.errors import InputError, flag
 from flexigpt.estimate import Estimate, Work, estimate
-from flexigpt.filling import Filling, fill, init_of
+from flexigpt.filling import Filling, fill, init_of, source_of_replicas
 from flexigpt.initialization import adapter_spectra, default_rank
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
 from flexigpt.plan import ModelShape, Plan
@@ -86,7 +86,7 @@ def assemble_pruned(
     assembly = Assembly(empty, opened.source, taken)
     depends = {"plan": plan.to_dict(), "init": init_of(options), "windows": digest(opened.windows)}
     with opened.cache.stage("replicas", **depends) as stage:
-        blocks = AlignedSource(opened.source, plan, stage) if options.align else opened.source
+        blocks = source_of_replicas(opened.source, plan, options, stage)
         fill(assembly, Filling(plan, blocks, opened.windows, stage), options, timed)
         record["adapter_spectra"] = adapter_spectra(assembly, blocks, plan)
         record |= measure_both(
@@ -190,7 +190,7 @@ def _plan_source(source: str, options: PruneOptions, track: Track) -> tuple[Open
         assert isinstance(checked.pruned, int)
         replaced = replace_greedily(opened, checked.source, options, checked.rank, checked.pruned, track)
         check_means(replaced.perplexities)
-        opened.scored.update(replaced.record())
+        opened = dataclasses.replace(opened, scored=opened.scored | replaced.record())
     record = new_record(source, options, _resolved(options, checked)) | opened.scored
     if checked.plan is not None:
         return opened, checked, checked.plan, record

@@ -2,15 +2,16 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from flexigpt.activation_distances import activation_distances
-from flexigpt.calibration import Stream, calibration_batches
+from flexigpt.calibration import calibration_batches, run_through
 from flexigpt.checkpoint import empty_compact
 from flexigpt.distances import base_distances
 from flexigpt.errors import InputError
-from flexigpt.filling import Filling, fill, init_of
+from flexigpt.filling import Filling, fill, init_of, source_of_replicas
 from flexigpt.greedy import MOST_WINDOWS, GreedyChoice, choose_greedily, windows_perplexity
 from flexigpt.progress import Track, silent
 from flexigpt.prune_options import PruneOptions
@@ -68,16 +69,13 @@ def replace_greedily(
     told = iter(track(range(candidates), "replacing blocks", candidates))
 
     def step(chosen: list[int]) -> dict[int, float]:
+        others = sorted(set(range(len(opened.source))) - set(chosen))
         with opened.cache.stage("replacement", chosen=sorted(chosen), **depends) as stage:
-            found: dict[str, float] = stage.result or stage.note("found") or {}
-            for block in sorted(set(range(len(opened.source))) - set(chosen)):
-                if str(block) not in found:
-                    found[str(block)] = judge.perplexity(sorted([*chosen, block]))
-                    stage.keep_note("found", found)
+            for _ in stage.numbers(
+                {str(block): partial(judge.perplexity, sorted([*chosen, block])) for block in others}
+            ):
                 next(told)
-            if stage.result is None:
-                stage.finish(found)
-        return {int(block): value for block, value in found.items()}
+            return {int(block): value for block, value in stage.result.items()}
 
     choice = choose_greedily(len(opened.source), count, step)
     list(told)
@@ -108,13 +106,11 @@ class _Judge:
         assembly = Assembly(empty, source, taken)
         depends = {"plan": plan.to_dict(), "init": init_of(self._options), "windows": digest(self._fitted)}
         with cache.stage("candidate", **depends) as stage:
-            fill(assembly, Filling(plan, source, self._fitted, stage), self._options, silent)
+            blocks = source_of_replicas(source, plan, self._options, stage)
+            fill(assembly, Filling(plan, blocks, self._fitted, stage), self._options, silent)
             batches = calibration_batches(self._held)
             spill = cache.folder if self._checked.needs_file(self._held.numel()) else None
-            stream = Stream(assembly.model, batches, spill)
-            for index in range(len(assembly)):
-                with assembly.block(index) as block:
-                    stream.advance(block, index)
-            found = windows_perplexity(assembly, stream, batches)
+            with run_through(assembly, batches, "judging", spill):
+                found = windows_perplexity(assembly.model, batches)
             stage.discard()
         return found
