@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from flexigpt.checkpoint import plan_of
 from flexigpt.configuration_flexigpt import FlexiGPTConfig
+from flexigpt.greedy import MOST_WINDOWS
 from flexigpt.plan import Plan, Replica
 from flexigpt.record import Record, find_in
 
@@ -157,7 +158,10 @@ def notes(record: Record) -> list[str]:
         text, (windows, length) = calibration["text"], calibration["windows"]
         short = calibration["asked"] - windows
         fewer = f"; the text is {short} windows short of the {windows + short} asked for" if short else ""
-        lines.append(f"{find_in(record, 'block_score')} on {windows} windows of {length} tokens of {text}{fewer}")
+        judging = f"the first {MOST_WINDOWS} of " if windows > MOST_WINDOWS and find_in(record, "pruning_order") else ""
+        lines.append(
+            f"{find_in(record, 'block_score')} on {judging}{windows} windows of {length} tokens of {text}{fewer}"
+        )
     if "recovery" in record:
         recovery = record["recovery"]
         lines.append(
