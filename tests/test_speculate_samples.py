@@ -48,7 +48,7 @@ class Tables:
     20,000 samples of a real model's would take minutes; what is tested here is what is done with the logits.
     """
 
-    num_blocks, num_skipped, entry = NUM_BLOCKS, 3, 1
+    num_blocks, num_skipped, entry, head_cost = NUM_BLOCKS, 3, 1, 0.5
 
     def __init__(self, model: Any, depth: int) -> None:
         self.work, self.seen = Work(), tuple(CONTEXT[0, :-1].tolist())
@@ -197,21 +197,22 @@ def test_a_token_that_was_looked_up_is_judged_by_the_same_rule() -> None:
 
 def test_expected_speedup_is_that_of_simulated_rounds() -> None:
     """Rounds played token by token, and block by block."""
-    chance, depth, replicas, row_cost = random.Random(0), 12, frozenset((5, 7, 8, 9)), 0.1
+    chance, depth, replicas, row_cost, head = random.Random(0), 12, frozenset((5, 7, 8, 9)), 0.1, 1.5
     for acceptance, length in ((0.9, 4), (0.6, 1), (0.6, 3), (0.3, 0), (1.0, 5)):
         cost = tokens = 0.0
         for _ in range(20_000):
             for _ in range(length):
-                cost += sum(1 for block in range(depth) if block not in replicas)
+                cost += sum(1 for block in range(depth) if block not in replicas) + head
             for block in range(depth):
                 rows = length + 1 if block >= 5 else 1
                 cost += 1 + row_cost * (rows - 1)
+            cost += head * (1 + row_cost * length)
             accepted = 0
             while accepted < length and chance.random() < acceptance:
                 accepted += 1
             tokens += accepted + 1
-        expected = expected_speedup(acceptance, length, depth, len(replicas), min(replicas), row_cost)
-        assert tokens / (cost / depth) == pytest.approx(expected, rel=0.01)
+        expected = expected_speedup(acceptance, length, depth, len(replicas), min(replicas), row_cost, head)
+        assert tokens / (cost / (depth + head)) == pytest.approx(expected, rel=0.01)
 
 
 def test_the_draft_length_follows_the_acceptance() -> None:

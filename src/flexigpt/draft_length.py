@@ -18,6 +18,7 @@ def expected_speedup(
     num_skipped: int,
     first_skipped: int,
     row_cost: float = 0.0,
+    head_cost: float = 0.0,
 ) -> float:
     """Tokens per cost of speculative decoding over those of plain decoding.
 
@@ -26,11 +27,12 @@ def expected_speedup(
 
     - k draft steps of L - n blocks. The f blocks before the first skipped one compute in them what the target needs;
     - f blocks for the last drafted token, so that the target can add a token after it;
-    - one pass over the other L - f blocks for k + 1 tokens: (L - f) (1 + c k).
+    - one pass over the other L - f blocks for k + 1 tokens: (L - f) (1 + c k);
+    - the output head h for each of those steps, and for that pass h (1 + c k).
 
-    Plain decoding takes L for one token. Where weights are what decoding waits for (c = 0) the costs add up to
-    k (L - n) + L, whatever f is: sharing the first blocks then saves cache and prompt, but no pass over a block. Where
-    tokens cost (c > 0), it saves f c k.
+    Plain decoding takes L + h for one token. Where weights are what decoding waits for (c = 0) the costs add up to
+    k (L - n + h) + L + h, whatever f is: sharing the first blocks then saves cache and prompt, but no pass over a
+    block. Where tokens cost (c > 0), it saves f c k.
 
     Args:
         acceptance: a, in [0, 1].
@@ -39,11 +41,12 @@ def expected_speedup(
         num_skipped: n, blocks that the draft skips (the replicas, and others asked for).
         first_skipped: f, the first of them.
         row_cost: c, what each token after the first adds to a pass over a block, in such passes.
+        head_cost: h, the output head's cost in blocks' costs. Large vocabularies make it as much as several blocks.
     """
     tokens = sum(acceptance**accepted for accepted in range(draft_length + 1))
-    drafting = draft_length * (num_blocks - num_skipped) + first_skipped
-    verifying = (num_blocks - first_skipped) * (1 + row_cost * draft_length)
-    return tokens * num_blocks / (drafting + verifying)
+    drafting = draft_length * (num_blocks - num_skipped + head_cost) + first_skipped
+    verifying = (num_blocks - first_skipped + head_cost) * (1 + row_cost * draft_length)
+    return tokens * (num_blocks + head_cost) / (drafting + verifying)
 
 
 class DraftLength:

@@ -173,6 +173,7 @@ class Speculation:
             num_skipped=decoder.num_skipped,
             first_skipped=decoder.entry,
             row_cost=_ROW_COST,
+            head_cost=decoder.head_cost,
         )
         self._lengths = DraftLength(options.draft_length, speedup)
 

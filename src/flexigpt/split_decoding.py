@@ -47,6 +47,7 @@ class SplitDecoder:
 
     Attributes:
         entry: the first skipped block.
+        head_cost: the output head's weights over those of a kept block.
         work: counts what blocks do.
 
     Raises:
@@ -65,6 +66,7 @@ class SplitDecoder:
         self.num_blocks, self.num_skipped, self.entry = len(self._blocks), len(skipped), min(skipped)
         self._draft_blocks = frozenset(range(self.num_blocks)) - skipped
         self._model: Any = model
+        self.head_cost = head_cost(model)
         self._mask, self._positions = mask, positions
         _check_cache(cache)
         self._cache = cache
@@ -227,6 +229,14 @@ class SplitDecoder:
         self.keep(length)
         for layer in self._rollback:
             layer.record_past = False
+
+
+def head_cost(model: PreTrainedModel) -> float:
+    """The output head's weights over those of a kept block."""
+    layout = layout_of(model)
+    head: Any = model.get_output_embeddings()
+    weights = sum(parameter.numel() for parameter in layout.blocks[min(layout.kept)].parameters())
+    return float(head.weight.numel() / weights)
 
 
 def _check_cache(cache: Any) -> None:
