@@ -9,6 +9,7 @@ import torch
 from transformers import (
     DynamicCache,
     MaxTimeCriteria,
+    StaticCache,
     StoppingCriteriaList,
     StopStringCriteria,
     TextStreamer,
@@ -66,6 +67,35 @@ def test_greedy_output_is_plain_decodings(family: str) -> None:
         accepted, rejected = accepted + seen.accepted, rejected + seen.drafted - seen.accepted
     assert accepted > 0
     assert rejected > 0
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "opt-norm-before", "gpt_neox", "gpt2"])
+def test_a_static_cache_gives_the_same_and_is_left_as_plain_decoding_leaves_it(family: str) -> None:
+    for number, bases in enumerate(PLANS):
+        model, ids = compact(family, bases), token_ids(1, PROMPT, seed=number)
+        caches = [StaticCache(config=model.config.get_text_config(), max_cache_len=PROMPT + NEW) for _ in range(2)]
+        expected = plain(model, ids, past_key_values=caches[0])
+        assert torch.equal(speculative(model, ids, number + 1, past_key_values=caches[1]), expected), bases
+        used = PROMPT + NEW - 1
+        for one, other in zip(*(cache.layers for cache in caches), strict=True):
+            assert int(one.get_seq_length()) == int(other.get_seq_length()) == used
+            torch.testing.assert_close(one.keys[:, :, :used], other.keys[:, :, :used])
+    given = {"cache_implementation": "static"}
+    assert torch.equal(speculative(model, ids, None, **given), plain(model, ids, **given))
+
+
+def test_compiled_blocks_draft_and_verify_in_one_graph_each() -> None:
+    """fullgraph=True raises where a graph would break."""
+    model, ids = compact("llama-gqa", {2: 1}), token_ids(1, PROMPT)
+    expected = plain(model, ids, max_new_tokens=8)
+    for block in model.block_list:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True, backend="eager")
+    seen = SpeculateStatistics()
+    with torch._dynamo.config.patch(recompile_limit=64):  # blocks share their code, and each has some forms
+        assert torch.equal(
+            speculative(model, ids, 2, max_new_tokens=8, cache_implementation="static", statistics=seen), expected
+        )
+    assert seen.accepted > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -209,7 +239,7 @@ def test_an_exception_leaves_the_model_as_it_was() -> None:
         ({"return_dict_in_generate": True}, "does not go with return_dict_in_generate=True"),
         ({"prompt_lookup_num_tokens": 3}, "does not go with prompt_lookup_num_tokens=3"),
         ({"guidance_scale": 1.5}, "does not go with guidance_scale=1.5"),
-        ({"cache_implementation": "static"}, "cannot with StaticCache"),
+        ({"cache_implementation": "offloaded_static"}, "cannot with StaticCache as set up here"),
         ({"cache_implementation": "offloaded"}, "cannot with DynamicCache as set up here"),
         ({"use_cache": False}, "cannot with no cache"),
         ({"inputs_embeds": torch.zeros(1, PROMPT, 32)}, "leave inputs_embeds out"),
@@ -233,6 +263,8 @@ def test_several_sequences_a_used_cache_and_a_model_without_draft_are_refused() 
     model(ids[:1, :4], past_key_values=cache)
     with pytest.raises(InputError, match="holds tokens that the draft has not seen"):
         speculative(model, ids[:1], past_key_values=cache)
+    with pytest.raises(InputError, match="cannot take back tokens of a StaticSlidingWindowLayer"):
+        speculative(compact("gemma2", {2: 1}), ids[:1], cache_implementation="static")
     with pytest.raises(InputError, match="no replicas to skip"):
         speculative(tiny_model("llama"), ids[:1])
     with pytest.raises(InputError, match="--draft-length 0 is too small"):

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from flexigpt.architecture import find_architecture, replaced_forwards
 from flexigpt.errors import InputError
@@ -213,8 +213,8 @@ class SplitDecoder:
             (own[entry:], self.target_length),
             (self._own_layers, self.draft_length),
         ):
-            for layer in layers:  # 0, too: it lets go of what lies before a sliding window
-                layer.crop(-max(its - length, 0))
+            for layer in layers:
+                _drop(layer, max(its - length, 0))
         dropped = self.length - length
         self.length, self.target_length, self.draft_length = (
             min(its, length) for its in (self.length, self.target_length, self.draft_length)
@@ -240,14 +240,14 @@ def head_cost(model: PreTrainedModel) -> float:
 
 
 def _check_cache(cache: Any) -> None:
-    if type(cache) is not DynamicCache or cache.offloading:
+    if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
         kind = type(cache).__name__ if cache is not None else "no cache"
         raise InputError(
             f"speculative decoding takes back rejected tokens, which it cannot with {kind} as set up here: leave out "
             "past_key_values, cache_implementation and use_cache"
         )
     for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer):
             raise InputError(
                 f"speculative decoding cannot take back tokens of a {type(layer).__name__}: decode without it"
             )
@@ -257,8 +257,19 @@ def _check_cache(cache: Any) -> None:
         )
 
 
-def _fresh(layer: DynamicLayer) -> DynamicLayer:
+def _fresh(layer: Any) -> Any:
     """An empty layer of the same kind."""
     if isinstance(layer, DynamicSlidingWindowLayer):
         return DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+    if isinstance(layer, StaticLayer):
+        return StaticLayer(max_cache_len=layer.max_cache_len)
     return type(layer)()
+
+
+def _drop(layer: Any, tokens: int) -> None:
+    """Takes the last tokens back. With 0, too: a layer then lets go of what lies before its sliding window."""
+    if isinstance(layer, StaticLayer):
+        # What is left beyond the length is masked, until it is written over.
+        layer.cumulative_length.sub_(tokens)
+    else:
+        layer.crop(-tokens)
