@@ -73,7 +73,9 @@ class Row:
 
 PRUNE = ("prune", "--ratio", "RATIO")
 REMOVE = ("baseline", "--ratio", "RATIO")
-FITTED = ("--adapter-init", "activation", "--norm-init", "fitted", "--refit-kept", "--windows", "256")
+ACTIVATION = ("--adapter-init", "activation", "--refit-kept", "--windows", "256")
+FITTED = (*ACTIVATION, "--no-output-norm", "--base-scale")
+FITTED_NORMS = (*ACTIVATION, "--norm-init", "fitted")
 REFITTED = ("--refit-kept", "--windows", "256")
 BY_REPLACEMENT = ("--block-score", "replacement-perplexity")
 BY_REMOVAL = ("--block-score", "removal-perplexity")
@@ -105,6 +107,11 @@ PRUNING = {
     ),
     "fitted-distilled": Row(
         label="fitted, + LoRA on kept blocks + distillation", start=PRUNE + FITTED + BY_REPLACEMENT, train=TEACH
+    ),
+    "fitted-norms-distilled": Row(
+        label="fitted, output norms in the place of base scales, + LoRA on kept blocks + distillation",
+        start=PRUNE + FITTED_NORMS + BY_REPLACEMENT,
+        train=TEACH,
     ),
     "removal-refitted-distilled": Row(
         label="plain removal by perplexity, refitted, + LoRA + distillation",

@@ -87,7 +87,7 @@ class Problem:
 
 def test_at_full_rank_the_fit_is_that_of_least_squares() -> None:
     problem = Problem()
-    a, b = low_rank_fit(problem.pruned, problem.base, problem.moments, OUTPUTS)
+    a, b, _ = low_rank_fit(problem.pruned, problem.base, problem.moments, OUTPUTS)
     expected = np.linalg.lstsq(problem.rows.numpy(), problem.wished.numpy(), rcond=None)[0].T
     np.testing.assert_allclose(problem.base + b @ a, expected, rtol=1e-8, atol=1e-8)
 
@@ -95,7 +95,7 @@ def test_at_full_rank_the_fit_is_that_of_least_squares() -> None:
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_no_alternating_least_squares_finds_a_better_adapter(rank: int) -> None:
     problem = Problem()
-    a, b = low_rank_fit(problem.pruned, problem.base, problem.moments, rank)
+    a, b, _ = low_rank_fit(problem.pruned, problem.base, problem.moments, rank)
     ours = problem.loss(problem.base + b @ a)
     left = problem.wished - problem.rows @ problem.base.T
     best = float("inf")
@@ -113,7 +113,7 @@ def test_no_alternating_least_squares_finds_a_better_adapter(rank: int) -> None:
 def test_inputs_that_never_vary_leave_the_adapter_of_the_weights() -> None:
     """Text that shows nothing: the SVD of the difference."""
     pruned, base = torch.randn(5, 7).double(), torch.randn(5, 7).double()
-    a, b = low_rank_fit(pruned, base, Moments(torch.zeros(7, 7).double(), torch.zeros(5, 7).double()), 2)
+    a, b, _ = low_rank_fit(pruned, base, Moments(torch.zeros(7, 7).double(), torch.zeros(5, 7).double()), 2)
     left, values, right = torch.linalg.svd(pruned - base, full_matrices=False)
     torch.testing.assert_close(b @ a, (left[:, :2] * values[:2]) @ right[:2])
 

@@ -30,6 +30,8 @@ def count_parts(model: PreTrainedModel) -> dict[str, int]:
                 part = "kept blocks, linears" if path in weights else "kept blocks, norms and biases"
             elif path.endswith((".adapter_A", ".adapter_B")):
                 part = "replicas, adapters"
+            elif path.endswith(".base_scale"):
+                part = "replicas, base scales"
             elif path.endswith(".output_norm.weight"):
                 part = "replicas, output norms"
             else:

@@ -284,7 +284,7 @@ def weight_matrix(linear: nn.Module) -> torch.Tensor:
     return weight.T if isinstance(linear, Conv1D) else weight
 
 
-def model_shape(model: PreTrainedModel, output_norm: bool = True) -> ModelShape:
+def model_shape(model: PreTrainedModel, output_norm: bool = True, base_scale: bool = False) -> ModelShape:
     """The sizes that accounting needs, read off a source model; the meta device will do."""
     architecture = find_architecture(model.config)
     block = block_list(model)[0]
@@ -294,4 +294,5 @@ def model_shape(model: PreTrainedModel, output_norm: bool = True) -> ModelShape:
         linears={path: linear_size(block.get_submodule(path)) for path in architecture.linears},
         hidden_size=model.config.hidden_size,
         num_output_norms=len(architecture.output_norms) if output_norm else 0,
+        base_scale=base_scale,
     )

@@ -183,7 +183,9 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         raise InputError(f"the tokenizer of {model} cannot be opened: {one_line(error)}") from error
 
 
-def compact_config(config: PreTrainedConfig, plan: Plan, output_norm: bool = True) -> FlexiGPTConfig:
+def compact_config(
+    config: PreTrainedConfig, plan: Plan, output_norm: bool = True, base_scale: bool = False
+) -> FlexiGPTConfig:
     """The configuration of the compact model that a plan makes of a source.
 
     Raises:
@@ -197,6 +199,7 @@ def compact_config(config: PreTrainedConfig, plan: Plan, output_norm: bool = Tru
         blocks=architecture.blocks,
         linears=list(architecture.linears),
         output_norms=list(architecture.output_norms) if output_norm else [],
+        base_scale=base_scale,
         dtype=config.dtype,
     )
 
@@ -268,7 +271,11 @@ def names_of_blocks(source: PreTrainedModel, source_blocks: Sequence[int]) -> di
 
 
 def empty_compact(
-    source: PreTrainedModel, plan: Plan, output_norm: bool = True, source_blocks: Sequence[int] | None = None
+    source: PreTrainedModel,
+    plan: Plan,
+    output_norm: bool = True,
+    source_blocks: Sequence[int] | None = None,
+    base_scale: bool = False,
 ) -> tuple[FlexiGPTForCausalLM, dict[str, str]]:
     """The compact model of a source, its parameters on the meta device, and which of the source's tensors it takes.
 
@@ -277,6 +284,7 @@ def empty_compact(
         plan: the plan of the compact model.
         output_norm: whether its replicas have output norms.
         source_blocks: the source's block behind each logical block; None: the same numbering.
+        base_scale: whether each linear of a replica scales its base's output.
 
     Returns:
         The model, and name in it -> name in the source, buffers included; what is missing is the replicas' own.
@@ -285,7 +293,7 @@ def empty_compact(
     text_config = config_with_blocks(source.config, origins)
     text_config._name_or_path = ""  # where the source lay when it was pruned; the record says so
     text_config.dtype = source.dtype
-    model = cast(FlexiGPTForCausalLM, empty_model(compact_config(text_config, plan, output_norm)))
+    model = cast(FlexiGPTForCausalLM, empty_model(compact_config(text_config, plan, output_norm, base_scale)))
     known = all_tensors(model).keys()
     taken = {}
     for name, origin in names_of_blocks(source, origins).items():
@@ -298,13 +306,17 @@ def empty_compact(
 
 
 def compact_of(
-    source: PreTrainedModel, plan: Plan, output_norm: bool = True, source_blocks: Sequence[int] | None = None
+    source: PreTrainedModel,
+    plan: Plan,
+    output_norm: bool = True,
+    source_blocks: Sequence[int] | None = None,
+    base_scale: bool = False,
 ) -> FlexiGPTForCausalLM:
     """The compact model that shares the tensors of a source in memory; what is the replicas' own is on the meta device.
 
     Arguments are those of `empty_compact`.
     """
-    model, taken = empty_compact(source, plan, output_norm, source_blocks)
+    model, taken = empty_compact(source, plan, output_norm, source_blocks, base_scale)
     there = all_tensors(source)
     tensors: dict[str, torch.Tensor] = {}
     used: set[str] = set()

@@ -4,7 +4,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-FORMAT_VERSION = 1
+# The newest that is read. Version 2 has base scales; what has none is written as version 1.
+FORMAT_VERSION = 2
 
 
 class FlexiGPTConfig(PreTrainedConfig):
@@ -17,6 +18,7 @@ class FlexiGPTConfig(PreTrainedConfig):
         linears: paths of a block's linears, within the block.
         output_norms: paths within the block of the modules whose output an output norm normalises: the last ones of
             attention and MLP before the residual addition. Empty for replicas without output norms.
+        base_scale: whether each linear of a replica scales its base's output by a number of its own.
         output_norm_eps: added to the variance under the root.
         format_version: version of the checkpoint format.
 
@@ -53,9 +55,11 @@ class FlexiGPTConfig(PreTrainedConfig):
         linears: list[str] | None = None,
         output_norms: list[str] | None = None,
         output_norm_eps: float = 1e-6,
-        format_version: int = FORMAT_VERSION,
+        base_scale: bool = False,
+        format_version: int | None = None,
         **kwargs: Any,
     ) -> None:
+        format_version = 1 + base_scale if format_version is None else format_version
         if format_version > FORMAT_VERSION:
             raise ValueError(
                 f"this compact model has format version {format_version}, this flexigpt reads versions up to "
@@ -69,6 +73,7 @@ class FlexiGPTConfig(PreTrainedConfig):
         self.linears = list(linears or [])
         self.output_norms = list(output_norms or [])
         self.output_norm_eps = output_norm_eps
+        self.base_scale = base_scale
         self.format_version = format_version
         kwargs["tie_word_embeddings"] = bool(getattr(text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)

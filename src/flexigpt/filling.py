@@ -33,7 +33,9 @@ class Filling(NamedTuple):
 
 def init_of(options: PruneOptions) -> dict[str, Any]:
     """What decides the replicas' own tensors, besides plan, source and text."""
-    settings = {name: getattr(options, name) for name in ("align", "adapter_init", "output_norm", "refit_kept")}
+    settings = {
+        name: getattr(options, name) for name in ("align", "adapter_init", "output_norm", "base_scale", "refit_kept")
+    }
     return settings | {"norm_init": options.norm_start, "seed": options.seed or 0}
 
 

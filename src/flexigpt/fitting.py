@@ -22,11 +22,11 @@ from flexigpt.checkpoint import plan_of
 from flexigpt.hidden_states import HiddenStates
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM, NormedOutput, SharedLinear
 from flexigpt.progress import Track, silent
-from flexigpt.regression import Moments, RunningSum, ridge_fit
+from flexigpt.regression import FittedAdapter, Moments, RunningSum, ridge_fit
 from flexigpt.streaming import StreamedModel, exchange_parameters
 
-# W_i, W_j, moments, rank -> A (rank, inputs), B (outputs, rank).
-AdapterFit = Callable[[torch.Tensor, torch.Tensor, Moments, int], tuple[torch.Tensor, torch.Tensor]]
+# W_i, W_j, moments, rank, whether the base is scaled -> what is fitted.
+AdapterFit = Callable[[torch.Tensor, torch.Tensor, Moments, int, bool], FittedAdapter]
 # How far a block may be from adding its sublayers' outputs to its input, and still count as doing so.
 _ADDITIVE_TOLERANCE = 0.02
 
@@ -224,11 +224,22 @@ class _BlockFit:
         inputs, targets = self._moments(paths[0], writer if writer in self._writers else None)
         for path in paths:
             shared = cast(SharedLinear, self._block.get_submodule(path))
-            pruned = weight_matrix(self._own.get_submodule(path.removesuffix(".inner"))).double()
+            pruned = weight_matrix(self._own_linear(path)).double()
             moments = Moments(inputs, pruned @ inputs if targets is None else targets)
-            adapter = fit(pruned, weight_matrix(shared.base), moments, len(shared.adapter_A))
-            for name, values in zip(("adapter_A", "adapter_B"), adapter, strict=True):
-                self._set(f"{path}.{name}", values)
+            scaled = shared.base_scale is not None
+            adapter = fit(pruned, weight_matrix(shared.base), moments, len(shared.adapter_A), scaled)
+            self._set(f"{path}.adapter_A", adapter.down)
+            self._set(f"{path}.adapter_B", adapter.up)
+            if scaled:
+                self._set(f"{path}.base_scale", adapter.scale)
+            if scaled and shared.bias_difference is not None:
+                own, base = (
+                    cast(torch.Tensor, module.bias).double() for module in (self._own_linear(path), shared.base)
+                )
+                self._set(f"{path}.bias_difference", own - adapter.scale.to(base) * base)
+
+    def _own_linear(self, path: str) -> nn.Module:
+        return self._own.get_submodule(path.removesuffix(".inner"))
 
     def refit(self, path: str) -> None:
         """A kept block's linear that writes to the residual stream."""

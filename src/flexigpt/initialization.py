@@ -17,7 +17,7 @@ from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM, NormedOutput, Shared
 from flexigpt.parallel import in_parallel, workers_of
 from flexigpt.plan import Plan, Replica
 from flexigpt.progress import Track, silent
-from flexigpt.regression import low_rank_fit
+from flexigpt.regression import least_squares_scale, low_rank_fit
 from flexigpt.streaming import StreamedModel, exchange_parameters
 
 # The paper's rank 256 at LLaMA-2 7B's hidden size 4096.
@@ -59,16 +59,18 @@ class AdapterInit(NamedTuple):
 
     Attributes:
         start: (W_i, W_j, rank, random generator) -> A (rank, inputs), B (outputs, rank).
+        scales: whether a base's scale starts at least squares of W_i on W_j, which `start` is then given scaled.
         fit: of calibration text, which then follows; None: the start stands.
     """
 
     start: AdapterStart
+    scales: bool = False
     fit: AdapterFit | None = None
 
 
 ADAPTER_INITS: dict[str, AdapterInit] = {
     # The method (eq. 7-8).
-    "svd": AdapterInit(svd_adapter),
+    "svd": AdapterInit(svd_adapter, scales=True),
     # Table 4, without SVD initialisation; and where blocks are repeated.
     "zero": AdapterInit(zero_adapter),
     # Least squares on what goes through the replica, instead of on weights.
@@ -165,27 +167,36 @@ def replica_tensors(
     """
     own, base = (i if source_blocks is None else source_blocks[i] for i in (replica.block, replica.base))
     generator = torch.Generator().manual_seed((start.seed + replica.block * _SEED_STEP) % 2**63)
-    init = ADAPTER_INITS[start.adapter_init].start
+    init, scales, _ = ADAPTER_INITS[start.adapter_init]
     like = next(source.model.get_input_embeddings().parameters())
 
-    def adapter(linear: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def filled(path: str, shared: SharedLinear, seed: int) -> dict[str, torch.Tensor]:
+        linear = path.removesuffix(".inner")
         pruned, kept = (source.weight_matrix(i, linear) for i in (own, base))
-        left, right = init(pruned, kept, replica.rank, torch.Generator().manual_seed(seed))
-        return _like(left, like), _like(right, like)
+        scale = torch.ones(1, dtype=torch.float64)
+        if scales and shared.base_scale is not None:
+            # As it will be stored: the adapter mends what its rounding leaves.
+            scale = _like(least_squares_scale(pruned, kept), like).double().cpu()
+        scaled = kept if shared.base_scale is None else kept.double() * scale.to(kept.device)
+        left, right = init(pruned, scaled, replica.rank, torch.Generator().manual_seed(seed))
+        found = {"adapter_A": _like(left, like), "adapter_B": _like(right, like)}
+        if shared.base_scale is not None:
+            found["base_scale"] = _like(scale, like)
+        if shared.bias_difference is not None:
+            biases = [source.parameter(i, f"{linear}.bias") for i in (own, base)]
+            found["bias_difference"] = biases[0] - (
+                biases[1] if shared.base_scale is None else scale.to(biases[1]) * biases[1]
+            )
+        return {f"{path}.{name}": values for name, values in found.items()}
 
     tensors: dict[str, torch.Tensor] = {}
-    shared = [path for path, module in block.named_modules() if isinstance(module, SharedLinear)]
+    shared = [(path, module) for path, module in block.named_modules() if isinstance(module, SharedLinear)]
     seeds = torch.randint(2**62, (len(shared),), generator=generator).tolist()
-    tasks = [partial(adapter, path.removesuffix(".inner"), seed) for path, seed in zip(shared, seeds, strict=True)]
-    for path, factors in zip(shared, in_parallel(tasks, workers_of(source.device)), strict=True):
-        tensors |= {f"{path}.{name}": values for name, values in zip(("adapter_A", "adapter_B"), factors, strict=True)}
+    tasks = [partial(filled, path, module, seed) for (path, module), seed in zip(shared, seeds, strict=True)]
+    for found in in_parallel(tasks, workers_of(source.device)):
+        tensors |= found
     for path, module in block.named_modules():
-        if isinstance(module, SharedLinear):
-            linear = path.removesuffix(".inner")
-            if module.bias_difference is not None:
-                biases = [source.parameter(i, f"{linear}.bias") for i in (own, base)]
-                tensors[f"{path}.bias_difference"] = biases[0] - biases[1]
-        elif isinstance(module, NormedOutput):
+        if isinstance(module, NormedOutput):
             shape = module.output_norm.normalized_shape
             tensors[f"{path}.output_norm.weight"] = _like(torch.full(shape, start.norm_init), like)
     return tensors
@@ -202,11 +213,14 @@ def adapter_spectra(model: StreamedModel, source: StreamedModel, plan: Plan) -> 
     """
     spectra: dict[int, dict[str, Spectrum]] = {replica.block: {} for replica in plan.replicas}
     for replica in plan.replicas:
-        for path, module in model.blocks[replica.block].named_modules():
+        for full, module in model.blocks[replica.block].named_modules():
             if isinstance(module, SharedLinear):
-                adapter = [model.parameter(replica.block, f"{path}.{name}") for name in ("adapter_A", "adapter_B")]
-                path = path.removesuffix(".inner")
+                adapter = [model.parameter(replica.block, f"{full}.{name}") for name in ("adapter_A", "adapter_B")]
+                path = full.removesuffix(".inner")
                 own, base = (source.weight_matrix(i, path) for i in (replica.block, replica.base))
+                if module.base_scale is not None:
+                    scale = model.parameter(replica.block, f"{full}.base_scale")
+                    base = base * scale.to(base)
                 spectra[replica.block][path] = _spectrum(adapter[0], adapter[1], own - base)
     return spectra
 

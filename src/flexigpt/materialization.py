@@ -18,7 +18,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 @torch.no_grad()
 def materialize(model: PreTrainedModel) -> FlexiGPTForCausalLM:
-    """Folds each replica's adapters into weights of its own, in place: W = base's + B A, b = base's + difference.
+    """Folds each replica's adapters into weights of its own, in place: W = s base's + B A, b = s base's + difference.
 
     Each sum is taken in float64 (for half precision in float32) and rounded once to the base's dtype. Afterwards a
     replica's linears are ordinary ones of the base's class, on its device, whose adapters are gone; output norms stay.
@@ -85,7 +85,8 @@ def _folded(linear: SharedLinear) -> nn.Module:
     base: Any = linear.base
     wide = torch.float32 if base.weight.dtype in _HALF else torch.float64
     difference = linear.adapter_B.to(wide) @ linear.adapter_A.to(wide)
-    weight = base.weight.to(wide) + (difference.T if isinstance(base, Conv1D) else difference)
+    scale = 1.0 if linear.base_scale is None else linear.base_scale.to(wide)
+    weight = scale * base.weight.to(wide) + (difference.T if isinstance(base, Conv1D) else difference)
     outputs, inputs = linear_size(base)
     with torch.device("meta"):
         folded: Any = Conv1D(outputs, inputs) if isinstance(base, Conv1D) else nn.Linear(inputs, outputs, bias=False)
@@ -93,7 +94,7 @@ def _folded(linear: SharedLinear) -> nn.Module:
     if linear.bias_difference is None:
         folded.bias = base.bias
     else:
-        bias = base.bias.to(wide) + linear.bias_difference.to(wide)
+        bias = scale * base.bias.to(wide) + linear.bias_difference.to(wide)
         folded.bias = nn.Parameter(bias.to(base.bias.dtype), base.bias.requires_grad)
     return cast(nn.Module, folded.train(linear.training))
 

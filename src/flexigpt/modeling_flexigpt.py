@@ -25,17 +25,18 @@ def linear_size(linear: nn.Module) -> tuple[int, int]:
 
 
 class SharedLinear(nn.Module):
-    """A replica's linear: y = base(x) + (x A^T) B^T [+ bias difference] (FlexiGPT, section 3.4).
+    """A replica's linear: y = [s] base(x) + (x A^T) B^T [+ bias difference] (FlexiGPT, section 3.4).
 
     Args:
         base_parent: the module that holds the base's linear. The linear is looked up in it by name at each call:
             quantisers, PEFT and offload hooks exchange modules, and a reference to the linear would go stale.
         base_name: the linear's name in that module.
         rank: r, the adapter's rank.
-        bias: whether the source's linear has a bias; the replica stores its own minus the base's.
+        bias: whether the source's linear has a bias; the replica stores its own minus s times the base's.
+        scaled: whether there is a scale s, one number; without it s is 1.
     """
 
-    def __init__(self, base_parent: nn.Module, base_name: str, rank: int, bias: bool) -> None:
+    def __init__(self, base_parent: nn.Module, base_name: str, rank: int, bias: bool, scaled: bool = False) -> None:
         super().__init__()
         # Past nn.Module's registration: the base's tensors must appear once in state_dict() and parameters().
         self.__dict__["_base_parent"] = base_parent
@@ -43,6 +44,8 @@ class SharedLinear(nn.Module):
         self.out_features, self.in_features = linear_size(self.base)
         self.adapter_A = nn.Parameter(torch.randn(rank, self.in_features) * self.in_features**-0.5)
         self.adapter_B = nn.Parameter(torch.zeros(self.out_features, rank))
+        # One dimension: FSDP2 does not shard what has none.
+        self.base_scale = nn.Parameter(torch.ones(1)) if scaled else None
         self.bias_difference = nn.Parameter(torch.zeros(self.out_features)) if bias else None
 
     @property
@@ -53,7 +56,9 @@ class SharedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
-        y = self.base(x) + F.linear(F.linear(x, self.adapter_A), self.adapter_B)
+        y = self.base(x)
+        y = y if self.base_scale is None else y * self.base_scale
+        y = y + F.linear(F.linear(x, self.adapter_A), self.adapter_B)
         return y if self.bias_difference is None else y + self.bias_difference
 
     def extra_repr(self) -> str:
@@ -106,7 +111,7 @@ class FlexiGPTForCausalLM(PreTrainedModel, GenerationMixin):
             base_parent, name = _parent(self.block_list[base], path)
             own_parent, _ = _parent(self.block_list[block], path)
             has_bias = getattr(own_parent, name).bias is not None
-            setattr(own_parent, name, SharedLinear(base_parent, name, rank, has_bias))
+            setattr(own_parent, name, SharedLinear(base_parent, name, rank, has_bias, self.config.base_scale))
         for path in self.config.output_norms:
             parent, name = _parent(self.block_list[block], path)
             inner = getattr(parent, name)

@@ -145,6 +145,7 @@ class ModelShape:
         linears: name -> (outputs, inputs) of each linear of a block.
         hidden_size: width of the residual stream, hence of an output norm.
         num_output_norms: output norms of one replica; 0 where they are switched off.
+        base_scale: whether each linear of a replica stores a scale.
     """
 
     parameters: int
@@ -152,6 +153,7 @@ class ModelShape:
     linears: Mapping[str, tuple[int, int]]
     hidden_size: int
     num_output_norms: int
+    base_scale: bool = False
 
     @property
     def linear_parameters(self) -> int:
@@ -164,9 +166,9 @@ class ModelShape:
         return min(min(size) for size in self.linears.values())
 
     def replica_parameters(self, rank: int) -> int:
-        """Adapters and output norms of one replica: what it adds to plain removal, but for biases and input norms."""
+        """Adapters, output norms and scales of one replica: what it adds to plain removal, but for biases and norms."""
         adapters = sum(rank * (outputs + inputs) for outputs, inputs in self.linears.values())
-        return adapters + self.num_output_norms * self.hidden_size
+        return adapters + self.num_output_norms * self.hidden_size + self.base_scale * len(self.linears)
 
     def removed_parameters(self, num_pruned: int) -> int:
         """Stored parameters after plain removal of `num_pruned` blocks."""

@@ -82,7 +82,7 @@ def assemble_pruned(
     """
     timed = Timed(track)
     opened, checked, plan, record = _plan_source(source, options, timed)
-    empty, taken = empty_compact(opened.source.model, plan, options.output_norm)
+    empty, taken = empty_compact(opened.source.model, plan, options.output_norm, base_scale=options.base_scale)
     assembly = Assembly(empty, opened.source, taken)
     depends = {"plan": plan.to_dict(), "init": init_of(options), "windows": digest(opened.windows)}
     with opened.cache.stage("replicas", **depends) as stage:
@@ -111,7 +111,7 @@ def plan_only(source: str, options: PruneOptions, track: Track = silent) -> tupl
     """
     idle = ["plan", "perplexity", "align", "refit_kept"]
     if options.block_score != REPLACEMENT_SCORE:  # which judges replicas, made as they say
-        idle += ["adapter_init", "norm_init", "output_norm"]
+        idle += ["adapter_init", "norm_init", "output_norm", "base_scale"]
     for field in idle:
         if getattr(options, field) != getattr(PruneOptions, field):
             raise InputError(f"{_flag(field)} has no effect with --plan-only, which makes no model: leave it out")
@@ -161,7 +161,7 @@ def _ranks(checked: _Checked) -> list[int]:
 
 def _check_source(source: str, options: PruneOptions) -> _Checked:
     """Refuses what the configuration or the plan rules out."""
-    checked = check_source(source, options, options.output_norm)
+    checked = check_source(source, options, options.output_norm, options.base_scale)
     shape, depth = checked.shape, checked.depth
     rank = options.rank or default_rank(shape.hidden_size)
     if options.plan is not None:

@@ -17,7 +17,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fitted": {
         "block_score": REPLACEMENT_SCORE,
         "adapter_init": "activation",
-        "norm_init": FITTED,
+        "output_norm": False,
+        "base_scale": True,
         "refit_kept": True,
     },
 }
@@ -39,6 +40,8 @@ class PruneOptions(ScoringOptions):
         adapter_init: how adapters start.
         norm_init: where the output norms' gamma starts: a constant, or fitted; default: 0.05.
         output_norm: whether replicas have output norms.
+        base_scale: whether each linear of a replica scales its base's output by a number of its own, which starts at
+            the least-squares value; with adapters that start at zero, at 1.
         seed: shuffles the calibration text and draws random adapters; default: 0.
     """
 
@@ -50,6 +53,7 @@ class PruneOptions(ScoringOptions):
     adapter_init: str = "svd"
     norm_init: float | str | None = None
     output_norm: bool = True
+    base_scale: bool = False
 
     def __post_init__(self) -> None:
         if self.adapter_init not in ADAPTER_INITS:

@@ -11,6 +11,10 @@ _DAMPING = 1e-3
 # The same for a kept block's whole weight, which has more to lose.
 _RIDGE = 0.1
 
+# Scale and adapter of a base are fitted in turn: at most so often, or until the scale moves by less.
+_SCALE_ROUNDS = 8
+_SCALE_TOLERANCE = 1e-3
+
 
 class Moments(NamedTuple):
     """Second moments of a linear's inputs x and wished-for outputs y over calibration tokens, float64.
@@ -66,32 +70,62 @@ def damped_root(inputs: torch.Tensor) -> torch.Tensor:
     return found.vectors * found.values.sqrt()
 
 
-def low_rank_fit(
-    pruned: torch.Tensor, base: torch.Tensor, moments: Moments, rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The adapter that minimises E|y - (W_j + B A) x|^2 + c |W_i - W_j - B A|_F^2 with a small c.
+class FittedAdapter(NamedTuple):
+    """What `low_rank_fit` finds, float64.
 
-    Reduced-rank regression (Izenman, 1975): with C' = C + c I and R = E[y x^T] + c W_i - W_j C', B A is the best rank-r
-    approximation of R C'^(-1/2), times C'^(-1/2). For y = W_i x it truncates (W_i - W_j) C'^(1/2). The second term
-    decides in directions of x that calibration text never shows: there the adapter is that of eq. 7-8.
+    Attributes:
+        down: A (r, inputs), its rows of length one.
+        up: B (outputs, r).
+        scale: s, (1,).
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: torch.Tensor
+
+
+def low_rank_fit(
+    pruned: torch.Tensor, base: torch.Tensor, moments: Moments, rank: int, scaled: bool = False
+) -> FittedAdapter:
+    """The adapter that minimises E|y - (s W_j + B A) x|^2 + c |W_i - s W_j - B A|_F^2 with a small c.
+
+    Reduced-rank regression (Izenman, 1975): with C' = C + c I, T = (E[y x^T] + c W_i) C'^(-1/2) and G = W_j C'^(1/2),
+    B A is the best rank-r approximation of T - s G, times C'^(-1/2). For y = W_i x it truncates (W_i - s W_j) C'^(1/2).
+    The second term decides in directions of x that calibration text never shows: there, with s = 1, the adapter is that
+    of eq. 7-8. Where the base is scaled, s and B A are fitted in turn, each given the other, which never leaves more than the turn
+    before.
 
     Args:
         pruned: W_i, (outputs, inputs), any dtype.
         base: W_j.
         moments: of the linear.
         rank: r.
-
-    Returns:
-        A (r, inputs), its rows of length one, and B (outputs, r), float64.
+        scaled: whether s is fitted; otherwise it is 1.
     """
     values, vectors, damping = _damped(moments.inputs)
     inverse_root = (vectors * values.rsqrt()) @ vectors.T
-    residual = moments.targets + damping * (pruned.double() - base.double()) - base.double() @ moments.inputs
-    fitted = truncated_svd(residual @ inverse_root, rank)
+    wanted = (moments.targets + damping * pruned.double()) @ inverse_root
+    given = base.double() @ ((vectors * values.sqrt()) @ vectors.T)
+    one = torch.ones(1, dtype=torch.float64, device=wanted.device)
+    # What would be best without an adapter: from 1 the turns can end at a worse place.
+    scale = least_squares_scale(wanted, given) if scaled else one
+    fitted = truncated_svd(wanted - scale * given, rank)
+    for _ in range(_SCALE_ROUNDS if scaled else 0):
+        before = scale
+        scale = least_squares_scale(wanted - (fitted.left * fitted.values) @ fitted.right.T, given)
+        fitted = truncated_svd(wanted - scale * given, rank)
+        if (scale - before).abs() <= _SCALE_TOLERANCE:
+            break
     down = fitted.right.T @ inverse_root
     # Rows of A of length one, as in eq. 8: training moves both factors by steps of the same size.
     lengths = down.norm(dim=1).clamp(min=1e-30)
-    return down / lengths[:, None], fitted.left * fitted.values * lengths
+    return FittedAdapter(down / lengths[:, None], fitted.left * fitted.values * lengths, scale)
+
+
+def least_squares_scale(wanted: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """The s that minimises |wanted - s given|_F: (1,), float64."""
+    wanted, given = wanted.double(), given.double()
+    return ((wanted * given).sum() / given.square().sum().clamp(min=1e-30)).view(1)
 
 
 def ridge_fit(weight: torch.Tensor, moments: Moments) -> torch.Tensor:

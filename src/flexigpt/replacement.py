@@ -102,7 +102,7 @@ class _Judge:
         source, cache = self._opened.source, self._opened.cache
         distances = distances_by_name(self._opened, self._checked, pruned, self._rank, self._options.distances[0])
         plan = choose_bases(distances, self._rank, len(source))
-        empty, taken = empty_compact(source.model, plan, self._options.output_norm)
+        empty, taken = empty_compact(source.model, plan, self._options.output_norm, base_scale=self._options.base_scale)
         assembly = Assembly(empty, source, taken)
         depends = {"plan": plan.to_dict(), "init": init_of(self._options), "windows": digest(self._fitted)}
         with cache.stage("candidate", **depends) as stage:

@@ -163,7 +163,9 @@ class CheckedSource:
         return block + tokens * self.shape.hidden_size * self.itemsize > self.memory
 
 
-def check_source(source: str, options: ScoringOptions, output_norm: bool = True) -> CheckedSource:
+def check_source(
+    source: str, options: ScoringOptions, output_norm: bool = True, base_scale: bool = False
+) -> CheckedSource:
     """What the source's configuration says; no weight is read.
 
     Raises:
@@ -178,7 +180,7 @@ def check_source(source: str, options: ScoringOptions, output_norm: bool = True)
         )
     empty = open_empty(source)
     stored: torch.dtype = empty.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    shape = model_shape(empty, output_norm)
+    shape = model_shape(empty, output_norm, base_scale)
     return CheckedSource(
         shape=shape,
         depth=num_blocks(empty.config),

@@ -14,6 +14,9 @@ from flexigpt.errors import InputError
 from flexigpt.initialization import default_rank
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM, linear_size
 
+# How the names of what is a replica's own and trained end; its biases and input norms are the block's.
+REPLICA_PARAMETERS = (".adapter_A", ".adapter_B", ".output_norm.weight", ".base_scale")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -67,7 +70,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
 def _train_replicas(model: PreTrainedModel, lora_rank: int) -> None:
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
-        if name.endswith((".adapter_A", ".adapter_B", ".output_norm.weight")):
+        if name.endswith(REPLICA_PARAMETERS):
             parameter.requires_grad_(True)
 
 
@@ -84,7 +87,7 @@ def _train_replicas_and_kept(model: PreTrainedModel, lora_rank: int) -> None:
         if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = False  # autocast does it, without a detour through float32
     for name, parameter in model.named_parameters():
-        if name.endswith((".adapter_A", ".adapter_B", ".output_norm.weight")):
+        if name.endswith(REPLICA_PARAMETERS):
             parameter.requires_grad_(True)
 
 
@@ -178,9 +181,7 @@ def matching_lora_rank(model: PreTrainedModel, compact: PreTrainedModel) -> int:
         raise InputError("--match is for a model without replicas, and names a compact model: give --lora-rank instead")
     trained = lora_rank_for(compact, None) * len(other.kept) * _sides(other)
     trained += sum(
-        parameter.numel()
-        for name, parameter in compact.named_parameters()
-        if name.endswith((".adapter_A", ".adapter_B", ".output_norm.weight"))
+        parameter.numel() for name, parameter in compact.named_parameters() if name.endswith(REPLICA_PARAMETERS)
     )
     return max(1, round(trained / (len(layout.kept) * _sides(layout))))
 
