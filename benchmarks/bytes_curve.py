@@ -25,7 +25,7 @@ EXAMPLE = ROOT / "examples" / "novel16"
 RESULTS = Path(__file__).parent / "results"
 DEPTH = 16
 REFIT = ("--refit-kept", "--block-score", "removal-perplexity")
-FIT = ("--preset", "fitted")
+FIT = ("--preset", "thorough")
 # Name of a line -> rows: command, blocks pruned, rank of the replicas.
 LINES: dict[str, list[tuple[str, int, int]]] = {
     "plain removal": [("baseline", blocks, 0) for blocks in range(1, 8)],

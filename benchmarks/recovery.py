@@ -71,7 +71,7 @@ class Row:
         return REPLICA_LEARNING_RATES if "replicas" in self.train else LEARNING_RATES
 
 
-PRUNE = ("prune", "--ratio", "RATIO")
+PRUNE = ("prune", "--preset", "paper", "--ratio", "RATIO")
 REMOVE = ("baseline", "--ratio", "RATIO")
 ACTIVATION = ("--adapter-init", "activation", "--refit-kept", "--windows", "256")
 FITTED = (*ACTIVATION, "--no-output-norm", "--base-scale")

@@ -137,9 +137,9 @@ def test_its_time_is_told(tiny_source: Path, text: Path) -> None:
     assert told[1].seconds > 3 * told[0].seconds
 
 
-def test_the_fitted_preset_sets_what_is_not_given(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
+def test_presets_set_what_is_not_given(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
     calibrated = ["--calibration", text, "--window-length", 32, "--windows", 8, "--rank", 3]
-    fitted = ["--adapter-init", "activation", "--norm-init", "fitted", "--refit-kept"]
+    fitted = ["--adapter-init", "activation", "--no-output-norm", "--base-scale", "--refit-kept"]
 
     def pruned(name: str, *options: object) -> tuple[bytes, dict[str, Any]]:
         out = tmp_path / name
@@ -147,37 +147,48 @@ def test_the_fitted_preset_sets_what_is_not_given(run: Run, tiny_source: Path, t
         assert code == 0, errors
         return (out / "model.safetensors").read_bytes(), json.loads((out / "record.json").read_text())
 
-    weights, record = pruned("preset", "--ratio", 0.4, "--preset", "fitted")
+    weights, record = pruned("preset", "--ratio", 0.4, "--preset", "thorough")
     assert record["block_score"] == "replacement-perplexity"
     spelled_out = pruned("same", "--ratio", 0.4, *fitted, "--block-score", "replacement-perplexity")
     assert weights == spelled_out[0]
-    given = pruned("given", "--ratio", 0.4, "--preset", "fitted", "--block-score", "influence", "--no-refit-kept")
+    given = pruned("given", "--ratio", 0.4, "--preset", "thorough", "--block-score", "influence", "--no-refit-kept")
     assert given[1]["block_score"] == "influence"
-    assert given[0] == pruned("paper", "--ratio", 0.4, *fitted[:4])[0]
-    assert pruned("named", "--blocks", "1", "--preset", "fitted")[0] == pruned("named2", "--blocks", "1", *fitted)[0]
+    assert given[0] == pruned("paper", "--ratio", 0.4, "--preset", "paper", *fitted[:4])[0]
+    assert pruned("named", "--blocks", "1", "--preset", "thorough")[0] == pruned("named2", "--blocks", "1", *fitted)[0]
+    assert pruned("default", "--blocks", "1")[0] == pruned("asked", "--blocks", "1", "--preset", "fitted")[0]
+    with_norms = pruned("norms", "--blocks", "1", "--norm-init", "fitted")
+    assert with_norms[0] == pruned("norms2", "--blocks", "1", *fitted[:2], *fitted[3:], "--norm-init", "fitted")[0]
 
 
 def test_a_preset_that_is_unknown_or_idle_is_refused(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
     given = ["--ratio", 0.4, "--calibration", text, "--window-length", 32, "--windows", 8]
     assert (
-        "--preset best is unknown: give paper, fitted"
+        "--preset best is unknown: give paper, fitted, thorough"
         in run("prune", tiny_source, tmp_path / "out", *given, "--preset", "best")[2]
     )
-    all_given = ["--block-score", "angular", "--adapter-init", "svd", "--norm-init", 0.1, "--no-refit-kept"]
-    code, _, errors = run("prune", tiny_source, tmp_path / "out", *given, "--preset", "fitted", *all_given)
+    all_given = [
+        "--block-score",
+        "angular",
+        "--adapter-init",
+        "svd",
+        "--output-norm",
+        "--no-base-scale",
+        "--no-refit-kept",
+    ]
+    code, _, errors = run("prune", tiny_source, tmp_path / "out", *given, "--preset", "thorough", *all_given)
     assert code == 2
-    assert "--preset fitted has no effect" in errors
+    assert "--preset thorough has no effect" in errors
 
 
-def test_a_plan_of_the_fitted_preset_can_be_applied(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
+def test_a_plan_of_the_thorough_preset_can_be_applied(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
     calibrated = ["--calibration", text, "--window-length", 32, "--windows", 8]
     plan = tmp_path / "plan"
     code, _, errors = run(
-        *("prune", tiny_source, plan, "--plan-only", "--ratio", 0.4, "--rank", 3, "--preset", "fitted", *calibrated)
+        *("prune", tiny_source, plan, "--plan-only", "--ratio", 0.4, "--rank", 3, "--preset", "thorough", *calibrated)
     )
     assert code == 0, errors
-    applied = ("--plan", plan / "plan.json", "--preset", "fitted", *calibrated)
-    at_once = ("--ratio", 0.4, "--rank", 3, "--preset", "fitted", *calibrated)
+    applied = ("--plan", plan / "plan.json", "--preset", "thorough", *calibrated)
+    at_once = ("--ratio", 0.4, "--rank", 3, "--preset", "thorough", *calibrated)
     for name, options in (("applied", applied), ("at-once", at_once)):
         code, _, errors = run("prune", tiny_source, tmp_path / name, *options)
         assert code == 0, errors

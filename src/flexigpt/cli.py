@@ -37,8 +37,9 @@ from flexigpt.generate import GenerateOptions, generate
 from flexigpt.initialization import ADAPTER_INITS
 from flexigpt.prune import assemble_pruned, plan_only
 from flexigpt.prune import expected as prune_expected
-from flexigpt.prune_options import PRESETS, PruneOptions
-from flexigpt.selection import BASE_DISTANCES, BLOCK_SCORES, GREEDY_SCORES
+from flexigpt.prune_options import DEFAULT_PRESET, PRESETS, PruneOptions
+from flexigpt.scoring import can_refit
+from flexigpt.selection import BASE_DISTANCES, BLOCK_SCORES, GREEDY_SCORES, REPLACEMENT_SCORE
 from flexigpt.tables import notes, plan_table
 from flexigpt.writing import check_output, check_space, write_plan
 
@@ -57,26 +58,27 @@ _PRUNE, _EXTEND = field_help(PruneOptions), field_help(ExtendOptions)
 _GENERATE = field_help(GenerateOptions)
 
 
-def preset_values(context: typer.Context, preset: str, idle: dict[str, bool]) -> dict[str, Any]:
+def preset_values(context: typer.Context, preset: str | None, idle: dict[str, bool]) -> dict[str, Any]:
     """What a preset sets of what was not given.
 
     Args:
         context: knows what was given.
-        preset: a key of PRESETS.
-        idle: settings that have no effect beside those given.
+        preset: a key of PRESETS; None: the default.
+        idle: settings that have no effect beside those given, or on this source.
 
     Raises:
-        InputError: an unknown preset; one that sets nothing here.
+        InputError: an unknown preset; one that is asked for and sets nothing here.
     """
-    if preset not in PRESETS:
-        raise InputError(f"--preset {preset} is unknown: give {', '.join(PRESETS)}")
+    name = preset or DEFAULT_PRESET
+    if name not in PRESETS:
+        raise InputError(f"--preset {name} is unknown: give {', '.join(PRESETS)}")
     values = {
-        name: value
-        for name, value in PRESETS[preset].items()
-        if not idle.get(name) and getattr(context.get_parameter_source(name), "name", "") == "DEFAULT"
+        field: value
+        for field, value in PRESETS[name].items()
+        if not idle.get(field) and getattr(context.get_parameter_source(field), "name", "") == "DEFAULT"
     }
-    if PRESETS[preset] and not values:
-        raise InputError(f"--preset {preset} has no effect, since all that it sets is given: leave it out")
+    if preset and PRESETS[name] and not values:
+        raise InputError(f"--preset {name} has no effect, since all that it sets is given: leave it out")
     return values
 
 
@@ -104,14 +106,14 @@ def prune_command(
     blocks: Annotated[str | None, typer.Option(help=_PRUNE["blocks"], metavar="12,13,...")] = None,
     target_size: Annotated[str | None, typer.Option(help=_PRUNE["target_size"], metavar="4.8B|3.2GB")] = None,
     preset: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Settings that go together, where they are not given: the paper's, which are the defaults, or those "
-            "that leave the least perplexity before recovery: --block-score replacement-perplexity, --adapter-init "
-            "activation, --norm-init fitted, --refit-kept.",
+            help="Settings that go together, where they are not given and have an effect: fitted, to the calibration "
+            "text (--adapter-init activation, --no-output-norm, --base-scale, --refit-kept); thorough, the same and "
+            "--block-score replacement-perplexity; paper, the paper's recipe, all as given below; default: fitted.",
             metavar="|".join(PRESETS),
         ),
-    ] = "paper",
+    ] = None,
     plan: Annotated[Path | None, typer.Option(help=_PRUNE["plan"])] = None,
     plan_only_: Annotated[
         bool, typer.Option("--plan-only", help="Write only the plan, OUT/plan.json, to look at, edit and apply.")
@@ -146,13 +148,19 @@ def prune_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
     """Prune a source model into a compact model and write its checkpoint."""
-    idle = {"block_score": blocks is not None or plan is not None, "norm_init": not output_norm}
-    by_preset = preset_values(context, preset, idle | {"refit_kept": plan_only_})
+    chosen = {"block_score": blocks is not None or plan is not None, "output_norm": norm_init is not None}
+    judged = REPLACEMENT_SCORE in (block_score, PRESETS.get(preset or "", {}).get("block_score"))
+    if plan_only_:  # which makes no replica but to judge it
+        chosen |= {"refit_kept": True} | dict.fromkeys(("adapter_init", "output_norm", "base_scale"), not judged)
+    elif not refit_kept and preset != "paper":
+        chosen["refit_kept"] = not can_refit(source)
+    by_preset = preset_values(context, preset, chosen)
     given: dict[str, Any] = {
         "block_score": block_score,
         "refit_kept": refit_kept,
         "adapter_init": adapter_init,
-        "norm_init": norm_init,
+        "output_norm": output_norm,
+        "base_scale": base_scale,
     }
     options = PruneOptions(
         **given | by_preset,
@@ -168,8 +176,7 @@ def prune_command(
         base_distance=base_distance,
         compare_distances=None if compare_distances is None else compare_distances.split(","),
         align=align,
-        output_norm=output_norm,
-        base_scale=base_scale,
+        norm_init=norm_init,
         perplexity=perplexity,
         dtype=dtype,
         device=device,

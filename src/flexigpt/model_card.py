@@ -10,7 +10,7 @@ from flexigpt.configuration_flexigpt import FlexiGPTConfig
 from flexigpt.evaluate import Evaluation
 from flexigpt.evaluation_tables import evaluation_markdown
 from flexigpt.record import Record, find_in
-from flexigpt.tables import block_rows, cost_rows, markdown, notes, plan_in_words, shown_name
+from flexigpt.tables import block_rows, cost_rows, markdown, notes, plan_in_words, replica_parts, shown_name
 
 PLAN_PICTURE = "plan.png"  # lies beside a compact model's card
 
@@ -71,10 +71,10 @@ def with_evaluation(card: str, evaluation: Evaluation) -> str:
 def _card_words(config: PreTrainedConfig, record: Record) -> tuple[str, str, str, str]:
     """What a model card says of its kind of model: in the title, below it, in the snippet, and after the snippet."""
     if isinstance(config, FlexiGPTConfig):
-        plan, norms = plan_of(config), " and output norms" if config.output_norms else ""
+        plan, parts = plan_of(config), " and ".join(("low-rank adapters", *replica_parts(config)))
         summary = (
             f"{len(plan.replicas)} of {plan.num_blocks} blocks are replicas: each borrows the linears of a kept block, "
-            f"its base, and\nadds low-rank adapters{norms} of its own\n([FlexiGPT](https://arxiv.org/abs/2501.14713)). "
+            f"its base, and\nadds {parts} of its own\n([FlexiGPT](https://arxiv.org/abs/2501.14713)). "
             "Every tensor is stored once."
         )
         hint = "With `import flexigpt` first, `trust_remote_code` is not needed."

@@ -92,8 +92,8 @@ def low_rank_fit(
     Reduced-rank regression (Izenman, 1975): with C' = C + c I, T = (E[y x^T] + c W_i) C'^(-1/2) and G = W_j C'^(1/2),
     B A is the best rank-r approximation of T - s G, times C'^(-1/2). For y = W_i x it truncates (W_i - s W_j) C'^(1/2).
     The second term decides in directions of x that calibration text never shows: there, with s = 1, the adapter is that
-    of eq. 7-8. Where the base is scaled, s and B A are fitted in turn, each given the other, which never leaves more than the turn
-    before.
+    of eq. 7-8. Where the base is scaled, s and B A are fitted in turn, each given the other: no turn leaves more than
+    the one before.
 
     Args:
         pruned: W_i, (outputs, inputs), any dtype.

@@ -163,6 +163,16 @@ class CheckedSource:
         return block + tokens * self.shape.hidden_size * self.itemsize > self.memory
 
 
+def can_refit(source: str) -> bool:
+    """Whether kept blocks can be refitted: what attention and MLP write goes to the residual stream as it is.
+
+    Raises:
+        InputError: a source that is not there or of another family.
+    """
+    architecture = find_architecture(read_config(source))
+    return set(architecture.output_norms) <= set(architecture.linears)
+
+
 def check_source(
     source: str, options: ScoringOptions, output_norm: bool = True, base_scale: bool = False
 ) -> CheckedSource:
@@ -172,11 +182,9 @@ def check_source(
         InputError: what the configuration rules out.
     """
     check_dtype(options.dtype)
-    architecture = find_architecture(read_config(source))
-    if options.refit_kept and not set(architecture.output_norms) <= set(architecture.linears):
+    if options.refit_kept and not can_refit(source):
         raise InputError(
-            f"--refit-kept has no effect on {source}, whose blocks normalise what attention and MLP write: leave it "
-            "out (with --preset fitted, give --no-refit-kept)"
+            f"--refit-kept has no effect on {source}, whose blocks normalise what attention and MLP write: leave it out"
         )
     empty = open_empty(source)
     stored: torch.dtype = empty.dtype if options.dtype == "auto" else getattr(torch, options.dtype)

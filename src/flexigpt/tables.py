@@ -1,5 +1,6 @@
 """What a record says, as rows and as tables for a terminal: what became of each block, what it cost, on which text."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from flexigpt.record import Record, find_in
 Rows = tuple[list[str], list[list[str]]]  # headings; rows
 
 
-def plan_rows(plan: Plan, record: Record, output_norm: bool = True) -> Rows:
-    """Headings and rows of the plan: block, score, base, distance, what is stored; columns of what was measured."""
+def plan_rows(plan: Plan, record: Record, more: Sequence[str] = ()) -> Rows:
+    """Headings and rows of the plan: block, score, base, distance, what is stored; columns of what was measured.
+
+    `more` is what each replica stores besides its adapters.
+    """
     scores, distances, origins = (find_in(record, key) for key in ("scores", "distances", "source_blocks"))
     replicas = {replica.block: replica for replica in plan.replicas}
     rows = []
@@ -32,10 +36,15 @@ def plan_rows(plan: Plan, record: Record, output_norm: bool = True) -> Rows:
             row["distance"] = "" if replica is None else f"{_distance(distances, replica):.4g}"
         row["stored"] = "its own linears"
         if replica is not None:
-            norms = ", output norms" if output_norm else ""
-            row["stored"] = f"adapters of rank {replica.rank}{norms}"
+            row["stored"] = ", ".join((f"adapters of rank {replica.rank}", *more))
         rows.append(row)
     return list(rows[0]), [list(row.values()) for row in rows]
+
+
+def replica_parts(config: FlexiGPTConfig) -> list[str]:
+    """What each replica of a compact model stores besides its adapters, biases and input norms."""
+    parts = {"output norms": bool(config.output_norms), "base scales": config.base_scale}
+    return [part for part, there in parts.items() if there]
 
 
 def _distance(distances: dict[Any, dict[Any, float]], replica: Replica) -> float:
@@ -75,7 +84,7 @@ def removal_rows(record: Record) -> Rows:
 def block_rows(config: PreTrainedConfig, record: Record) -> Rows | None:
     """What became of each block: the plan of a compact model, or the plain removal that a record tells of."""
     if isinstance(config, FlexiGPTConfig):
-        return plan_rows(plan_of(config), record, bool(config.output_norms))
+        return plan_rows(plan_of(config), record, replica_parts(config))
     return removal_rows(record) if find_in(record, "removed") else None
 
 
