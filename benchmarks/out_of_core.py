@@ -213,7 +213,7 @@ def bench(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         ]
 
         def prune(out: str, cache: str, *more: str, kill_after: float | None = None) -> Run | None:
-            command = ["prune", str(work / "source"), str(work / out), *options, *more]
+            command = ["prune", "--preset", "paper", str(work / "source"), str(work / out), *options, *more]
             return measured(command, work / cache, arguments.threads, kill_after)
 
         pruned = int(arguments.ratio * config.num_hidden_layers + 1e-9)

@@ -29,7 +29,7 @@ from flexigpt.generate import GenerateOptions
 def compact(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("compact") / "out"
     with pytest.raises(SystemExit) as stopped:
-        main(["prune", str(tiny_source), str(out), "--blocks", "2,4", "--rank", "4"])
+        main(["prune", str(tiny_source), str(out), "--blocks", "2,4", "--rank", "4", "--preset", "paper"])
     assert not stopped.value.code
     return out
 
@@ -42,7 +42,7 @@ def test_prune_prints_the_plan_the_cost_and_the_place(run: Run, tiny_source: Pat
     )
     assert code == 0
     record = json.loads((out / "record.json").read_text())
-    for shown in ("influence", "distance", "adapters of rank 4, output norms", f"checkpoint written to {out}"):
+    for shown in ("influence", "distance", "adapters of rank 4, base scales", f"checkpoint written to {out}"):
         assert shown in printed
     for side in ("source", "compact"):
         assert f"{record[side]['parameters']:,}" in printed
@@ -84,7 +84,8 @@ def test_a_plan_can_be_made_edited_and_applied(run: Run, tiny_source: Path, text
     plan = json.loads((tmp_path / "plan" / "plan.json").read_text())
     plan["replicas"] = [{"block": 1, "base": 5, "rank": 3}]
     (tmp_path / "edited.json").write_text(json.dumps(plan))
-    assert run("prune", tiny_source, tmp_path / "out", "--plan", tmp_path / "edited.json")[0] == 0
+    calibrated = ("--calibration", text, "--window-length", "64", "--windows", "4")
+    assert run("prune", tiny_source, tmp_path / "out", "--plan", tmp_path / "edited.json", *calibrated)[0] == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["replicas"] == plan["replicas"]
 
@@ -203,8 +204,8 @@ BAD_INPUT = {
     "generate SOURCE --prompt Hi --temperature 1 --seed -1": "--seed -1 is out of range",
     "generate SOURCE --prompt Hi --temperature nan": "--temperature nan is not above 0",
     "prune COMPACT out --blocks 2": "is a compact model already",
-    "prune nan out --blocks 2 --rank 4": "NaN or infinity in block 4",
-    "prune truncated out --blocks 2 --rank 4": "the weights of truncated are damaged",
+    "prune nan out --blocks 2 --rank 4 --preset paper": "NaN or infinity in block 4",
+    "prune truncated out --blocks 2 --rank 4 --preset paper": "the weights of truncated are damaged",
     "prune mixtral out --blocks 2": "mixtral is a mixture of experts",
     "prune SOURCE out --blocks 2 --rank 4 --max-shard-size big": "size 'big'",
     "extend SOURCE out --blocks 4": "--blocks 4 cannot be repeated: give ranges within 0:6",
@@ -291,7 +292,7 @@ def test_extend_prints_the_plan_and_the_cost(run: Run, tiny_source: Path, text: 
 
 def test_overwrite_replaces_a_checkpoint(run: Run, tiny_source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = ("prune", tiny_source, out, "--rank", "4", "--blocks")
+    arguments = ("prune", tiny_source, out, "--rank", "4", "--preset", "paper", "--blocks")
     assert run(*arguments, "2")[0] == 0
     assert run(*arguments, "3")[0] == 2
     assert run(*arguments, "3", "--overwrite")[0] == 0

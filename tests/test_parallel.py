@@ -66,7 +66,7 @@ def test_factors_do_not_depend_on_the_number_of_threads() -> None:
 
 @pytest.mark.usefixtures("two_threads")
 def test_pruning_on_two_cores_writes_the_same_bytes(run: Run, tiny_source: Path, tmp_path: Path) -> None:
-    options = ["--blocks", "1,3", "--rank", 3, "--cache"]
+    options = ["--blocks", "1,3", "--rank", 3, "--preset", "paper", "--cache"]
     assert run("prune", tiny_source, tmp_path / "two", *options, tmp_path / "cache2")[0] == 0
     torch.set_num_threads(1)
     assert run("prune", tiny_source, tmp_path / "one", *options, tmp_path / "cache1")[0] == 0

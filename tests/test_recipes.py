@@ -80,7 +80,7 @@ def mini(tiny_source: Path, text: Path, tmp_path: Path) -> Path:
           recovered: >
             flexigpt recover {{stage:pruned}} {{out}} --data {{data}} --tokens 1024 --batch-tokens 128
             --window-length 32 --save-every 1 --train replicas
-          pruned: flexigpt prune {{model}} {{out}} --blocks 2,4 --rank 4
+          pruned: flexigpt prune {{model}} {{out}} --blocks 2,4 --rank 4 --preset paper
         columns:
           loss: {{title: last loss, value: loss, better: lower}}
           times: {{title: times factor, value: times}}
