@@ -1,5 +1,7 @@
 """A replica's linear that scales its base: s by least squares, the same function in every form, and trained."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import Run
-from families import FULL_RANK, NUM_BLOCKS, tiny_model, token_ids
+from families import FULL_RANK, NUM_BLOCKS, tiny_config, tiny_model, token_ids
 from flexigpt import FlexiGPTForCausalLM, Plan, Replica, materialize
 from flexigpt.accounting import count_parts
 from flexigpt.architecture import model_shape
@@ -112,3 +114,23 @@ def test_recovery_trains_it(run: Run, tiny_source: Path, text: Path, tmp_path: P
     run("recover", compact, recovered, *trained)
     before, after = (scales(AutoModelForCausalLM.from_pretrained(folder)) for folder in (compact, recovered))
     assert (before != after).all()
+
+
+def test_the_default_preset_leaves_out_what_a_family_cannot_have(
+    run: Run, example: Path, text: Path, tmp_path: Path
+) -> None:
+    """Gemma 2 normalises what its sublayers write: nothing to refit, which is an error only where it is asked for."""
+    config = tiny_config("gemma2")
+    config.vocab_size = 4096
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(example / name, tmp_path / "source")
+    flags = ["--blocks", "2", "--rank", "4", "--calibration", text, "--window-length", "16", "--windows", "4"]
+    code, _, errors = run("prune", tmp_path / "source", tmp_path / "out", *flags)
+    assert code == 0, errors
+    options = json.loads((tmp_path / "out" / "record.json").read_text())["options"]
+    assert options["base_scale"]
+    assert not options["refit_kept"]
+    code, _, errors = run("prune", tmp_path / "source", tmp_path / "asked", *flags, "--refit-kept")
+    assert code == 2
+    assert "--refit-kept has no effect" in errors

@@ -345,7 +345,18 @@ from flexigpt.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 main(sys.argv[1:])
 """
-    arguments = ["prune", str(tiny_source), str(out), "--blocks", "2", "--rank", "4", "--overwrite", "--preset", "paper"]
+    arguments = [
+        "prune",
+        str(tiny_source),
+        str(out),
+        "--blocks",
+        "2",
+        "--rank",
+        "4",
+        "--overwrite",
+        "--preset",
+        "paper",
+    ]
     command = [sys.executable, "-c", code, *arguments]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 2
