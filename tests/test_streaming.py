@@ -4,16 +4,28 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from families import FAMILIES, tiny_model, token_ids
-from flexigpt import BaselineOptions, ExtendOptions, InputError, PruneOptions, extend, plan_only, prune
+from flexigpt import (
+    PRESETS,
+    BaselineOptions,
+    ExtendOptions,
+    InputError,
+    PruneOptions,
+    baseline,
+    extend,
+    plan_only,
+    prune,
+)
 from flexigpt import calibration as calibration_module
 from flexigpt.baselines import assemble_baseline, remove_blocks
 from flexigpt.cache import CACHE_VARIABLE, Cache
@@ -158,6 +170,38 @@ def test_hidden_states_in_a_file_give_the_same_scores(
         records.append(prune(str(tiny_source), options)[2])
     assert records[0]["scores"] == records[1]["scores"]
     assert records[0]["perplexity"] == records[1]["perplexity"]
+
+
+@pytest.mark.parametrize("removed", [True, False])
+def test_fits_with_hidden_states_in_files_give_the_same_weights(
+    tiny_source: Path, calibrated: dict[str, object], tmp_path: Path, removed: bool
+) -> None:
+    """Six copies of 65 KB, which 300 KiB do not hold beside a block, and one would be held."""
+    weights, opened = [], []
+    for memory in ("300KiB", "1GiB"):
+        settings = {"ratio": 0.4, "cache": tmp_path / memory, "memory": memory, "refit_kept": True, **calibrated}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tempfile, "TemporaryFile", counted(tempfile.TemporaryFile, opened))
+            if removed:
+                model = baseline(str(tiny_source), BaselineOptions(**settings))[0]
+            else:
+                fitted = PRESETS["fitted"] | settings
+                model = prune(str(tiny_source), PruneOptions(**fitted, rank=3))[0]
+        weights.append(model.state_dict())
+        opened.append(None)
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    assert opened.index(None) >= 6  # files with little memory
+    assert opened[opened.index(None) :] == [None, None]  # none with much
+
+
+def counted(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
+    """The function, each call noted."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def test_hidden_states_are_exchanged_saved_and_loaded(tmp_path: Path) -> None:

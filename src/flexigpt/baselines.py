@@ -9,7 +9,7 @@ from flexigpt.architecture import config_with_blocks
 from flexigpt.checkpoint import empty_model, move, names_of_blocks
 from flexigpt.errors import InputError
 from flexigpt.estimate import Estimate, Work, estimate
-from flexigpt.fitting import Fits, fit_blocks
+from flexigpt.fitting import HIDDEN_COPIES, Fits, fit_blocks
 from flexigpt.progress import Timed, Track, silent
 from flexigpt.record import Record, measure_both, new_record
 from flexigpt.scoring import (
@@ -70,7 +70,8 @@ def assemble_baseline(
         assert opened.windows is not None
         left = iter(range(len(assembly)))
         standing = [None if block in blocks else next(left) for block in range(checked.depth)]
-        fit_blocks(opened.source, assembly, standing, opened.windows, Fits(kept=True), track=timed)
+        spill = opened.cache.folder if checked.needs_file(HIDDEN_COPIES * opened.windows.numel()) else None
+        fit_blocks(opened.source, assembly, standing, opened.windows, Fits(kept=True), spill=spill, track=timed)
     record = new_record(source, options, options.defaults(checked.window_length)) | opened.scored
     record["removed"] = {"blocks": list(blocks), "num_blocks": checked.depth, "source": source}
     record |= measure_both(

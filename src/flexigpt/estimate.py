@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from flexigpt.checkpoint import find_device
+from flexigpt.fitting import HIDDEN_COPIES
 from flexigpt.greedy import MOST_WINDOWS
 from flexigpt.parallel import workers_of
 from flexigpt.scoring import CheckedSource, ScoringOptions
@@ -107,11 +108,12 @@ def estimate(checked: CheckedSource, options: ScoringOptions, work: Work) -> Est
     if options.fits:
         fitted = depth if options.refit_kept else work.replicas
         flops += 2.0 * shape.block_parameters * work.tokens * (2 * depth + _FIT_PASSES * fitted)
-    hidden = work.tokens * shape.hidden_size * itemsize
+    copies = HIDDEN_COPIES if options.fits else 1
+    hidden = copies * work.tokens * shape.hidden_size * itemsize
     scratch = 0
     if work.factors:
         scratch = max(depth * work.rank * 8 * sum(size) for size in shape.linears.values())
-    if checked.needs_file(work.tokens):
+    if checked.needs_file(copies * work.tokens):
         scratch, hidden = max(scratch, hidden), 0
     widest = max(max(size) for size in shape.linears.values())
     running = 2 * shape.block_parameters * itemsize + 4 * largest + _ACTIVATIONS * widest + hidden

@@ -1,6 +1,7 @@
 """Replicas filled: initialised, and where that is asked for fitted to calibration text."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +24,14 @@ class Filling(NamedTuple):
         source: whose blocks they replace.
         windows: calibration windows, (windows, tokens) ids; None: nothing is fitted.
         stage: keeps what is done, which a run that was killed finds again.
+        spill: folder for files that hold the fits' hidden states; None: memory does.
     """
 
     plan: Plan
     source: StreamedModel
     windows: torch.Tensor | None
     stage: CachedStage
+    spill: Path | None = None
 
 
 def init_of(options: PruneOptions) -> dict[str, Any]:
@@ -59,4 +62,5 @@ def fill(assembly: Assembly, work: Filling, options: PruneOptions, track: Track)
         assert work.windows is not None
         fits = Fits(adapter=ADAPTER_INITS[options.adapter_init].fit, norms=norm_init == FITTED, kept=options.refit_kept)
         numbers = range(len(assembly))
-        fit_blocks(work.source, assembly, numbers, work.windows, fits, stage=work.stage, track=track)
+        given = (work.source, assembly, numbers, work.windows, fits)
+        fit_blocks(*given, spill=work.spill, stage=work.stage, track=track)

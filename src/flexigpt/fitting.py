@@ -5,9 +5,11 @@ fitted to the inputs that it will see, behind the blocks before it; what a block
 to where the source's stream is, so that it also mends what the blocks before it left.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
@@ -27,6 +29,9 @@ from flexigpt.streaming import StreamedModel, exchange_parameters
 
 # W_i, W_j, moments, rank, whether the base is scaled -> what is fitted.
 AdapterFit = Callable[[torch.Tensor, torch.Tensor, Moments, int, bool], FittedAdapter]
+# Hidden states that a fit holds: both streams before a block, the source's behind it and behind the removed ones after
+# it, and what each of its two sublayers writes.
+HIDDEN_COPIES = 6
 # How far a block may be from adding its sublayers' outputs to its input, and still count as doing so.
 _ADDITIVE_TOLERANCE = 0.02
 
@@ -56,6 +61,7 @@ def fit_blocks(
     windows: torch.Tensor,
     fits: Fits,
     *,
+    spill: Path | None = None,
     stage: CachedStage | None = None,
     track: Track = silent,
 ) -> None:
@@ -68,11 +74,12 @@ def fit_blocks(
         standing: the pruned model's block in the place of each of the source's; None: none is.
         windows: (windows, tokens) ids.
         fits: what is fitted.
+        spill: folder for files that hold the hidden states; None: memory does, HIDDEN_COPIES times.
         stage: keeps what is fitted, which a run that was killed finds again.
         track: told of each block.
     """
-    theirs = Stream(source.model, calibration_batches(windows))
-    ours = theirs.copy()
+    theirs = Stream(source.model, calibration_batches(windows), spill)
+    ours = theirs.copy(spill)
     replicas = _replicas(pruned)
     missing = [i for i, block in enumerate(standing) if block is None or block in replicas]
     last = max(missing, default=-1)
@@ -81,18 +88,18 @@ def fit_blocks(
         number = standing[index]
         source.expect(index + 1)
         with source.block(index) as own:
-            behind = list(theirs.outputs(own, index))
+            behind = HiddenStates(theirs.outputs(own, index), spill)
             if number is not None:
                 changed = min(missing) < index or (index + 1 < len(standing) and standing[index + 1] is None)
                 is_replica = number in replicas
                 with pruned.block(number) as block:
                     if is_replica or (fits.kept and changed and number not in replicas.values()):
-                        leaving = _past_removed(source, standing, index + 1, theirs, behind)
-                        fit = _BlockFit(source, own, block, _Streams(index, theirs, ours, leaving))
+                        leaving = _past_removed(source, standing, index + 1, theirs, behind, spill)
+                        fit = _BlockFit(source, own, block, _Streams(index, theirs, ours, leaving), spill)
                         fitted = fit.kept_in(stage, f"fitted-{number}", fits, is_replica)
                         pruned.own(number, fitted)
                     ours.advance(block, index)
-        theirs.hidden = HiddenStates(behind)
+        theirs.hidden = behind
 
 
 def _replicas(pruned: StreamedModel) -> dict[int, int]:
@@ -103,16 +110,21 @@ def _replicas(pruned: StreamedModel) -> dict[int, int]:
 
 
 def _past_removed(
-    source: StreamedModel, standing: Sequence[int | None], index: int, theirs: Stream, hidden: list[torch.Tensor]
-) -> list[torch.Tensor]:
+    source: StreamedModel,
+    standing: Sequence[int | None],
+    index: int,
+    theirs: Stream,
+    hidden: HiddenStates,
+    spill: Path | None,
+) -> HiddenStates:
     """The source's hidden states before a block, or behind the removed ones that begin there."""
-    stream = theirs.copy()
-    stream.hidden = HiddenStates(hidden)
+    stream = copy.copy(theirs)
+    stream.hidden = HiddenStates(hidden, spill)
     while index < len(standing) and standing[index] is None:
         with source.block(index) as block:
             stream.advance(block, index)
         index += 1
-    return list(stream.hidden)
+    return stream.hidden
 
 
 class _Streams(NamedTuple):
@@ -121,7 +133,7 @@ class _Streams(NamedTuple):
     block: int
     theirs: Stream
     ours: Stream
-    leaving: list[torch.Tensor]
+    leaving: HiddenStates
 
 
 class _BlockFit:
@@ -132,14 +144,17 @@ class _BlockFit:
         own: its block in that place.
         block: a replica, or the kept block itself.
         streams: before the block.
+        spill: folder for what the block writes; None: memory holds it.
     """
 
-    def __init__(self, source: StreamedModel, own: nn.Module, block: nn.Module, streams: _Streams) -> None:
+    def __init__(
+        self, source: StreamedModel, own: nn.Module, block: nn.Module, streams: _Streams, spill: Path | None
+    ) -> None:
         self._own, self._block, self._streams = own, block, streams
         # Paths of the last modules of attention and MLP, which write to the residual stream.
         self._writers = find_architecture(source.model.config).output_norms
         self._fitted: dict[str, torch.Tensor] = {}
-        self._their_writes: list[dict[str, torch.Tensor]] = []
+        self._their_writes = {path: HiddenStates((), spill) for path in self._writers}
         self._factor: float | None = None
 
     def kept_in(self, stage: CachedStage | None, name: str, fits: Fits, is_replica: bool) -> dict[str, torch.Tensor]:
@@ -173,7 +188,8 @@ class _BlockFit:
         with watched(self._own, self._writers) as seen:
             for output in self._streams.theirs.outputs(self._own, self._streams.block):
                 first = output if first is None else first
-                self._their_writes.append({path: seen[path][1].reshape(output.shape) for path in self._writers})
+                for path, writes in self._their_writes.items():
+                    writes.append(seen[path][1].reshape(output.shape))
         assert first is not None
         self._factor = self._residual_factor(first)
 
@@ -196,7 +212,7 @@ class _BlockFit:
                 hooks.callback(handle.remove)
             passed = next(self._streams.theirs.outputs(self._own, self._streams.block)).double()
         added = leaving - entering
-        written = torch.stack([write.double() for write in self._their_writes[0].values()]).sum(0)
+        written = torch.stack([writes[0].double() for writes in self._their_writes.values()]).sum(0)
         factor = ((added * written).sum() / written.square().sum()).item()
         off = max((passed - entering).norm().item(), (added - factor * written).norm().item())
         return factor if off <= _ADDITIVE_TOLERANCE * added.norm().item() else None
@@ -286,8 +302,8 @@ class _BlockFit:
         what it takes to leave the block where the source's stream does.
         """
         if self._factor is None:
-            return self._their_writes[number][writer]
+            return self._their_writes[writer][number]
         if writer == self._writers[0]:
             short = self._streams.theirs.hidden[number] - self._streams.ours.hidden[number]
-            return self._their_writes[number][writer] + short / self._factor
+            return self._their_writes[writer][number] + short / self._factor
         return written.reshape(output.shape) + (self._streams.leaving[number] - output) / self._factor

@@ -26,9 +26,13 @@ class HiddenStates(Sequence[torch.Tensor]):
         if self._file is not None:
             weakref.finalize(self, self._file.close)
         for batch in batches:
-            self._devices.append(batch.device)
-            self._tensors.append(batch if self._file is None else batch.to("meta"))
-            self[len(self) - 1] = batch
+            self.append(batch)
+
+    def append(self, batch: torch.Tensor) -> None:
+        """One more."""
+        self._devices.append(batch.device)
+        self._tensors.append(batch if self._file is None else batch.to("meta"))
+        self[len(self) - 1] = batch
 
     def __len__(self) -> int:
         return len(self._tensors)

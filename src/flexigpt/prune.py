@@ -12,6 +12,7 @@ from flexigpt.checkpoint import check_depth, empty_compact
 from flexigpt.errors import InputError, flag
 from flexigpt.estimate import Estimate, Work, estimate
 from flexigpt.filling import Filling, fill, init_of, source_of_replicas
+from flexigpt.fitting import HIDDEN_COPIES
 from flexigpt.initialization import adapter_spectra, default_rank
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
 from flexigpt.plan import ModelShape, Plan
@@ -87,7 +88,9 @@ def assemble_pruned(
     depends = {"plan": plan.to_dict(), "init": init_of(options), "windows": digest(opened.windows)}
     with opened.cache.stage("replicas", **depends) as stage:
         blocks = source_of_replicas(opened.source, plan, options, stage)
-        fill(assembly, Filling(plan, blocks, opened.windows, stage), options, timed)
+        tokens = 0 if opened.windows is None else opened.windows.numel()
+        spill = opened.cache.folder if checked.source.needs_file(HIDDEN_COPIES * tokens) else None
+        fill(assembly, Filling(plan, blocks, opened.windows, stage, spill), options, timed)
         record["adapter_spectra"] = adapter_spectra(assembly, blocks, plan)
         record |= measure_both(
             {"source": opened.source, "compact": assembly},

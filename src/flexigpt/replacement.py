@@ -12,6 +12,7 @@ from flexigpt.checkpoint import empty_compact
 from flexigpt.distances import base_distances
 from flexigpt.errors import InputError
 from flexigpt.filling import Filling, fill, init_of, source_of_replicas
+from flexigpt.fitting import HIDDEN_COPIES
 from flexigpt.greedy import MOST_WINDOWS, GreedyChoice, choose_greedily, windows_perplexity
 from flexigpt.progress import Track, silent
 from flexigpt.prune_options import PruneOptions
@@ -107,7 +108,9 @@ class _Judge:
         depends = {"plan": plan.to_dict(), "init": init_of(self._options), "windows": digest(self._fitted)}
         with cache.stage("candidate", **depends) as stage:
             blocks = source_of_replicas(source, plan, self._options, stage)
-            fill(assembly, Filling(plan, blocks, self._fitted, stage), self._options, silent)
+            needed = HIDDEN_COPIES * self._fitted.numel()
+            spill = cache.folder if self._checked.needs_file(needed) else None
+            fill(assembly, Filling(plan, blocks, self._fitted, stage, spill), self._options, silent)
             batches = calibration_batches(self._held)
             spill = cache.folder if self._checked.needs_file(self._held.numel()) else None
             with run_through(assembly, batches, "judging", spill):

@@ -158,7 +158,7 @@ class CheckedSource:
     memory: int
 
     def needs_file(self, tokens: int) -> bool:
-        """Whether the hidden states of so many tokens do not fit beside a block."""
+        """Whether the hidden states of so many tokens, each copy counted, do not fit beside a block."""
         block = self.shape.block_parameters * self.itemsize
         return block + tokens * self.shape.hidden_size * self.itemsize > self.memory
 
