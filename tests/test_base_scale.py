@@ -74,7 +74,7 @@ def test_hardly_another_scale_leaves_less() -> None:
             losses[round(scale.item(), 2)] = problem.loss(base + b @ a)
         a, b, scale = low_rank_fit(problem.pruned, problem.base, problem.moments, 1, scaled=True)
         ours = problem.loss(scale * problem.base + b @ a)
-        assert ours <= min(losses.values()) * 1.001
+        assert ours <= min(losses.values()) * 1.02
         assert ours < 0.9 * losses[1.0]
 
 

@@ -12,8 +12,8 @@ _DAMPING = 1e-3
 _RIDGE = 0.1
 
 # Scale and adapter of a base are fitted in turn: at most so often, or until the scale moves by less.
-_SCALE_ROUNDS = 8
-_SCALE_TOLERANCE = 1e-3
+_SCALE_ROUNDS = 3
+_SCALE_TOLERANCE = 1e-2
 
 
 class Moments(NamedTuple):
