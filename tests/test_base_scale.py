@@ -95,6 +95,16 @@ def test_it_is_counted_and_expected() -> None:
     assert model.num_parameters() == expected
 
 
+def test_under_autocast_the_output_is_in_half_precision() -> None:
+    model, found = scaled(tiny_model("llama-gqa"), 4, "svd"), []
+    for module in model.modules():
+        if isinstance(module, SharedLinear):
+            module.register_forward_hook(lambda _, __, output: found.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits(model)
+    assert set(found) == {torch.bfloat16}
+
+
 def test_recovery_trains_it(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
     compact, recovered = tmp_path / "compact", tmp_path / "recovered"
     flags = ["--no-output-norm", "--base-scale", "--calibration", text, "--window-length", "32", "--rank", "4"]

@@ -57,7 +57,8 @@ class SharedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
         y = self.base(x)
-        y = y if self.base_scale is None else y * self.base_scale
+        # Under autocast y is in half precision and the scale is not: what follows would carry float32.
+        y = y if self.base_scale is None else y * self.base_scale.to(y.dtype)
         y = y + F.linear(F.linear(x, self.adapter_A), self.adapter_B)
         return y if self.bias_difference is None else y + self.bias_difference
 
