@@ -235,7 +235,7 @@ class Bench:
             "tokens_per_second": round(record["recovery"]["tokens_per_second"]),
         }
 
-    def search(self, name: str, ratio: str) -> tuple[str, int, Path]:
+    def search(self, name: str) -> tuple[str, int, Path]:
         """The row that searches for this one, the tokens of each try, and the text that judges."""
         name, tokens = ROWS[name].rate_of or name, self.arguments.tokens
         if ROWS[name].fitted:
@@ -244,7 +244,7 @@ class Bench:
 
     def best_rate(self, name: str, ratio: str) -> float:
         """The best of three for a row, or for the one whose search serves it."""
-        name, tokens, text = self.search(name, ratio)
+        name, tokens, text = self.search(name)
         tried = {lr: self.train(name, ratio, lr, tokens, text)["after"] for lr in ROWS[name].rates}
         return min(tried, key=tried.__getitem__)
 
@@ -269,7 +269,7 @@ class Bench:
 
     def finished(self, name: str, ratio: str) -> tuple[float, list[dict]] | None:
         """The learning rate and what was measured with each seed, where the row is done."""
-        searched, tokens, _ = self.search(name, ratio)
+        searched, tokens, _ = self.search(name)
         tried = {lr: self.known.get(key_of(searched, ratio, tokens, lr)) for lr in ROWS[searched].rates}
         if not all(tried.values()):
             return None

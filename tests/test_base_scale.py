@@ -55,8 +55,8 @@ def test_at_full_rank_the_scale_changes_nothing_but_itself(family: str, tmp_path
     assert (scales(model) - 1).abs().min() > 0.1  # random weights have nothing of each other
     torch.testing.assert_close(logits(model), expected, rtol=1e-8, atol=1e-8)
     by_text = scaled(source, FULL_RANK, "zero", fitted=True)
-    assert (scales(by_text) - 1).abs().min() > 0
-    torch.testing.assert_close(logits(by_text), expected, rtol=0.05, atol=0.05)
+    assert (scales(by_text) - 1).abs().min() > 0.1
+    torch.testing.assert_close(logits(by_text), expected, rtol=2e-3, atol=2e-3)
     model.save_pretrained(tmp_path)
     read = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     assert read.config.format_version == 2

@@ -189,6 +189,10 @@ def test_a_plan_of_the_thorough_preset_can_be_applied(run: Run, tiny_source: Pat
     assert code == 0, errors
     applied = ("--plan", plan / "plan.json", "--preset", "thorough", *calibrated)
     at_once = ("--ratio", 0.4, "--rank", 3, "--preset", "thorough", *calibrated)
+    scored = ("--ratio", 0.4, "--preset", "thorough", "--block-score", "influence", "--plan-only", *calibrated)
+    code, _, errors = run("prune", tiny_source, tmp_path / "scored", *scored)
+    assert code == 2
+    assert "--preset thorough has no effect" in errors
     for name, options in (("applied", applied), ("at-once", at_once)):
         code, _, errors = run("prune", tiny_source, tmp_path / name, *options)
         assert code == 0, errors

@@ -148,13 +148,15 @@ def prune_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
     """Prune a source model into a compact model and write its checkpoint."""
-    chosen = {"block_score": blocks is not None or plan is not None, "output_norm": norm_init is not None}
-    judged = REPLACEMENT_SCORE in (block_score, PRESETS.get(preset or "", {}).get("block_score"))
-    if plan_only_:  # which makes no replica but to judge it
-        chosen |= {"refit_kept": True} | dict.fromkeys(("adapter_init", "output_norm", "base_scale"), not judged)
-    elif not refit_kept and preset != "paper":
-        chosen["refit_kept"] = not can_refit(source)
-    by_preset = preset_values(context, preset, chosen)
+    idle = {"block_score": blocks is not None or plan is not None, "output_norm": norm_init is not None}
+    score = block_score or PRESETS.get(preset or DEFAULT_PRESET, {}).get("block_score")
+    if not plan_only_:
+        idle["refit_kept"] = not can_refit(source)
+    elif idle["block_score"] or score != REPLACEMENT_SCORE:  # no replica is made
+        idle |= dict.fromkeys(("refit_kept", "adapter_init", "output_norm", "base_scale"), True)
+    else:
+        idle["refit_kept"] = True
+    by_preset = preset_values(context, preset, idle)
     given: dict[str, Any] = {
         "block_score": block_score,
         "refit_kept": refit_kept,

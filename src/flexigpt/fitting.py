@@ -118,6 +118,8 @@ def _past_removed(
     spill: Path | None,
 ) -> HiddenStates:
     """The source's hidden states before a block, or behind the removed ones that begin there."""
+    if index == len(standing) or standing[index] is not None:
+        return hidden
     stream = copy.copy(theirs)
     stream.hidden = HiddenStates(hidden, spill)
     while index < len(standing) and standing[index] is None:

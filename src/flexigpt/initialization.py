@@ -173,20 +173,17 @@ def replica_tensors(
     def filled(path: str, shared: SharedLinear, seed: int) -> dict[str, torch.Tensor]:
         linear = path.removesuffix(".inner")
         pruned, kept = (source.weight_matrix(i, linear) for i in (own, base))
-        scale = torch.ones(1, dtype=torch.float64)
+        scale = _like(torch.ones(1), like)
         if scales and shared.base_scale is not None:
-            # As it will be stored: the adapter mends what its rounding leaves.
-            scale = _like(least_squares_scale(pruned, kept), like).double().cpu()
-        scaled = kept if shared.base_scale is None else kept.double() * scale.to(kept.device)
-        left, right = init(pruned, scaled, replica.rank, torch.Generator().manual_seed(seed))
+            scale = _like(least_squares_scale(pruned, kept), like)
+            kept = kept.double() * scale.to(kept.device)  # as it is stored: the adapter mends what its rounding leaves
+        left, right = init(pruned, kept, replica.rank, torch.Generator().manual_seed(seed))
         found = {"adapter_A": _like(left, like), "adapter_B": _like(right, like)}
         if shared.base_scale is not None:
-            found["base_scale"] = _like(scale, like)
+            found["base_scale"] = scale
         if shared.bias_difference is not None:
             biases = [source.parameter(i, f"{linear}.bias") for i in (own, base)]
-            found["bias_difference"] = biases[0] - (
-                biases[1] if shared.base_scale is None else scale.to(biases[1]) * biases[1]
-            )
+            found["bias_difference"] = biases[0] - scale.to(biases[1]) * biases[1]
         return {f"{path}.{name}": values for name, values in found.items()}
 
     tensors: dict[str, torch.Tensor] = {}
