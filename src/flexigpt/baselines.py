@@ -70,7 +70,7 @@ def assemble_baseline(
         assert opened.windows is not None
         left = iter(range(len(assembly)))
         standing = [None if block in blocks else next(left) for block in range(checked.depth)]
-        spill = opened.cache.folder if checked.needs_file(HIDDEN_COPIES * opened.windows.numel()) else None
+        spill = checked.spill(opened.cache.folder, HIDDEN_COPIES * opened.windows.numel())
         fit_blocks(opened.source, assembly, standing, opened.windows, Fits(kept=True), spill=spill, track=timed)
     record = new_record(source, options, options.defaults(checked.window_length)) | opened.scored
     record["removed"] = {"blocks": list(blocks), "num_blocks": checked.depth, "source": source}

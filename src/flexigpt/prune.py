@@ -89,7 +89,7 @@ def assemble_pruned(
     with opened.cache.stage("replicas", **depends) as stage:
         blocks = source_of_replicas(opened.source, plan, options, stage)
         tokens = 0 if opened.windows is None else opened.windows.numel()
-        spill = opened.cache.folder if checked.source.needs_file(HIDDEN_COPIES * tokens) else None
+        spill = checked.source.spill(opened.cache.folder, HIDDEN_COPIES * tokens)
         fill(assembly, Filling(plan, blocks, opened.windows, stage, spill), options, timed)
         record["adapter_spectra"] = adapter_spectra(assembly, blocks, plan)
         record |= measure_both(

@@ -28,7 +28,7 @@ def distances_by_name(
     if not BASE_DISTANCES[name].calibrated:
         return base_distances(opened.source, pruned, rank, name, opened.cache, track)
     assert opened.windows is not None
-    spill = opened.cache.folder if checked.needs_file(opened.windows.numel()) else None
+    spill = checked.spill(opened.cache.folder, opened.windows.numel())
     return activation_distances(opened, pruned, rank, spill=spill, track=track)
 
 
@@ -108,11 +108,10 @@ class _Judge:
         depends = {"plan": plan.to_dict(), "init": init_of(self._options), "windows": digest(self._fitted)}
         with cache.stage("candidate", **depends) as stage:
             blocks = source_of_replicas(source, plan, self._options, stage)
-            needed = HIDDEN_COPIES * self._fitted.numel()
-            spill = cache.folder if self._checked.needs_file(needed) else None
+            spill = self._checked.spill(cache.folder, HIDDEN_COPIES * self._fitted.numel())
             fill(assembly, Filling(plan, blocks, self._fitted, stage, spill), self._options, silent)
             batches = calibration_batches(self._held)
-            spill = cache.folder if self._checked.needs_file(self._held.numel()) else None
+            spill = self._checked.spill(cache.folder, self._held.numel())
             with run_through(assembly, batches, "judging", spill):
                 found = windows_perplexity(assembly.model, batches)
             stage.discard()

@@ -162,6 +162,10 @@ class CheckedSource:
         block = self.shape.block_parameters * self.itemsize
         return block + tokens * self.shape.hidden_size * self.itemsize > self.memory
 
+    def spill(self, folder: Path, tokens: int) -> Path | None:
+        """The folder, where the hidden states of so many tokens have to go into a file; None: memory holds them."""
+        return folder if self.needs_file(tokens) else None
+
 
 def can_refit(source: str) -> bool:
     """Whether kept blocks can be refitted: what attention and MLP write goes to the residual stream as it is.
@@ -276,7 +280,7 @@ def open_scored(
         windows=windows,
         scored={},
         cache=cache,
-        spill=cache.folder if checked.needs_file(tokens) else None,
+        spill=checked.spill(cache.folder, tokens),
     )
     if windows is None:
         return opened
@@ -303,7 +307,7 @@ def _scores(opened: Opened, windows: torch.Tensor, checked: CheckedSource, track
     sources = [opened.source, *opened.source.twins()]
     with opened.cache.stage("scores", windows=digest(windows), devices=len(sources)) as stage:
         if stage.result is None:
-            spill = opened.cache.folder if checked.needs_file(windows.numel()) else None
+            spill = checked.spill(opened.cache.folder, windows.numel())
             stage.finish(block_means(sources, windows, BLOCK_SCORES, spill=spill, stage=stage, track=track))
         found: dict[str, list[float]] = stage.result
     return found
@@ -312,7 +316,7 @@ def _scores(opened: Opened, windows: torch.Tensor, checked: CheckedSource, track
 def _removed(opened: Opened, windows: torch.Tensor, checked: CheckedSource, count: int, track: Track) -> dict[str, Any]:
     """The blocks that the model misses least, one after the other."""
     windows = windows[:MOST_WINDOWS]
-    spill = opened.cache.folder if checked.needs_file(windows.numel() * checked.depth) else None
+    spill = checked.spill(opened.cache.folder, windows.numel() * checked.depth)
     key = digest(windows)
     done = remove_greedily(opened.source, windows, count, cache=opened.cache, key=key, spill=spill, track=track)
     return done.record()
