@@ -60,7 +60,9 @@ def fill(assembly: Assembly, work: Filling, options: PruneOptions, track: Track)
         assembly.own(replica.block, work.stage.tensors(f"replica-{replica.block}", make))
     if options.fits:
         assert work.windows is not None
-        fits = Fits(adapter=ADAPTER_INITS[options.adapter_init].fit, norms=norm_init == FITTED, kept=options.refit_kept)
+        init = ADAPTER_INITS[options.adapter_init]
+        kept = options.refit_kept
+        fits = Fits(adapter=init.fit, weighted=init.weighted, norms=norm_init == FITTED, kept=kept)
         numbers = range(len(assembly))
         given = (work.source, assembly, numbers, work.windows, fits)
         fit_blocks(*given, spill=work.spill, stage=work.stage, track=track)

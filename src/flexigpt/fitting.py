@@ -25,6 +25,7 @@ from flexigpt.hidden_states import HiddenStates
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM, NormedOutput, SharedLinear
 from flexigpt.progress import Track, silent
 from flexigpt.regression import FittedAdapter, Moments, RunningSum, ridge_fit
+from flexigpt.sensitivity import output_weights
 from flexigpt.streaming import StreamedModel, exchange_parameters
 
 # W_i, W_j, moments, rank, whether the base is scaled -> what is fitted.
@@ -42,6 +43,7 @@ class Fits:
 
     Attributes:
         adapter: makes a replica's adapter of moments; None: adapters stay.
+        weighted: whether errors of a linear count by how much they move the block's output, instead of all alike.
         norms: whether the output norms' gamma is fitted, each channel by least squares.
         kept: whether the kept blocks behind a pruned one are refitted: those of their linears that write to the
             residual stream, at full rank, as nothing more is stored for them. Bases are left alone: fitted to their own
@@ -49,6 +51,7 @@ class Fits:
     """
 
     adapter: AdapterFit | None = None
+    weighted: bool = False
     norms: bool = False
     kept: bool = False
 
@@ -156,6 +159,7 @@ class _BlockFit:
         # Paths of the last modules of attention and MLP, which write to the residual stream.
         self._writers = find_architecture(source.model.config).output_norms
         self._fitted: dict[str, torch.Tensor] = {}
+        self._weights: dict[str, torch.Tensor] = {}
         self._their_writes = {path: HiddenStates((), spill) for path in self._writers}
         self._factor: float | None = None
 
@@ -176,7 +180,10 @@ class _BlockFit:
                 if self._factor is not None and isinstance(self._block.get_submodule(path), nn.Linear | Conv1D):
                     self.refit(path)
             return self._fitted
-        for step in self.steps():
+        steps = self.steps()
+        if fits.weighted and fits.adapter is not None:
+            self._weigh([path for step in steps for path in step])
+        for step in steps:
             if isinstance(self._block.get_submodule(step[0]), NormedOutput):
                 if fits.norms:
                     self.fit_norm(step[0])
@@ -236,6 +243,12 @@ class _BlockFit:
             last = given
         return steps
 
+    def _weigh(self, paths: Iterable[str]) -> None:
+        """Weights of what linears put out; a writer's output is the block's, and all of it counts alike."""
+        inner = [path for path in paths if path.removesuffix(".inner") not in self._writers]
+        streams = self._streams
+        self._weights = output_weights(streams.theirs, self._own, streams.block, inner)
+
     def fit_adapters(self, paths: tuple[str, ...], fit: AdapterFit) -> None:
         """Linears that are given the same: one that writes to the residual stream stands alone."""
         writer = paths[0].removesuffix(".inner")
@@ -243,7 +256,7 @@ class _BlockFit:
         for path in paths:
             shared = cast(SharedLinear, self._block.get_submodule(path))
             pruned = weight_matrix(self._own_linear(path)).double()
-            moments = Moments(inputs, pruned @ inputs if targets is None else targets)
+            moments = Moments(inputs, pruned @ inputs if targets is None else targets, self._weights.get(path))
             scaled = shared.base_scale is not None
             adapter = fit(pruned, weight_matrix(shared.base), moments, len(shared.adapter_A), scaled)
             self._set(f"{path}.adapter_A", adapter.down)

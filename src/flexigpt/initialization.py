@@ -61,11 +61,13 @@ class AdapterInit(NamedTuple):
         start: (W_i, W_j, rank, random generator) -> A (rank, inputs), B (outputs, rank).
         scales: whether a base's scale starts at least squares of W_i on W_j, which `start` is then given scaled.
         fit: of calibration text, which then follows; None: the start stands.
+        weighted: whether that fit weighs errors by how much they move the block's output.
     """
 
     start: AdapterStart
     scales: bool = False
     fit: AdapterFit | None = None
+    weighted: bool = False
 
 
 ADAPTER_INITS: dict[str, AdapterInit] = {
@@ -75,6 +77,8 @@ ADAPTER_INITS: dict[str, AdapterInit] = {
     "zero": AdapterInit(zero_adapter),
     # Least squares on what goes through the replica, instead of on weights.
     "activation": AdapterInit(zero_adapter, fit=low_rank_fit),
+    # The same, on what that makes of the block's output.
+    "block-output": AdapterInit(zero_adapter, fit=low_rank_fit, weighted=True),
 }
 # The word for gamma by least squares, in the place of a constant.
 FITTED = "fitted"
@@ -167,7 +171,7 @@ def replica_tensors(
     """
     own, base = (i if source_blocks is None else source_blocks[i] for i in (replica.block, replica.base))
     generator = torch.Generator().manual_seed((start.seed + replica.block * _SEED_STEP) % 2**63)
-    init, scales, _ = ADAPTER_INITS[start.adapter_init]
+    init, scales, *_ = ADAPTER_INITS[start.adapter_init]
     like = next(source.model.get_input_embeddings().parameters())
 
     def filled(path: str, shared: SharedLinear, seed: int) -> dict[str, torch.Tensor]:

@@ -10,6 +10,8 @@ from flexigpt.factorization import truncated_svd
 _DAMPING = 1e-3
 # The same for a kept block's whole weight, which has more to lose.
 _RIDGE = 0.1
+# Of the mean weight of a linear's outputs, what is added to each: an output that no direction met is not given up.
+_OUTPUT_DAMPING = 1e-2
 
 # Scale and adapter of a base are fitted in turn: at most so often, or until the scale moves by less.
 _SCALE_ROUNDS = 3
@@ -22,10 +24,12 @@ class Moments(NamedTuple):
     Attributes:
         inputs: C = E[x x^T], (inputs, inputs).
         targets: E[y x^T], (outputs, inputs), y without the bias.
+        weights: G, what errors of y weigh: (outputs, outputs), or its diagonal (outputs,); None: all alike.
     """
 
     inputs: torch.Tensor
     targets: torch.Tensor
+    weights: torch.Tensor | None = None
 
 
 class RunningSum:
@@ -70,6 +74,40 @@ def damped_root(inputs: torch.Tensor) -> torch.Tensor:
     return found.vectors * found.values.sqrt()
 
 
+class OutputRoot(NamedTuple):
+    """K with K^T K = G', the damped weights of a linear's outputs: |K E|_F^2 is what errors E weigh.
+
+    Attributes:
+        root: K, (outputs, outputs), or its diagonal (outputs,), float64.
+        inverse: of K, likewise.
+    """
+
+    root: torch.Tensor
+    inverse: torch.Tensor
+
+    @classmethod
+    def of(cls, weights: torch.Tensor) -> "OutputRoot":
+        """Of G, (outputs, outputs), or its diagonal (outputs,)."""
+        values, vectors = (weights, None) if weights.ndim == 1 else torch.linalg.eigh(weights)
+        values = values.clamp(min=0)
+        values = (values + _OUTPUT_DAMPING * values.mean().clamp(min=1e-30)).sqrt()
+        if vectors is None:
+            return cls(values, 1 / values)
+        return cls(values[:, None] * vectors.T, vectors / values)
+
+    def times(self, matrix: torch.Tensor) -> torch.Tensor:
+        """K times a matrix of so many rows."""
+        return _times(self.root, matrix)
+
+    def undone(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The inverse of K times a matrix of so many rows."""
+        return _times(self.inverse, matrix)
+
+
+def _times(root: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    return root[:, None] * matrix if root.ndim == 1 else root @ matrix
+
+
 class FittedAdapter(NamedTuple):
     """What `low_rank_fit` finds, float64.
 
@@ -89,11 +127,12 @@ def low_rank_fit(
 ) -> FittedAdapter:
     """The adapter that minimises E|y - (s W_j + B A) x|^2 + c |W_i - s W_j - B A|_F^2 with a small c.
 
-    Reduced-rank regression (Izenman, 1975): with C' = C + c I, T = (E[y x^T] + c W_i) C'^(-1/2) and G = W_j C'^(1/2),
-    B A is the best rank-r approximation of T - s G, times C'^(-1/2). For y = W_i x it truncates (W_i - s W_j) C'^(1/2).
+    Reduced-rank regression (Izenman, 1975): with C' = C + c I, T = (E[y x^T] + c W_i) C'^(-1/2) and S = W_j C'^(1/2),
+    B A is the best rank-r approximation of T - s S, times C'^(-1/2). For y = W_i x it truncates (W_i - s W_j) C'^(1/2).
     The second term decides in directions of x that calibration text never shows: there, with s = 1, the adapter is that
     of eq. 7-8. Where the base is scaled, s and B A are fitted in turn, each given the other: no turn leaves more than
-    the one before.
+    the one before. With weights G of the outputs, |.|^2 is e^T G e: the root of G is
+    applied to T and S first and taken back from B.
 
     Args:
         pruned: W_i, (outputs, inputs), any dtype.
@@ -106,6 +145,9 @@ def low_rank_fit(
     inverse_root = (vectors * values.rsqrt()) @ vectors.T
     wanted = (moments.targets + damping * pruned.double()) @ inverse_root
     given = base.double() @ ((vectors * values.sqrt()) @ vectors.T)
+    root = None if moments.weights is None else OutputRoot.of(moments.weights)
+    if root is not None:
+        wanted, given = root.times(wanted), root.times(given)
     one = torch.ones(1, dtype=torch.float64, device=wanted.device)
     # What would be best without an adapter: from 1 the turns can end at a worse place.
     scale = least_squares_scale(wanted, given) if scaled else one
@@ -119,7 +161,8 @@ def low_rank_fit(
     down = fitted.right.T @ inverse_root
     # Rows of A of length one, as in eq. 8: training moves both factors by steps of the same size.
     lengths = down.norm(dim=1).clamp(min=1e-30)
-    return FittedAdapter(down / lengths[:, None], fitted.left * fitted.values * lengths, scale)
+    up = fitted.left * fitted.values * lengths
+    return FittedAdapter(down / lengths[:, None], up if root is None else root.undone(up), scale)
 
 
 def least_squares_scale(wanted: torch.Tensor, given: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,42 @@
+"""What errors of a block's linears weigh: by how much they move what the block puts out."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from flexigpt.architecture import weight_matrix
+from flexigpt.calibration import Stream
+from flexigpt.regression import RunningSum
+
+
+def output_weights(text: Stream, block: nn.Module, index: int, paths: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The weight of each linear's outputs, as `Moments.weights`, summed over the text.
+
+    G = J^T J, J the derivative of the block's output, over all tokens of a window, by the linear's at one token: an
+    error e there moves the block's output by e^T G e, to second order. Estimated from one random direction v for each
+    batch, as (J^T v)(J^T v)^T (Hutchinson, 1990). No gradient leaves the block.
+
+    Args:
+        text: what the block is given.
+        block: of the source.
+        index: its place in the model.
+        paths: of linears in the block.
+
+    Returns:
+        By path, float64: G (outputs, outputs), or only its diagonal (outputs,) for a linear of more outputs than
+        inputs. Those are an MLP's units, of which the diagonal says nearly everything, and whose G would be larger than
+        the weight itself.
+    """
+    sums = {path: RunningSum() for path in paths}
+    wide = {path for path in paths if _is_wide(block.get_submodule(path))}
+    for gradients in text.gradients(block, index, paths):
+        for path, gradient in zip(paths, gradients, strict=True):
+            rows = gradient.flatten(0, -2).float()
+            sums[path].add(rows.square().sum(0) if path in wide else rows.T @ rows)
+    return {path: running.total for path, running in sums.items()}
+
+
+def _is_wide(linear: nn.Module) -> bool:
+    outputs, inputs = weight_matrix(linear).shape
+    return outputs > inputs
