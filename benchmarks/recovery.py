@@ -32,6 +32,8 @@ LEARNING_RATES = (3e-3, 1e-2, 3e-2)
 # The replicas' own parameters alone want more: 3e-2 won at the edge of the values above.
 REPLICA_LEARNING_RATES = (1e-2, 3e-2, 1e-1)
 FITTED_LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+# Replicas fitted to their blocks' outputs are hurt by 1e-2.
+BLOCK_FITTED_LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 TOKENS = 1_000_000
 DEVELOPMENT_CHAPTERS = 4
 SEARCH_SHARE = 10
@@ -67,14 +69,16 @@ class Row:
     def rates(self) -> tuple[float, ...]:
         """Learning rates to choose from."""
         if self.fitted:
-            return FITTED_LEARNING_RATES
+            return BLOCK_FITTED_LEARNING_RATES if "block-output" in self.start else FITTED_LEARNING_RATES
         return REPLICA_LEARNING_RATES if "replicas" in self.train else LEARNING_RATES
 
 
 PRUNE = ("prune", "--preset", "paper", "--ratio", "RATIO")
 REMOVE = ("baseline", "--ratio", "RATIO")
 ACTIVATION = ("--adapter-init", "activation", "--refit-kept", "--windows", "256")
-FITTED = (*ACTIVATION, "--no-output-norm", "--base-scale")
+BY_LINEAR = (*ACTIVATION, "--no-output-norm", "--base-scale")
+BY_BLOCK = ("--adapter-init", "block-output", *ACTIVATION[2:], "--no-output-norm", "--base-scale")
+FITTED = (*BY_BLOCK, "--spread-rank")
 FITTED_NORMS = (*ACTIVATION, "--norm-init", "fitted")
 REFITTED = ("--refit-kept", "--windows", "256")
 BY_REPLACEMENT = ("--block-score", "replacement-perplexity")
@@ -111,8 +115,19 @@ PRUNING = {
     "fitted-distilled": Row(
         label="fitted, + LoRA on kept blocks + distillation", start=PRUNE + FITTED + BY_REPLACEMENT, train=TEACH
     ),
-    "fitted-norms-distilled": Row(
-        label="fitted, output norms in the place of base scales, + LoRA on kept blocks + distillation",
+    # With as many trained parameters at 30 %.
+    "fitted-rank-24-distilled": Row(
+        label="fitted, rank 24, + LoRA of rank 8 on kept blocks + distillation",
+        start=(*PRUNE, *FITTED, *BY_REPLACEMENT, "--rank", "24"),
+        train=(*TEACH, "--lora-rank", "8"),
+    ),
+    "by-linear-distilled": Row(
+        label="each linear fitted by itself, one rank for all, + LoRA on kept blocks + distillation",
+        start=PRUNE + BY_LINEAR + BY_REPLACEMENT,
+        train=TEACH,
+    ),
+    "by-linear-norms-distilled": Row(
+        label="the same, output norms in the place of base scales, + LoRA on kept blocks + distillation",
         start=PRUNE + FITTED_NORMS + BY_REPLACEMENT,
         train=TEACH,
     ),

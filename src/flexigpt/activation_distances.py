@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from flexigpt.architecture import find_architecture
 from flexigpt.cache import CachedStage
-from flexigpt.calibration import Stream, calibration_batches, watched
+from flexigpt.calibration import Stream, calibration_batches
+from flexigpt.linear_moments import input_moments
 from flexigpt.progress import Track, silent
-from flexigpt.regression import RunningSum, damped_root
+from flexigpt.regression import damped_root
 from flexigpt.scoring import Opened, digest
 from flexigpt.selection import BASE_DISTANCES
 
@@ -66,29 +66,9 @@ def _run(opened: Opened, text: Stream, index: int, linears: Sequence[str]) -> di
         if not linears:
             text.advance(block, index)
             return {}
-        moments, first_of = _moments(text, block, index, linears)
+        moments, first_of = input_moments(text, block, index, linears)
     roots = {path: damped_root(moments.pop(path)) for path in list(moments)}
     return {path: roots[first_of[path]] for path in linears}
-
-
-def _moments(
-    text: Stream, block: nn.Module, index: int, linears: Sequence[str]
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """X^T X of what is given to linears, of one linear for all that are given the same; and that linear by path."""
-    sums: dict[str, RunningSum] = {}
-    first_of: dict[str, str] = {}
-    with watched(block, linears) as seen:
-        for number, output in enumerate(text.outputs(block, index)):
-            for path in linears:
-                if path not in first_of:
-                    first_of[path] = next((p for p in sums if seen[p][0] is seen[path][0]), path)
-                    if first_of[path] == path:
-                        sums[path] = RunningSum()
-            for path, moment in sums.items():
-                given = seen[path][0].flatten(0, -2).float()
-                moment.add(given.T @ given)
-            text.hidden[number] = output
-    return {path: moment.total for path, moment in sums.items()}, first_of
 
 
 class _Measure:

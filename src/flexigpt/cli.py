@@ -58,6 +58,16 @@ _PRUNE, _EXTEND = field_help(PruneOptions), field_help(ExtendOptions)
 _GENERATE = field_help(GenerateOptions)
 
 
+def is_given(context: typer.Context, field: str) -> bool:
+    """Whether the user gave that setting."""
+    return getattr(context.get_parameter_source(field), "name", "") != "DEFAULT"
+
+
+def preset_has(field: str, preset: str | None) -> Any:
+    """What a preset, or the default one, sets a field to; None: it does not."""
+    return PRESETS.get(preset or DEFAULT_PRESET, {}).get(field)
+
+
 def preset_values(context: typer.Context, preset: str | None, idle: dict[str, bool]) -> dict[str, Any]:
     """What a preset sets of what was not given.
 
@@ -73,9 +83,7 @@ def preset_values(context: typer.Context, preset: str | None, idle: dict[str, bo
     if name not in PRESETS:
         raise InputError(f"--preset {name} is unknown: give {', '.join(PRESETS)}")
     values = {
-        field: value
-        for field, value in PRESETS[name].items()
-        if not idle.get(field) and getattr(context.get_parameter_source(field), "name", "") == "DEFAULT"
+        field: value for field, value in PRESETS[name].items() if not idle.get(field) and not is_given(context, field)
     }
     if preset and PRESETS[name] and not values:
         raise InputError(f"--preset {name} has no effect, since all that it sets is given: leave it out")
@@ -109,8 +117,9 @@ def prune_command(
         str | None,
         typer.Option(
             help="Settings that go together, where they are not given and have an effect: fitted, to the calibration "
-            "text (--adapter-init activation, --no-output-norm, --base-scale, --refit-kept); thorough, the same and "
-            "--block-score replacement-perplexity; paper, the paper's recipe, all as given below; default: fitted.",
+            "text (--adapter-init block-output, --spread-rank, --no-output-norm, --base-scale, --refit-kept); "
+            "thorough, the same and --block-score replacement-perplexity; paper, the paper's recipe, all as given below; "
+            "default: fitted.",
             metavar="|".join(PRESETS),
         ),
     ] = None,
@@ -119,6 +128,7 @@ def prune_command(
         bool, typer.Option("--plan-only", help="Write only the plan, OUT/plan.json, to look at, edit and apply.")
     ] = False,
     rank: Annotated[int | None, typer.Option(help=_PRUNE["rank"])] = None,
+    spread_rank: Annotated[bool, typer.Option(help=_PRUNE["spread_rank"])] = PruneOptions.spread_rank,
     calibration: Annotated[str | None, typer.Option(help=_PRUNE["calibration"])] = None,
     text_column: Annotated[str | None, typer.Option(help=_PRUNE["text_column"])] = None,
     windows: Annotated[int | None, typer.Option(help=_PRUNE["windows"])] = None,
@@ -149,11 +159,14 @@ def prune_command(
 ) -> None:
     """Prune a source model into a compact model and write its checkpoint."""
     idle = {"block_score": blocks is not None or plan is not None, "output_norm": norm_init is not None}
-    score = block_score or PRESETS.get(preset or DEFAULT_PRESET, {}).get("block_score")
+    idle["spread_rank"] = plan is not None
+    score = block_score or preset_has("block_score", preset)
     if not plan_only_:
         idle["refit_kept"] = not can_refit(source)
     elif idle["block_score"] or score != REPLACEMENT_SCORE:  # no replica is made
-        idle |= dict.fromkeys(("refit_kept", "adapter_init", "output_norm", "base_scale"), True)
+        idle |= dict.fromkeys(("refit_kept", "adapter_init", "output_norm"), True)
+        asked = spread_rank if is_given(context, "spread_rank") else preset_has("spread_rank", preset)
+        idle["base_scale"] = not asked  # by which it is spread
     else:
         idle["refit_kept"] = True
     by_preset = preset_values(context, preset, idle)
@@ -161,6 +174,7 @@ def prune_command(
         "block_score": block_score,
         "refit_kept": refit_kept,
         "adapter_init": adapter_init,
+        "spread_rank": spread_rank,
         "output_norm": output_norm,
         "base_scale": base_scale,
     }

@@ -4,8 +4,9 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-# The newest that is read. Version 2 has base scales; what has none is written as version 1.
-FORMAT_VERSION = 2
+# The newest that is read. Version 2 has base scales, version 3 ranks of single linears; the least that says it all is
+# written.
+FORMAT_VERSION = 3
 
 
 class FlexiGPTConfig(PreTrainedConfig):
@@ -13,7 +14,8 @@ class FlexiGPTConfig(PreTrainedConfig):
 
     Args:
         text_config: the source's configuration (for an extended model with the depth of the compact model).
-        replicas: the plan's replicas, rows of `block`, `base` and `rank`.
+        replicas: the plan's replicas, rows of `block`, `base` and `rank`, and, where linears have ranks of their own,
+            `ranks` by path.
         blocks: path of the list of blocks within the source model.
         linears: paths of a block's linears, within the block.
         output_norms: paths within the block of the modules whose output an output norm normalises: the last ones of
@@ -50,7 +52,7 @@ class FlexiGPTConfig(PreTrainedConfig):
     def __init__(
         self,
         text_config: PreTrainedConfig | dict[str, Any] | None = None,
-        replicas: list[dict[str, int]] | None = None,
+        replicas: list[dict[str, Any]] | None = None,
         blocks: str = "",
         linears: list[str] | None = None,
         output_norms: list[str] | None = None,
@@ -59,7 +61,8 @@ class FlexiGPTConfig(PreTrainedConfig):
         format_version: int | None = None,
         **kwargs: Any,
     ) -> None:
-        format_version = 1 + base_scale if format_version is None else format_version
+        if format_version is None:
+            format_version = 3 if any("ranks" in row for row in replicas or ()) else 1 + base_scale
         if format_version > FORMAT_VERSION:
             raise ValueError(
                 f"this compact model has format version {format_version}, this flexigpt reads versions up to "

@@ -66,6 +66,7 @@ class Work:
         removals: blocks that are chosen one after the other, by perplexity without them.
         replicas: number of them to be made.
         rank: of factors and adapters.
+        spreads: whether each adapter gets a rank of its own.
         written: bytes of the checkpoint.
     """
 
@@ -75,6 +76,7 @@ class Work:
     removals: int = 0
     replicas: int = 0
     rank: int = 0
+    spreads: bool = False
     written: int = 0
 
 
@@ -105,6 +107,9 @@ def estimate(checked: CheckedSource, options: ScoringOptions, work: Work) -> Est
         flops += _activation_flops(checked, work)
     read += 4 * work.replicas * linears  # adapters, and what they mend
     flops += _FACTOR_FLOPS * work.replicas * shape.linear_parameters * work.rank
+    if work.spreads:
+        read += blocks * itemsize
+        flops += _spreading_flops(checked, work)
     if options.fits:
         fitted = depth if options.refit_kept else work.replicas
         flops += 2.0 * shape.block_parameters * work.tokens * (2 * depth + _FIT_PASSES * fitted)
@@ -151,6 +156,17 @@ def _activation_flops(checked: CheckedSource, work: Work) -> float:
         root = 2.0 * work.tokens * inputs**2 + _EIGEN_FLOPS * inputs**3
         products = 4.0 * outputs * inputs**2 * (1 + candidates)  # in float64, at half the rate
         flops += work.activations * (root + products + _FACTOR_FLOPS * outputs * inputs * work.rank * candidates)
+    return flops
+
+
+def _spreading_flops(checked: CheckedSource, work: Work) -> float:
+    """Of text through the blocks once, four times more through those replaced, and singular values of their linears."""
+    shape = checked.shape
+    flops = 2.0 * (checked.depth + 4 * work.replicas) * shape.block_parameters * work.tokens
+    for outputs, inputs in shape.linears.values():
+        least = min(outputs, inputs)
+        products = 4.0 * outputs * inputs * (2 * inputs + least)  # in float64, at half the rate
+        flops += work.replicas * (2.0 * work.tokens * inputs**2 + products + _EIGEN_FLOPS / 2 * least**3)
     return flops
 
 

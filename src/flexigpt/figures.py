@@ -150,8 +150,9 @@ def adapters_figure(recorded: Recorded) -> Drawn | None:
     columns = min(4, len(linears))
     lines = -(-len(linears) // columns)
     finals = [spectrum["mended"][-1] for block in spectra.values() for spectrum in block.values()]
-    rank = max(spectrum["ranks"][-1] for block in spectra.values() for spectrum in block.values())
-    title = f"Rank-{rank} adapters mend {_percents(finals)} of the squared difference to the base"
+    ranks = {spectrum["ranks"][-1] for block in spectra.values() for spectrum in block.values()}
+    kind = f"Rank-{max(ranks)} adapters" if len(ranks) == 1 else f"Adapters of rank {min(ranks)} to {max(ranks)}"
+    title = f"{kind} mend {_percents(finals)} of the squared difference to the base"
     figure = new_figure(WIDTH, 0.95 + 1.75 * lines, title)
     grid: Any = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     shades = _shades(sorted(spectra))

@@ -22,10 +22,10 @@ from flexigpt.cache import CachedStage
 from flexigpt.calibration import Seen, Stream, calibration_batches, watched
 from flexigpt.checkpoint import plan_of
 from flexigpt.hidden_states import HiddenStates
+from flexigpt.linear_moments import output_weights
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM, NormedOutput, SharedLinear
 from flexigpt.progress import Track, silent
 from flexigpt.regression import FittedAdapter, Moments, RunningSum, ridge_fit
-from flexigpt.sensitivity import output_weights
 from flexigpt.streaming import StreamedModel, exchange_parameters
 
 # W_i, W_j, moments, rank, whether the base is scaled -> what is fitted.

@@ -181,7 +181,7 @@ def replica_tensors(
         if scales and shared.base_scale is not None:
             scale = _like(least_squares_scale(pruned, kept), like)
             kept = kept.double() * scale.to(kept.device)  # as it is stored: the adapter mends what its rounding leaves
-        left, right = init(pruned, kept, replica.rank, torch.Generator().manual_seed(seed))
+        left, right = init(pruned, kept, replica.rank_of(linear), torch.Generator().manual_seed(seed))
         found = {"adapter_A": _like(left, like), "adapter_B": _like(right, like)}
         if shared.base_scale is not None:
             found["base_scale"] = scale

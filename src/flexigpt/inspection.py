@@ -8,6 +8,7 @@ from rich.table import Table
 from flexigpt.accounting import count_parts
 from flexigpt.checkpoint import config_dtype, open_empty, plan_of
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM, SharedLinear
+from flexigpt.plan import Replica
 from flexigpt.tables import megabytes
 
 
@@ -61,7 +62,7 @@ def inspection_tables(inspection: dict[str, Any]) -> list[Table]:
     for heading in ("block", "base", "rank"):
         plan.add_column(heading, justify="right")
     for row in inspection["plan"]["replicas"]:
-        plan.add_row(str(row["block"]), str(row["base"]), str(row["rank"]))
+        plan.add_row(str(row["block"]), str(row["base"]), Replica(**row).shown_rank())
     return [parts, plan]
 
 

@@ -106,13 +106,14 @@ class FlexiGPTForCausalLM(PreTrainedModel, GenerationMixin):
         """The logical blocks, in order."""
         return self.language_model.get_submodule(self.config.blocks)
 
-    def _share(self, block: int, base: int, rank: int) -> None:
+    def _share(self, block: int, base: int, rank: int, ranks: dict[str, int] | None = None) -> None:
         """Turns one block into a replica of another."""
         for path in self.config.linears:
             base_parent, name = _parent(self.block_list[base], path)
             own_parent, _ = _parent(self.block_list[block], path)
             has_bias = getattr(own_parent, name).bias is not None
-            setattr(own_parent, name, SharedLinear(base_parent, name, rank, has_bias, self.config.base_scale))
+            own_rank = (ranks or {}).get(path, rank)
+            setattr(own_parent, name, SharedLinear(base_parent, name, own_rank, has_bias, self.config.base_scale))
         for path in self.config.output_norms:
             parent, name = _parent(self.block_list[block], path)
             inner = getattr(parent, name)

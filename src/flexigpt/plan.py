@@ -23,11 +23,27 @@ class Replica:
         block: the logical block, from 0.
         base: the kept block whose linears it borrows.
         rank: rank of its adapters, one pair for each linear.
+        ranks: of the linears, by path within the block, whose adapter has another one.
     """
 
     block: int
     base: int
     rank: int
+    ranks: Mapping[str, int] | None = None
+
+    def rank_of(self, linear: str) -> int:
+        """Rank of the adapter of one linear, given by its path within the block."""
+        return (self.ranks or {}).get(linear, self.rank)
+
+    def shown_rank(self) -> str:
+        """The rank, or from which to which where linears have ranks of their own."""
+        ranks = sorted((self.ranks or {"": self.rank}).values())
+        return f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A row of the plan, JSON-ready."""
+        row = {"block": self.block, "base": self.base, "rank": self.rank}
+        return row if self.ranks is None else row | {"ranks": dict(self.ranks)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +81,9 @@ class Plan:
                     f"the plan gives block {replica.block} the base {replica.base}, which is itself pruned: "
                     f"name a kept block, one of {self.kept}"
                 )
-            if replica.rank < 1:
-                raise InputError(f"the plan gives block {replica.block} rank {replica.rank}: a rank is at least 1")
+            least = min(replica.rank, *(replica.ranks or {}).values(), replica.rank)
+            if least < 1:
+                raise InputError(f"the plan gives block {replica.block} rank {least}: a rank is at least 1")
 
     @property
     def pruned(self) -> list[int]:
@@ -84,7 +101,7 @@ class Plan:
         return {
             "format_version": PLAN_FORMAT_VERSION,
             "num_blocks": self.num_blocks,
-            "replicas": [{"block": r.block, "base": r.base, "rank": r.rank} for r in self.replicas],
+            "replicas": [replica.to_dict() for replica in self.replicas],
         }
 
     @classmethod
@@ -104,7 +121,10 @@ class Plan:
         if not isinstance(data["replicas"], list):
             raise InputError("the plan's replicas are no list: expected rows of block, base and rank")
         for number, row in enumerate(data["replicas"]):
-            _check_keys(row, {"block", "base", "rank"}, f"row {number} of the plan's replicas")
+            where = f"row {number} of the plan's replicas"
+            _check_ranks(row, where)
+            numbers = {key: row[key] for key in row if key != "ranks"} if isinstance(row, dict) else row
+            _check_keys(numbers, {"block", "base", "rank"}, where)
         return cls(num_blocks=data["num_blocks"], replicas=tuple(Replica(**row) for row in data["replicas"]))
 
     @classmethod
@@ -133,6 +153,12 @@ def _check_keys(data: Any, expected: set[str], where: str) -> None:
     for key, value in data.items():
         if key != "replicas" and (not isinstance(value, int) or isinstance(value, bool)):
             raise InputError(f"{where} has {key} = {value!r}: expected a whole number")
+
+
+def _check_ranks(row: Any, where: str) -> None:
+    ranks = row.get("ranks", {}) if isinstance(row, dict) else {}
+    if not isinstance(ranks, dict) or any(type(rank) is not int for rank in ranks.values()):
+        raise InputError(f"{where} has ranks = {ranks!r}: expected a whole number for each linear's path")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,17 +191,22 @@ class ModelShape:
         """The highest rank that no linear's adapter exceeds."""
         return min(min(size) for size in self.linears.values())
 
-    def replica_parameters(self, rank: int) -> int:
+    def adapter_parameters(self, rank: int | Replica) -> int:
+        """Of one replica, of which only the rank is known, or all."""
+        ranks = [rank if isinstance(rank, int) else rank.rank_of(path) for path in self.linears]
+        return sum(r * sum(size) for r, size in zip(ranks, self.linears.values(), strict=True))
+
+    def replica_parameters(self, rank: int | Replica) -> int:
         """Adapters, output norms and scales of one replica: what it adds to plain removal, but for biases and norms."""
-        adapters = sum(rank * (outputs + inputs) for outputs, inputs in self.linears.values())
+        adapters = self.adapter_parameters(rank)
         return adapters + self.num_output_norms * self.hidden_size + self.base_scale * len(self.linears)
 
     def removed_parameters(self, num_pruned: int) -> int:
         """Stored parameters after plain removal of `num_pruned` blocks."""
         return self.parameters - num_pruned * self.block_parameters
 
-    def stored_parameters(self, ranks: Iterable[int]) -> int:
-        """Stored parameters of the compact model whose replicas have these ranks."""
+    def stored_parameters(self, ranks: Iterable[int | Replica]) -> int:
+        """Stored parameters of the compact model that has these replicas, or replicas of these ranks."""
         return self.parameters + sum(self.replica_parameters(rank) - self.linear_parameters for rank in ranks)
 
     def check_rank(self, rank: int) -> None:
@@ -185,6 +216,22 @@ class ModelShape:
             raise InputError(
                 f"rank {rank} is above the size of {name} ({size[0]} x {size[1]}): give a rank up to {self.max_rank}"
             )
+
+    def check_replica(self, replica: Replica) -> None:
+        """Raises InputError for ranks that the linears do not have room for, or of a linear that is not there."""
+        self.check_rank(replica.rank)
+        for path, rank in (replica.ranks or {}).items():
+            if path not in self.linears:
+                raise InputError(
+                    f"the plan gives block {replica.block} a rank for {path}, which is not there: name linears of "
+                    f"{', '.join(self.linears)}"
+                )
+            if rank > min(self.linears[path]):
+                outputs, inputs = self.linears[path]
+                raise InputError(
+                    f"rank {rank} of block {replica.block} is above the size of {path} ({outputs} x {inputs}): give a "
+                    f"rank up to {min(outputs, inputs)}"
+                )
 
     def num_pruned_for(self, target_parameters: int, rank: int, num_blocks: int) -> int:
         """The fewest pruned blocks that bring the stored parameters down to the target.

@@ -15,9 +15,10 @@ from flexigpt.filling import Filling, fill, init_of, source_of_replicas
 from flexigpt.fitting import HIDDEN_COPIES
 from flexigpt.initialization import adapter_spectra, default_rank
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
-from flexigpt.plan import ModelShape, Plan
+from flexigpt.plan import ModelShape, Plan, Replica
 from flexigpt.progress import Timed, Track, silent
 from flexigpt.prune_options import PruneOptions
+from flexigpt.rank_spread import spread_ranks
 from flexigpt.record import Record, measure_both, new_record
 from flexigpt.replacement import distances_by_name, replace_greedily
 from flexigpt.scoring import (
@@ -115,8 +116,9 @@ def plan_only(source: str, options: PruneOptions, track: Track = silent) -> tupl
     idle = ["plan", "perplexity", "align", "refit_kept"]
     if options.block_score != REPLACEMENT_SCORE:  # which judges replicas, made as they say
         idle += ["adapter_init", "norm_init", "output_norm", "base_scale"]
+    read = ("align", "base_scale") if options.spread_rank else ()  # what ranks are spread by
     for field in idle:
-        if getattr(options, field) != getattr(PruneOptions, field):
+        if field not in read and getattr(options, field) != getattr(PruneOptions, field):
             raise InputError(f"{_flag(field)} has no effect with --plan-only, which makes no model: leave it out")
     timed = Timed(track)
     *_, plan, record = _plan_source(source, options, timed)
@@ -149,16 +151,17 @@ def expected(source: str, options: PruneOptions, plan_only: bool = False) -> Est
         activations=len(ranks) if options.compares_activations else 0,
         removals=len(ranks) if options.block_score in GREEDY_SCORES else 0,
         replicas=0 if plan_only else len(ranks),
-        rank=max(ranks, default=0),
+        rank=max((rank if isinstance(rank, int) else rank.rank for rank in ranks), default=0),
+        spreads=options.spread_rank,
         written=0 if plan_only else checked.source.shape.stored_parameters(ranks) * checked.source.itemsize,
     )
     return estimate(checked.source, options, work)
 
 
-def _ranks(checked: _Checked) -> list[int]:
-    """Of the replicas that there will be."""
+def _ranks(checked: _Checked) -> Sequence[int | Replica]:
+    """The replicas that there will be: those of the plan, or their ranks, as far as parameters go."""
     if checked.plan is not None:
-        return [replica.rank for replica in checked.plan.replicas]
+        return list(checked.plan.replicas)
     return [checked.rank] * (checked.pruned if isinstance(checked.pruned, int) else len(checked.pruned))
 
 
@@ -178,7 +181,7 @@ def _read_plan(path: str | Path, shape: ModelShape, depth: int) -> Plan:
     plan = Plan.read(path)
     check_depth(plan, depth)
     for replica in plan.replicas:
-        shape.check_rank(replica.rank)
+        shape.check_replica(replica)
     return plan
 
 
@@ -204,7 +207,20 @@ def _plan_source(source: str, options: PruneOptions, track: Track) -> tuple[Open
     record["compared_distances"] = {
         other: distances_by_name(opened, checked.source, pruned, checked.rank, other, track) for other in others
     }
-    return opened, checked, choose_bases(record["distances"], checked.rank, checked.source.depth), record
+    plan = choose_bases(record["distances"], checked.rank, checked.source.depth)
+    return opened, checked, _spread(opened, checked, plan, options, track) if options.spread_rank else plan, record
+
+
+def _spread(opened: Opened, checked: _Checked, plan: Plan, options: PruneOptions, track: Track) -> Plan:
+    """The plan with a rank for each adapter."""
+    assert opened.windows is not None
+    settings = {name: getattr(options, name) for name in ("align", "base_scale")}
+    depends = {"plan": plan.to_dict(), "windows": digest(opened.windows), **settings}
+    spill = checked.source.spill(opened.cache.folder, opened.windows.numel())
+    with opened.cache.stage("ranks", **depends) as stage:
+        source = source_of_replicas(opened.source, plan, options, stage)
+        shape = checked.source.shape
+        return spread_ranks(source, plan, opened.windows, shape, stage, spill=spill, track=track)
 
 
 def _resolved(options: PruneOptions, checked: _Checked) -> dict[str, Any]:

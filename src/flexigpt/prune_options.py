@@ -10,7 +10,13 @@ from flexigpt.initialization import ADAPTER_INITS, DEFAULT_NORM_INIT, FITTED, pa
 from flexigpt.scoring import ScoringOptions
 from flexigpt.selection import BASE_DISTANCES, DEFAULT_DISTANCE, REPLACEMENT_SCORE
 
-_FITTED = {"adapter_init": "activation", "output_norm": False, "base_scale": True, "refit_kept": True}
+_FITTED = {
+    "adapter_init": "block-output",
+    "spread_rank": True,
+    "output_norm": False,
+    "base_scale": True,
+    "refit_kept": True,
+}
 # Settings that go together, for `PruneOptions(ratio=0.3, **PRESETS["fitted"])`: the paper's recipe, which is what
 # PruneOptions sets by itself; what the command sets; and what leaves the least perplexity before recovery, and takes
 # the time of many fits.
@@ -31,6 +37,8 @@ class PruneOptions(ScoringOptions):
     Attributes:
         plan: a plan file to apply as it is.
         rank: rank of the adapters; default: hidden size / 16.
+        spread_rank: whether the parameters that adapters of that rank have are spent where they mend most: each linear
+            of each replica then gets a rank of its own.
         base_distance: distance by which each pruned block's base is chosen; default: low-rank.
         compare_distances: further distances to measure and record, for the report; they choose nothing.
         align: whether a pruned block's weights are first brought near its base's, by what changes nothing that the
@@ -45,6 +53,7 @@ class PruneOptions(ScoringOptions):
 
     plan: str | Path | None = None
     rank: int | None = None
+    spread_rank: bool = False
     base_distance: str | None = None
     compare_distances: Sequence[str] | None = None
     align: bool = False
@@ -78,6 +87,7 @@ class PruneOptions(ScoringOptions):
         if self.plan is not None:
             by_plan = ["rank", "base_distance", "compare_distances", "block_score"]
             by_plan += [] if self.fits else ["calibration", "windows"]
+            by_plan += ["spread_rank"] if self.spread_rank else []
             idle += [(name, "the plan decides it") for name in by_plan]
         if not self.output_norm:
             idle.append(("norm_init", "--no-output-norm leaves no output norm"))
@@ -103,7 +113,7 @@ class PruneOptions(ScoringOptions):
     @property
     def calibrates(self) -> bool:
         """Whether calibration text is read."""
-        return self.fits or self.compares_activations or (self.plan is None and super().calibrates)
+        return self.fits or self.spread_rank or self.compares_activations or (self.plan is None and super().calibrates)
 
     @property
     def fits(self) -> bool:

@@ -12,6 +12,8 @@ _DAMPING = 1e-3
 _RIDGE = 0.1
 # Of the mean weight of a linear's outputs, what is added to each: an output that no direction met is not given up.
 _OUTPUT_DAMPING = 1e-2
+# How often the damping of a matrix that is not positive definite with it grows tenfold.
+_MOST_DAMPINGS = 4
 
 # Scale and adapter of a base are fitted in turn: at most so often, or until the scale moves by less.
 _SCALE_ROUNDS = 3
@@ -47,18 +49,28 @@ class RunningSum:
         self.total = self.total.to(values.device) + values.double()
 
 
-class _Damped(NamedTuple):
-    """C' = C + c I, its eigenvalues and eigenvectors; what is below zero in C is rounding."""
+class Damped(NamedTuple):
+    """L L^T = M + d I, of a matrix M of second moments.
 
-    values: torch.Tensor
-    vectors: torch.Tensor
+    Attributes:
+        root: L, lower triangular, float64.
+        damping: d.
+    """
+
+    root: torch.Tensor
     damping: torch.Tensor
 
-
-def _damped(inputs: torch.Tensor) -> _Damped:
-    values, vectors = torch.linalg.eigh(inputs)
-    damping = _DAMPING * values.clamp(min=0).mean().clamp(min=1e-30)
-    return _Damped(values.clamp(min=0) + damping, vectors, damping)
+    @classmethod
+    def of(cls, moments: torch.Tensor, share: float) -> "Damped":
+        """d is that share of M's mean eigenvalue, or more where rounding errors have left M less than none."""
+        damping = share * moments.diagonal().mean().clamp(min=1e-30)
+        identity = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+        for _ in range(_MOST_DAMPINGS):
+            root, failed = torch.linalg.cholesky_ex(moments + damping * identity)
+            if not failed.item():
+                return cls(root, damping)
+            damping = 10 * damping
+        return cls(torch.linalg.cholesky(moments + damping * identity), damping)
 
 
 def damped_root(inputs: torch.Tensor) -> torch.Tensor:
@@ -70,42 +82,36 @@ def damped_root(inputs: torch.Tensor) -> torch.Tensor:
     Args:
         inputs: C, (inputs, inputs), float64; its scale is that of R^2.
     """
-    found = _damped(inputs)
-    return found.vectors * found.values.sqrt()
+    return Damped.of(inputs, _DAMPING).root
 
 
 class OutputRoot(NamedTuple):
     """K with K^T K = G', the damped weights of a linear's outputs: |K E|_F^2 is what errors E weigh.
 
     Attributes:
-        root: K, (outputs, outputs), or its diagonal (outputs,), float64.
-        inverse: of K, likewise.
+        root: K, upper triangular, (outputs, outputs), or its diagonal (outputs,), float64.
     """
 
     root: torch.Tensor
-    inverse: torch.Tensor
 
     @classmethod
-    def of(cls, weights: torch.Tensor) -> "OutputRoot":
-        """Of G, (outputs, outputs), or its diagonal (outputs,)."""
-        values, vectors = (weights, None) if weights.ndim == 1 else torch.linalg.eigh(weights)
-        values = values.clamp(min=0)
-        values = (values + _OUTPUT_DAMPING * values.mean().clamp(min=1e-30)).sqrt()
-        if vectors is None:
-            return cls(values, 1 / values)
-        return cls(values[:, None] * vectors.T, vectors / values)
+    def of(cls, weights: torch.Tensor | None) -> "OutputRoot | None":
+        """Of G, (outputs, outputs), or its diagonal (outputs,); None where all outputs weigh alike."""
+        if weights is None:
+            return None
+        if weights.ndim == 1:
+            return cls((weights + _OUTPUT_DAMPING * weights.mean().clamp(min=1e-30)).sqrt())
+        return cls(Damped.of(weights, _OUTPUT_DAMPING).root.T)
 
     def times(self, matrix: torch.Tensor) -> torch.Tensor:
         """K times a matrix of so many rows."""
-        return _times(self.root, matrix)
+        return self.root[:, None] * matrix if self.root.ndim == 1 else self.root @ matrix
 
     def undone(self, matrix: torch.Tensor) -> torch.Tensor:
         """The inverse of K times a matrix of so many rows."""
-        return _times(self.inverse, matrix)
-
-
-def _times(root: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    return root[:, None] * matrix if root.ndim == 1 else root @ matrix
+        if self.root.ndim == 1:
+            return matrix / self.root[:, None]
+        return torch.linalg.solve_triangular(self.root, matrix, upper=True)
 
 
 class FittedAdapter(NamedTuple):
@@ -127,8 +133,8 @@ def low_rank_fit(
 ) -> FittedAdapter:
     """The adapter that minimises E|y - (s W_j + B A) x|^2 + c |W_i - s W_j - B A|_F^2 with a small c.
 
-    Reduced-rank regression (Izenman, 1975): with C' = C + c I, T = (E[y x^T] + c W_i) C'^(-1/2) and S = W_j C'^(1/2),
-    B A is the best rank-r approximation of T - s S, times C'^(-1/2). For y = W_i x it truncates (W_i - s W_j) C'^(1/2).
+    Reduced-rank regression (Izenman, 1975): with L L^T = C + c I, T = (E[y x^T] + c W_i) L^(-T) and S = W_j L,
+    B A is the best rank-r approximation of T - s S, times L^(-1). For y = W_i x it truncates (W_i - s W_j) L.
     The second term decides in directions of x that calibration text never shows: there, with s = 1, the adapter is that
     of eq. 7-8. Where the base is scaled, s and B A are fitted in turn, each given the other: no turn leaves more than
     the one before. With weights G of the outputs, |.|^2 is e^T G e: the root of G is
@@ -141,13 +147,12 @@ def low_rank_fit(
         rank: r.
         scaled: whether s is fitted; otherwise it is 1.
     """
-    values, vectors, damping = _damped(moments.inputs)
-    inverse_root = (vectors * values.rsqrt()) @ vectors.T
-    wanted = (moments.targets + damping * pruned.double()) @ inverse_root
-    given = base.double() @ ((vectors * values.sqrt()) @ vectors.T)
-    root = None if moments.weights is None else OutputRoot.of(moments.weights)
-    if root is not None:
-        wanted, given = root.times(wanted), root.times(given)
+    root, damping = Damped.of(moments.inputs, _DAMPING)
+    wanted = torch.linalg.solve_triangular(root.T, moments.targets + damping * pruned.double(), upper=True, left=False)
+    given = base.double() @ root
+    outputs = OutputRoot.of(moments.weights)
+    if outputs is not None:
+        wanted, given = outputs.times(wanted), outputs.times(given)
     one = torch.ones(1, dtype=torch.float64, device=wanted.device)
     # What would be best without an adapter: from 1 the turns can end at a worse place.
     scale = least_squares_scale(wanted, given) if scaled else one
@@ -158,11 +163,11 @@ def low_rank_fit(
         fitted = truncated_svd(wanted - scale * given, rank)
         if (scale - before).abs() <= _SCALE_TOLERANCE:
             break
-    down = fitted.right.T @ inverse_root
+    down = torch.linalg.solve_triangular(root, fitted.right.T, upper=False, left=False)
     # Rows of A of length one, as in eq. 8: training moves both factors by steps of the same size.
     lengths = down.norm(dim=1).clamp(min=1e-30)
     up = fitted.left * fitted.values * lengths
-    return FittedAdapter(down / lengths[:, None], up if root is None else root.undone(up), scale)
+    return FittedAdapter(down / lengths[:, None], up if outputs is None else outputs.undone(up), scale)
 
 
 def least_squares_scale(wanted: torch.Tensor, given: torch.Tensor) -> torch.Tensor:

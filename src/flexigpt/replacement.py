@@ -37,8 +37,8 @@ def replace_greedily(
 ) -> GreedyChoice:
     """Chooses `count` blocks, each time the one with whose replica perplexity is least, beside those chosen before.
 
-    Candidates are pruned as the options say, kept blocks not refitted: bases by distance, replicas filled on the first
-    half of the first 32 calibration windows. Perplexity is that of the second half.
+    Candidates are pruned as the options say, but with kept blocks not refitted and one rank for all: bases by distance,
+    replicas filled on the first half of the first 32 calibration windows. Perplexity is that of the second half.
 
     Args:
         opened: the source, its calibration windows and its cache, which keeps every candidate's perplexity.
@@ -56,7 +56,7 @@ def replace_greedily(
     half = len(windows) // 2
     if half == 0:
         raise InputError("one calibration window cannot be halved into text to fit and text to judge: give --windows 2")
-    screening = dataclasses.replace(options, refit_kept=False)
+    screening = dataclasses.replace(options, refit_kept=False, spread_rank=False)
     judge = _Judge(opened, checked, screening, rank, (windows[:half], windows[half:]))
     depends = {
         "windows": digest(windows),

@@ -36,7 +36,7 @@ def plan_rows(plan: Plan, record: Record, more: Sequence[str] = ()) -> Rows:
             row["distance"] = "" if replica is None else f"{_distance(distances, replica):.4g}"
         row["stored"] = "its own linears"
         if replica is not None:
-            row["stored"] = ", ".join((f"adapters of rank {replica.rank}", *more))
+            row["stored"] = ", ".join((f"adapters of rank {replica.shown_rank()}", *more))
         rows.append(row)
     return list(rows[0]), [list(row.values()) for row in rows]
 

@@ -1,4 +1,4 @@
-"""What errors of a block's linears weigh: by how much they move what the block puts out."""
+"""What a block's linears are given, and what errors of theirs weigh, over a text."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,39 @@ import torch
 from torch import nn
 
 from flexigpt.architecture import weight_matrix
-from flexigpt.calibration import Stream
+from flexigpt.calibration import Stream, watched
 from flexigpt.regression import RunningSum
+
+
+def input_moments(
+    text: Stream, block: nn.Module, index: int, linears: Sequence[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Takes a text through a block; what its linears are given on the way.
+
+    Args:
+        text: what the block is given; afterwards what it makes of that.
+        block: of the text's model.
+        index: its place in the model.
+        linears: paths in the block.
+
+    Returns:
+        X^T X (inputs, inputs), float64, of one linear for all that are given the same, by path; and that linear by path
+        of each.
+    """
+    sums: dict[str, RunningSum] = {}
+    first_of: dict[str, str] = {}
+    with watched(block, linears) as seen:
+        for number, output in enumerate(text.outputs(block, index)):
+            for path in linears:
+                if path not in first_of:
+                    first_of[path] = next((p for p in sums if seen[p][0] is seen[path][0]), path)
+                    if first_of[path] == path:
+                        sums[path] = RunningSum()
+            for path, moment in sums.items():
+                given = seen[path][0].flatten(0, -2).float()
+                moment.add(given.T @ given)
+            text.hidden[number] = output
+    return {path: moment.total for path, moment in sums.items()}, first_of
 
 
 def output_weights(text: Stream, block: nn.Module, index: int, paths: Sequence[str]) -> dict[str, torch.Tensor]:
