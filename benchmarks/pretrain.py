@@ -114,7 +114,7 @@ class Pretraining:
         self.config, self.tokenizer = shape_of(arguments), load_tokenizer(str(EXAMPLE))
         self.window_length = check_window_length(arguments.window_length, self.config)
         self.device = find_device(arguments.device)
-        self.settings = resolve_settings(self.options, self.window_length, ALONE, self.device)
+        self.settings = resolve_settings(self.options, self.window_length, ALONE, self.device, {})
         asked = {name: getattr(arguments, name) for name in ("shape", *SIZES, "attention_dropout", "tokens", "compile")}
         self.identity = asked | given | {"data": text_fingerprint(data), "validation": text_fingerprint(validation)}
         self.identity |= {"precision": str(self.settings.dtype).removeprefix("torch."), "device": self.device.type}

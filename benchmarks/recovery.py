@@ -32,8 +32,6 @@ LEARNING_RATES = (3e-3, 1e-2, 3e-2)
 # The replicas' own parameters alone want more: 3e-2 won at the edge of the values above.
 REPLICA_LEARNING_RATES = (1e-2, 3e-2, 1e-1)
 FITTED_LEARNING_RATES = (1e-3, 3e-3, 1e-2)
-# Replicas fitted to their blocks' outputs are hurt by 1e-2.
-BLOCK_FITTED_LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 TOKENS = 1_000_000
 DEVELOPMENT_CHAPTERS = 4
 SEARCH_SHARE = 10
@@ -51,7 +49,8 @@ class Row:
         label: what it is called.
         start: arguments of the command that makes the model to train, with RATIO, FEWER or TWO-FEWER in the place of a
             ratio; none: the source itself is trained.
-        train: further arguments of `flexigpt recover`, with COMPACT in the place of the compact model of that ratio.
+        train: further arguments of `flexigpt recover`, with COMPACT in the place of the compact model of that ratio and
+            LR in that of the learning rate.
         rate_of: the row, trained alike, whose search for a learning rate serves this one too; None: its own.
     """
 
@@ -69,7 +68,7 @@ class Row:
     def rates(self) -> tuple[float, ...]:
         """Learning rates to choose from."""
         if self.fitted:
-            return BLOCK_FITTED_LEARNING_RATES if "block-output" in self.start else FITTED_LEARNING_RATES
+            return FITTED_LEARNING_RATES
         return REPLICA_LEARNING_RATES if "replicas" in self.train else LEARNING_RATES
 
 
@@ -89,6 +88,8 @@ REMOVE_TWO_FEWER = ("baseline", "--ratio", "TWO-FEWER")
 FEWER = {"RATIO": 0, "FEWER": 1, "TWO-FEWER": 2}
 MATCH = ("--match", "COMPACT")
 TEACH = ("--teacher", str(EXAMPLE))
+# Replicas that were fitted get a tenth of the rate, where nothing else is said.
+ONE_RATE = ("--replica-lr", "LR")
 ONLY = ("--train", "replicas")
 
 EXTEND = ("extend", "--blocks", "4:12", "--pattern")
@@ -124,12 +125,12 @@ PRUNING = {
     "by-linear-distilled": Row(
         label="each linear fitted by itself, one rank for all, + LoRA on kept blocks + distillation",
         start=PRUNE + BY_LINEAR + BY_REPLACEMENT,
-        train=TEACH,
+        train=TEACH + ONE_RATE,
     ),
     "by-linear-norms-distilled": Row(
         label="the same, output norms in the place of base scales, + LoRA on kept blocks + distillation",
         start=PRUNE + FITTED_NORMS + BY_REPLACEMENT,
-        train=TEACH,
+        train=TEACH + ONE_RATE,
     ),
     "removal-refitted-distilled": Row(
         label="plain removal by perplexity, refitted, + LoRA + distillation",
@@ -239,7 +240,7 @@ class Bench:
         if not (out / "record.json").exists():  # a killed benchmark may have left one behind
             self.flexigpt(
                 *("recover", str(self.start(row.start, ratio)), str(out)),
-                *(compact if word == "COMPACT" else word for word in row.train),
+                *({"COMPACT": compact, "LR": lr}.get(word, word) for word in row.train),
                 *("--data", str(EXAMPLE / "recovery.parquet"), "--epochs", "3", "--tokens", tokens),
                 *("--batch-tokens", "4096", "--window-length", "256", "--lr", lr, "--precision", "fp32"),
                 *("--perplexity", str(held_out), "--eval-every", "1000000", "--save-every", "20"),

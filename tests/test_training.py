@@ -24,6 +24,7 @@ SETTINGS = Settings(
     micro_batch=2,
     window_length=WINDOW,
     lr=1e-2,
+    replica_share=1.0,
     warmup_steps=2,
     weight_decay=0.0,
     clip=1.0,

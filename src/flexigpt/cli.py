@@ -118,8 +118,8 @@ def prune_command(
         typer.Option(
             help="Settings that go together, where they are not given and have an effect: fitted, to the calibration "
             "text (--adapter-init block-output, --spread-rank, --no-output-norm, --base-scale, --refit-kept); "
-            "thorough, the same and --block-score replacement-perplexity; paper, the paper's recipe, all as given below; "
-            "default: fitted.",
+            "thorough, the same and --block-score replacement-perplexity; paper, the paper's recipe, all as given "
+            "below; default: fitted.",
             metavar="|".join(PRESETS),
         ),
     ] = None,

@@ -119,7 +119,10 @@ class _Run:
         if options.match is not None:
             rank = matching_lora_rank(empty, open_empty(options.match))
         self.lora_rank = lora_rank_for(empty, rank) if options.train in USES_LORA else 0
-        self.settings = resolve_settings(options, self.window_length, world, device)
+        if options.replica_lr is not None and not layout_of(empty).bases:
+            raise InputError(f"--replica-lr has no effect, since {model} has no replicas: leave it out")
+        self.origin = _record_of(model)
+        self.settings = resolve_settings(options, self.window_length, world, device, self.origin or {})
         self.eval_every = options.eval_every or max(1, round(self.settings.steps / _EVALUATIONS))
         self.history: list[dict[str, float]] = []
         self.measured: dict[str, Any] = {}
@@ -151,6 +154,7 @@ class _Run:
             "draft_weight": options.draft_weight,
             "perplexity": None if options.perplexity is None else text_fingerprint(options.perplexity),
             "lr": settings.lr,
+            "replica_lr": settings.lr * settings.replica_share,
             "warmup_steps": settings.warmup_steps,
             "weight_decay": settings.weight_decay,
             "clip": settings.clip,
@@ -329,6 +333,7 @@ class _Run:
             "batch_tokens": settings.batch_tokens,
             "micro_batch": settings.micro_batch,
             "lora_rank": self.lora_rank or None,
+            "replica_lr": settings.lr * settings.replica_share if layout_of(model).bases else None,
             "precision": str(settings.dtype).removeprefix("torch."),
         }
         record = new_record(self.model, self.options, resolved)
@@ -352,10 +357,23 @@ class _Run:
         }
         if self.stopped is not None:
             record["recovery"]["stopped"] = self.stopped
-        origin = Path(self.model) / RECORD
-        if origin.is_file():
-            record["origin"] = json.loads(origin.read_text(encoding="utf-8"))
+        if self.origin is not None:
+            record["origin"] = self.origin
         return record
+
+
+def _record_of(model: str) -> Record | None:
+    """What is recorded in a model's folder, if anything is."""
+    file = Path(model) / RECORD
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON ({error}): get it again, or remove it") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{file} holds no record: get it again, or remove it")
+    return record
 
 
 @contextmanager

@@ -7,6 +7,8 @@ import torch
 
 from flexigpt.distributed import World, launched
 from flexigpt.errors import InputError, check_seed, flag
+from flexigpt.initialization import ADAPTER_INITS
+from flexigpt.record import Record
 from flexigpt.tracking import check_trackers
 from flexigpt.trainable import TRAIN, USES_LORA
 from flexigpt.training import PRECISIONS, Settings
@@ -16,6 +18,8 @@ _PAPER_BATCH = 480
 # Tokens in one forward pass of one process, where the user does not say: what fills a GPU, what fits a CPU's caches.
 _MICRO_BATCH_TOKENS = {"cuda": 8192, "cpu": 1024}
 _DISTILL_WEIGHT = 0.5
+# What was fitted wants less than LoRA: on novel16 a thirtieth and a tenth are as good, a third is worse.
+_FITTED_SHARE = 0.1
 DEFAULT_DATA = "cerebras/SlimPajama-627B@train"
 
 
@@ -36,6 +40,9 @@ class RecoverOptions:
         micro_batch: windows in one forward pass of one process; default: as many as make 8192 tokens on a GPU, 1024 on
             a CPU.
         lr: learning rate after warm-up; a cosine to zero follows.
+        replica_lr: the same for the replicas' own adapters, output norms and base scales, beside LoRA or all else;
+            default: a tenth of lr where they were fitted to calibration text and LoRA, which starts at nothing, is
+            trained beside them; otherwise lr.
         warmup: share of the steps over which the learning rate rises.
         weight_decay: AdamW's.
         clip: norm that gradients are clipped to.
@@ -68,6 +75,7 @@ class RecoverOptions:
     batch_tokens: int | None = None
     micro_batch: int | None = None
     lr: float = 4e-3
+    replica_lr: float | None = None
     warmup: float = 0.03
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -96,6 +104,8 @@ class RecoverOptions:
             if number is not None and number < 1:
                 raise InputError(f"{flag(name)} {number} is too small: give at least 1")
         ranges = {"lr": (0, 1e3), "warmup": (-1e-9, 1), "weight_decay": (-1e-9, 1e3), "clip": (0, 1e9)}
+        if self.replica_lr is not None:
+            ranges["replica_lr"] = ranges["lr"]
         for name, (low, high) in ranges.items():
             if not low < getattr(self, name) < high:
                 raise InputError(f"{flag(name)} {getattr(self, name)} is out of range: see --help")
@@ -113,6 +123,7 @@ class RecoverOptions:
             "distill_weight": self.teacher is None and "without --teacher",
             # What replicas are is not in the draft, and nothing else would be trained.
             "draft_weight": self.train == "replicas" and f"with --train {self.train}",
+            "replica_lr": self.train == "replicas" and f"with --train {self.train}, since --lr is theirs",
             "eval_every": self.perplexity is None and "without --perplexity",
             "lora_rank": self.train not in USES_LORA and f"with --train {self.train}",
             "match": (self.train not in USES_LORA and f"with --train {self.train}")
@@ -140,8 +151,26 @@ def parse_tokens(tokens: str) -> int:
     return count
 
 
-def resolve_settings(options: RecoverOptions, window_length: int, world: World, device: torch.device) -> Settings:
-    """What the options make of one step of training.
+def replica_lr_for(options: RecoverOptions, record: Record) -> float:
+    """The learning rate of the replicas' own parameters.
+
+    Args:
+        options: of the run.
+        record: of the model that it begins with; empty where there is none.
+    """
+    if options.replica_lr is not None:
+        return options.replica_lr
+    while "adapter_init" not in record.get("options", {}) and "origin" in record:
+        record = record["origin"]
+    init = ADAPTER_INITS.get(record.get("options", {}).get("adapter_init", ""))
+    fitted = init is not None and init.fit is not None
+    return options.lr * _FITTED_SHARE if fitted and options.train in USES_LORA else options.lr
+
+
+def resolve_settings(
+    options: RecoverOptions, window_length: int, world: World, device: torch.device, record: Record
+) -> Settings:
+    """What the options make of one step of training; `record` is that of the model that it begins with, or empty.
 
     Raises:
         InputError: tokens that are fewer than a step, or a step that windows and processes do not divide.
@@ -174,6 +203,7 @@ def resolve_settings(options: RecoverOptions, window_length: int, world: World, 
         micro_batch=micro_batch,
         window_length=window_length,
         lr=options.lr,
+        replica_share=replica_lr_for(options, record) / options.lr,
         warmup_steps=round(options.warmup * steps),
         weight_decay=options.weight_decay,
         clip=options.clip,

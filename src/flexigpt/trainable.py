@@ -133,6 +133,13 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def by_owner(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What is trained: the replicas' own adapters, output norms and base scales, and all else."""
+    trained = trained_parameters(model)
+    own = [parameter for name, parameter in trained.items() if name.endswith(REPLICA_PARAMETERS)]
+    return own, [parameter for name, parameter in trained.items() if not name.endswith(REPLICA_PARAMETERS)]
+
+
 def first_trained_block(model: PreTrainedModel) -> int:
     """The first block of which something is trained: the backward pass ends there."""
     blocks = layout_of(model).blocks

@@ -18,7 +18,7 @@ from flexigpt.distillation import Teacher
 from flexigpt.distributed import World, reduced, replicate, shard, whole
 from flexigpt.drafting import Draft
 from flexigpt.losses import TokenLoss, token_loss
-from flexigpt.trainable import layout_of, trained_parameters, training_flops
+from flexigpt.trainable import by_owner, layout_of, trained_parameters, training_flops
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # fp16 loses small gradients: the loss is scaled up, by less after an overflow, by more after as many steps without.
@@ -39,6 +39,7 @@ class Settings:
         micro_batch: windows in one forward pass of one process.
         window_length: tokens that a window predicts.
         lr: the learning rate after warm-up.
+        replica_share: of that rate, what the replicas' own parameters get.
         warmup_steps: over which it rises from near zero; a cosine to zero follows.
         weight_decay: AdamW's.
         clip: the norm that gradients are scaled down to.
@@ -55,6 +56,7 @@ class Settings:
     micro_batch: int
     window_length: int
     lr: float
+    replica_share: float
     warmup_steps: int
     weight_decay: float
     clip: float
@@ -114,8 +116,12 @@ class Training:
                 teacher.settle(model, device)
             self.wrapped = replicate(model, world)
         model.train()
-        trained = list(trained_parameters(model).values())
-        self.optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
+        groups = [
+            {"params": parameters, "share": share}
+            for parameters, share in zip(by_owner(model), (settings.replica_share, 1.0), strict=True)
+            if parameters
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
         fp16 = settings.dtype is torch.float16
         self._scale = {"loss_scale": _FIRST_LOSS_SCALE if fp16 else 1.0, "since": 0, "skipped": 0}
 
@@ -201,7 +207,7 @@ class Training:
         if math.isfinite(norm):
             torch._foreach_mul_(gradients, min(1.0, self.settings.clip / (norm + 1e-6)) / self._scale["loss_scale"])
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["share"]
             self.optimizer.step()
         self.optimizer.zero_grad()
         self._adjust_scale(number, math.isfinite(norm))
