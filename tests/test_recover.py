@@ -153,6 +153,7 @@ def unfinished(tiny_compact: Path, text: Path, tmp_path_factory: pytest.TempPath
 OTHER = {
     "--seed 1": "seed = 0, now it is 1",
     "--lr 0.001": "lr = 0.004, now it is 0.001",
+    "--replica-lr 0.001": "replica_lr = 0.004, now it is 0.001",
     "--train all": "train = replicas+kept, now it is all",
     "--window-length 32": "window_length = 16, now it is 32",
     "--tokens 640": "steps = 20, now it is 10",
@@ -347,3 +348,28 @@ def test_tensorboard_gets_every_step(run: Run, tiny_compact: Path, text: Path, s
         expected = {step["step"]: step[name] for step in history(tmp_path / "out")}
         assert {event.step: event.value for event in written.Scalars(name)} == pytest.approx(expected)
     assert [event.step for event in written.Scalars("perplexity")] == [5, 10, 15]
+
+
+@pytest.mark.parametrize(("train", "share"), [("replicas+kept", 0.1), ("replicas", 1.0), ("all", 1.0)])
+def test_fitted_replicas_get_a_tenth_of_the_rate(
+    tiny_source: Path, text: Path, tmp_path: Path, run: Run, train: str, share: float
+) -> None:
+    """The model's record says what was fitted; it is found behind a recovery as well."""
+    flags = ["--blocks", "2", "--rank", "4", "--calibration", text, "--window-length", "16", "--windows", "4"]
+    assert run("prune", tiny_source, tmp_path / "fitted", *flags)[0] == 0
+    assert run("prune", tiny_source, tmp_path / "paper", *flags[:4], "--preset", "paper")[0] == 0
+    for model, expected in (("fitted", share), ("paper", 1.0)):
+        first = recover(str(tmp_path / model), tmp_path / f"{model}-1", quick(text, train=train, lr=2e-3))
+        again = recover(str(tmp_path / f"{model}-1"), tmp_path / f"{model}-2", quick(text, train=train, lr=2e-3))
+        for record in (first, again):
+            assert record is not None
+            assert record["options"]["replica_lr"] == pytest.approx(2e-3 * expected)
+
+
+def test_a_damaged_record_of_the_model_is_told(tiny_compact: Path, text: Path, tmp_path: Path, run: Run) -> None:
+    shutil.copytree(tiny_compact, tmp_path / "compact")
+    (tmp_path / "compact" / "record.json").write_text("{")
+    code, _, errors = run("recover", tmp_path / "compact", tmp_path / "out", "--data", text, *TOKENS, *QUICK)
+    assert code == 2
+    assert "record.json is not JSON" in last_line(errors)
+    assert not (tmp_path / "out").exists()

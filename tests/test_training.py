@@ -56,12 +56,13 @@ def mark_trained(model: Any, train: str, lora_rank: int) -> dict[str, tuple[torc
 
 
 @pytest.mark.parametrize(
-    ("train", "micro_batch"), [("replicas+kept", 1), ("replicas+kept", 4), ("replicas", 3), ("all", 2)]
+    ("train", "micro_batch", "replica_lr"),
+    [("replicas+kept", 1, None), ("replicas+kept", 4, 3e-4), ("replicas", 3, None), ("all", 2, 1e-2)],
 )
 def test_recovery_is_the_textbooks_loop(
-    tiny_compact: Path, single: Path, tmp_path: Path, train: str, micro_batch: int
+    tiny_compact: Path, single: Path, tmp_path: Path, train: str, micro_batch: int, replica_lr: float | None
 ) -> None:
-    asked = {"lr": 2e-3, "weight_decay": 0.1, "clip": 0.1}
+    asked = {"lr": 2e-3, "weight_decay": 0.1, "clip": 0.1, "replica_lr": replica_lr}
     given = options(single, train=train, micro_batch=micro_batch, warmup=0.25, **asked)
     record = recover(str(tiny_compact), tmp_path / "out", given)
     model = textbook.opened(tiny_compact)

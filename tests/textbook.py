@@ -46,10 +46,17 @@ def train(
     warmup: int,
     clip: float = 1.0,
     weight_decay: float = 0.0,
+    replica_lr: float | None = None,
 ) -> list[dict[str, float]]:
-    """Trains what requires gradients; what each step measured."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
+    """Trains what requires gradients; what each step measured. Adapters and output norms may get another rate."""
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    own = [name for name in named if "adapter_" in name or "output_norm" in name]
+    trained = list(named.values())
+    groups = [
+        {"params": [named[name] for name in named if name not in own], "lr": lr},
+        {"params": [named[name] for name in own], "lr": lr if replica_lr is None else replica_lr},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
 
     def factor(step: int) -> float:
         if step < warmup:
