@@ -37,7 +37,7 @@ TRAINED: dict[str, tuple[int, tuple[str, ...]]] = {
     "plain removal by influence": (1_000_000, ("removal-distilled", "fewer-distilled")),
     "the paper's start": (1_000_000, ("distilled",)),
     "plain removal by perplexity, refitted": (600_000, ("removal-refitted-distilled", "fewer-refitted-distilled")),
-    "fitted": (600_000, ("fitted-distilled",)),
+    "fitted": (600_000, ("fitted-distilled", "fitted-rank-24-distilled")),
 }
 
 
@@ -80,8 +80,8 @@ def trained_points(name: str) -> list[tuple[float, float]]:
     known: dict[str, dict[str, Any]] = json.loads((RESULTS / "recovery.json").read_text())
     best: dict[tuple[str, str], tuple[float, float]] = {}
     for key, found in known.items():
-        row, ratio, tokens, _ = key.split(" ")
-        if row in rows and int(tokens) == length:
+        row, ratio, tokens, _, *seed = key.split(" ")
+        if row in rows and int(tokens) == length and not seed:
             point = (found["bytes"], found["after"])
             best[row, ratio] = min(point, best.get((row, ratio), point), key=lambda p: p[1])
     return sorted(best.values())

@@ -174,6 +174,7 @@ EXTENDING = {
     ),
 }
 ROWS = PRUNING | EXTENDING
+FITTED_ROWS = ("fitted-distilled", "fitted-rank-24-distilled", "by-linear-distilled")
 
 
 class Bench:
@@ -333,8 +334,7 @@ class Bench:
         for ours, more, fewer in (
             ("kept", "removal", "fewer"),
             ("distilled", "removal-distilled", "fewer-distilled"),
-            ("fitted-distilled", "removal-distilled", "fewer-distilled"),
-            ("fitted-distilled", "removal-refitted-distilled", "fewer-refitted-distilled"),
+            *((ours, "removal-refitted-distilled", "fewer-refitted-distilled") for ours in FITTED_ROWS),
         ):
             done = [self.finished(name, ratio) for name in (ours, more, fewer)]
             if not all(done):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Run
-from flexigpt import BaselineOptions, InputError, PruneOptions
+from flexigpt import PRESETS, BaselineOptions, InputError, PruneOptions
 from flexigpt.baselines import expected as expected_of_removal
 from flexigpt.console import tell_estimate
 from flexigpt.estimate import Estimate
@@ -22,14 +22,14 @@ def bytes_of(folder: Path) -> int:
 def test_bytes_written_are_those_of_the_checkpoint(
     tiny_source: Path, text: Path, tmp_path: Path, run: Run, single: Path
 ) -> None:
-    """But for the files' headers."""
+    """But for the files' headers, and a rank or two that the spread ones leave over."""
     settings = {"ratio": 0.4, "calibration": str(text), "window_length": 64, "windows": 8}
-    told = expected(str(tiny_source), PruneOptions(rank=3, **settings))
+    told = expected(str(tiny_source), PruneOptions(rank=3, **settings, **PRESETS["fitted"]))
     options = ["--ratio", 0.4, "--calibration", text, "--window-length", 64, "--windows", 8]
     code, _, errors = run("prune", tiny_source, tmp_path / "out", *options, "--rank", 3)
     assert code == 0
     assert told.line().split(",")[0] in errors
-    assert 0 < bytes_of(tmp_path / "out") - told.written < 20_000
+    assert -2_000 < bytes_of(tmp_path / "out") - told.written < 20_000
     removal = expected_of_removal(str(tiny_source), BaselineOptions(**settings))
     assert run("baseline", tiny_source, tmp_path / "shorter", *options)[0] == 0
     assert 0 < bytes_of(tmp_path / "shorter") - removal.written < 20_000

@@ -18,8 +18,12 @@ _LIBRARIES = 600 * 2**20
 _FACTOR_FLOPS = 70
 # Copies of the largest linear that factoring it or initialising its adapter holds, in bytes a number.
 _FACTOR_BYTES = 28
-# Passes of calibration text through a block, of each kind, that a fit takes.
-_FIT_PASSES = 10
+# Passes of calibration text through a block, of each kind, that a fit takes, one backward among them.
+_FIT_PASSES = 14
+# What a fit holds of float64 numbers: moments of the widest inputs, and copies of the largest linear; and by how much a
+# backward pass multiplies a block's activations.
+_FIT_MOMENTS, _FIT_LINEARS = 3, 6
+_BACKWARD = 3
 # Of the eigendecomposition of an n x n matrix in float64, by n^3; and what it holds beside it, in bytes a number.
 _EIGEN_FLOPS = 40
 _EIGEN_BYTES = 40
@@ -122,6 +126,9 @@ def estimate(checked: CheckedSource, options: ScoringOptions, work: Work) -> Est
         scratch, hidden = max(scratch, hidden), 0
     widest = max(max(size) for size in shape.linears.values())
     running = 2 * shape.block_parameters * itemsize + 4 * largest + _ACTIVATIONS * widest + hidden
+    if options.fits or work.spreads:
+        inputs = max(inputs for _, inputs in shape.linears.values())
+        running += 8 * (_FIT_MOMENTS * inputs**2 + _FIT_LINEARS * largest) + (_BACKWARD - 1) * _ACTIVATIONS * widest
     if work.activations:
         squares = [inputs * inputs for _, inputs in shape.linears.values()]
         running += 8 * sum(squares) + max(_EIGEN_BYTES * max(squares), _FACTOR_BYTES * largest)

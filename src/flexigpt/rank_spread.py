@@ -128,21 +128,28 @@ class _Weighed:
         self._energy = added.total.clamp(min=1e-30) / tokens
 
     def spectra(self, replica: Replica, shape: ModelShape) -> dict[str, torch.Tensor]:
-        """Squared singular values by path, descending, as many as an adapter may have ranks and be the smaller one."""
-        roots = {path: damped_root(moment / self._tokens) for path, moment in self._moments.items()}
-        found = {}
-        for path, (outputs, inputs) in shape.linears.items():
-            own, base = (self._source.weight_matrix(i, path).double() for i in (replica.block, replica.base))
-            left, root = self._outputs(path), roots[self._first_of[path]]
-            wanted, given = (weight @ root if left is None else left.times(weight @ root) for weight in (own, base))
-            scale = least_squares_scale(wanted, given) if shape.base_scale else 1.0
-            rest = wanted - scale * given
-            rest = rest if outputs < inputs else rest.T
-            most = max(1, outputs * inputs // (outputs + inputs))
-            values = torch.linalg.eigvalsh(rest @ rest.T).flip(0)[:most]
-            found[path] = values.clamp(min=0) / self._energy
+        """What each further rank of an adapter would mend, by path, descending; to be asked for once."""
+        found: dict[str, torch.Tensor] = {}
+        for first in list(self._moments):  # one at a time: an MLP's inputs have the largest matrix of all
+            root = damped_root(self._moments.pop(first))
+            for path in (path for path in shape.linears if self._first_of[path] == first):
+                blocks = replica.block, replica.base
+                left = OutputRoot.of(self._weights.pop(path, None))
+                wanted, given = (_weighed(left, self._source.weight_matrix(i, path).double() @ root) for i in blocks)
+                scale = least_squares_scale(wanted, given) if shape.base_scale else 1.0
+                # Both sums over the text become means; where all outputs weigh alike there is only the inputs'.
+                means = self._tokens if left is None else self._tokens**2
+                found[path] = _squared_singular_values(wanted - scale * given) / (means * self._energy)
         return found
 
-    def _outputs(self, path: str) -> OutputRoot | None:
-        weights = self._weights.get(path)
-        return OutputRoot.of(None if weights is None else weights / self._tokens)
+
+def _weighed(left: OutputRoot | None, matrix: torch.Tensor) -> torch.Tensor:
+    return matrix if left is None else left.times(matrix)
+
+
+def _squared_singular_values(matrix: torch.Tensor) -> torch.Tensor:
+    """Descending, as many as an adapter may have ranks and be smaller than the matrix."""
+    outputs, inputs = matrix.shape
+    smaller = matrix if outputs < inputs else matrix.T
+    most = max(1, outputs * inputs // (outputs + inputs))
+    return torch.linalg.eigvalsh(smaller @ smaller.T).flip(0)[:most].clamp(min=0)

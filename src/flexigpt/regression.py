@@ -46,7 +46,8 @@ class RunningSum:
 
     def add(self, values: torch.Tensor) -> None:
         """One more of the same shape."""
-        self.total = self.total.to(values.device) + values.double()
+        total = self.total.to(values.device)
+        self.total = total.add_(values) if total.shape == values.shape else values.double()
 
 
 class Damped(NamedTuple):
@@ -64,13 +65,14 @@ class Damped(NamedTuple):
     def of(cls, moments: torch.Tensor, share: float) -> "Damped":
         """d is that share of M's mean eigenvalue, or more where rounding errors have left M less than none."""
         damping = share * moments.diagonal().mean().clamp(min=1e-30)
-        identity = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
-        for _ in range(_MOST_DAMPINGS):
-            root, failed = torch.linalg.cholesky_ex(moments + damping * identity)
+        for more in range(_MOST_DAMPINGS):
+            damping = 10 * damping if more else damping
+            root = moments.clone()
+            root.diagonal().add_(damping)
+            root, failed = torch.linalg.cholesky_ex(root, check_errors=more + 1 == _MOST_DAMPINGS)
             if not failed.item():
-                return cls(root, damping)
-            damping = 10 * damping
-        return cls(torch.linalg.cholesky(moments + damping * identity), damping)
+                break
+        return cls(root, damping)
 
 
 def damped_root(inputs: torch.Tensor) -> torch.Tensor:
@@ -187,7 +189,5 @@ def ridge_fit(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
         V, (outputs, inputs), float64.
     """
     kept = weight.double()
-    damping = _RIDGE * moments.inputs.diagonal().mean().clamp(min=1e-30)
-    damped = moments.inputs + damping * torch.eye(len(moments.inputs), dtype=torch.float64, device=weight.device)
     residual = moments.targets - kept @ moments.inputs
-    return kept + torch.linalg.solve(damped, residual, left=False)
+    return kept + torch.cholesky_solve(residual.T, Damped.of(moments.inputs, _RIDGE).root).T
