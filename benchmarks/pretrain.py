@@ -175,8 +175,8 @@ class Pretraining:
         check_space(self.out, BYTES_PER_PARAMETER * model.num_parameters())
         settings = replace(self.settings, steps=steps, warmup_steps=round(self.options.warmup * steps))
         training = Training(model, settings, ALONE, self.device, teacher=None)
-        matrices: dict[str, Any] = {"params": [p for p in model.parameters() if p.ndim > 1]}
-        norms = {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}
+        matrices: dict[str, Any] = {"params": [p for p in model.parameters() if p.ndim > 1], "share": 1.0}
+        norms = {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0, "share": 1.0}
         given = {"lr": settings.lr, "weight_decay": settings.weight_decay, "betas": (0.9, 0.95)}
         training.optimizer = torch.optim.AdamW([matrices, norms], **given)
         if self.arguments.compile:

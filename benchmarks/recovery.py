@@ -47,8 +47,8 @@ class Row:
 
     Attributes:
         label: what it is called.
-        start: arguments of the command that makes the model to train, with RATIO, FEWER or TWO-FEWER in the place of a
-            ratio; none: the source itself is trained.
+        start: arguments of the command that makes the model to train, with RATIO or FEWER in the place of a ratio;
+            none: the source itself is trained.
         train: further arguments of `flexigpt recover`, with COMPACT in the place of the compact model of that ratio and
             LR in that of the learning rate.
         rate_of: the row, trained alike, whose search for a learning rate serves this one too; None: its own.
@@ -83,9 +83,6 @@ REFITTED = ("--refit-kept", "--windows", "256")
 BY_REPLACEMENT = ("--block-score", "replacement-perplexity")
 BY_REMOVAL = ("--block-score", "removal-perplexity")
 REMOVE_FEWER = ("baseline", "--ratio", "FEWER")
-REMOVE_TWO_FEWER = ("baseline", "--ratio", "TWO-FEWER")
-# By how many blocks fewer than RATIO says.
-FEWER = {"RATIO": 0, "FEWER": 1, "TWO-FEWER": 2}
 MATCH = ("--match", "COMPACT")
 TEACH = ("--teacher", str(EXAMPLE))
 # Replicas that were fitted get a tenth of the rate, where nothing else is said.
@@ -140,11 +137,6 @@ PRUNING = {
     "fewer-refitted-distilled": Row(
         label="plain removal of one block fewer by perplexity, refitted, + LoRA + distillation",
         start=REMOVE_FEWER + REFITTED + BY_REMOVAL,
-        train=MATCH + TEACH,
-    ),
-    "two-fewer-refitted-distilled": Row(
-        label="plain removal of two blocks fewer by perplexity, refitted, + LoRA + distillation",
-        start=REMOVE_TWO_FEWER + REFITTED + BY_REMOVAL,
         train=MATCH + TEACH,
     ),
     # Its own search: at the rate that suits replicas with output norms it diverges.
@@ -210,8 +202,7 @@ class Bench:
         """The folder of a model to train, made where it is not there yet."""
         if not start:
             return EXAMPLE
-        blocks = int(float(ratio) * self.depth + 1e-9)
-        names = {word: str((blocks - fewer) / self.depth) if fewer else ratio for word, fewer in FEWER.items()}
+        names = {"RATIO": ratio, "FEWER": str((int(float(ratio) * self.depth + 1e-9) - 1) / self.depth)}
         command = [names.get(word, word) for word in start]
         out = self.work / "-".join(word.strip("-").replace("/", "_").replace(":", "_") for word in command)
         scored = ("--calibration", str(EXAMPLE / "calibration.jsonl"), "--window-length", "256")

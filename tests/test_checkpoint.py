@@ -127,9 +127,9 @@ def test_large_checkpoints_are_sharded(tiny_source: Path, checkpoint: Path, tmp_
 
 
 def test_a_newer_format_version_is_refused_politely(checkpoint: Path, tmp_path: Path) -> None:
-    config = json.loads((checkpoint / "config.json").read_text()) | {"format_version": 3}
+    config = json.loads((checkpoint / "config.json").read_text()) | {"format_version": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"format version 3, this flexigpt reads versions up to 2: upgrade flexigpt"):
+    with pytest.raises(InputError, match=r"format version 4, this flexigpt reads versions up to 3: upgrade flexigpt"):
         read_config(str(tmp_path))
 
 

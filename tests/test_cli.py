@@ -42,7 +42,7 @@ def test_prune_prints_the_plan_the_cost_and_the_place(run: Run, tiny_source: Pat
     )
     assert code == 0
     record = json.loads((out / "record.json").read_text())
-    for shown in ("influence", "distance", "adapters of rank 4, base scales", f"checkpoint written to {out}"):
+    for shown in ("influence", "distance", "adapters of rank ", "base scales", f"checkpoint written to {out}"):
         assert shown in printed
     for side in ("source", "compact"):
         assert f"{record[side]['parameters']:,}" in printed

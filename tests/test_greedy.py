@@ -139,7 +139,7 @@ def test_its_time_is_told(tiny_source: Path, text: Path) -> None:
 
 def test_presets_set_what_is_not_given(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
     calibrated = ["--calibration", text, "--window-length", 32, "--windows", 8, "--rank", 3]
-    fitted = ["--adapter-init", "activation", "--no-output-norm", "--base-scale", "--refit-kept"]
+    fitted = ["--adapter-init", "block-output", "--spread-rank", "--no-output-norm", "--base-scale", "--refit-kept"]
 
     def pruned(name: str, *options: object) -> tuple[bytes, dict[str, Any]]:
         out = tmp_path / name
@@ -153,11 +153,11 @@ def test_presets_set_what_is_not_given(run: Run, tiny_source: Path, text: Path, 
     assert weights == spelled_out[0]
     given = pruned("given", "--ratio", 0.4, "--preset", "thorough", "--block-score", "influence", "--no-refit-kept")
     assert given[1]["block_score"] == "influence"
-    assert given[0] == pruned("paper", "--ratio", 0.4, "--preset", "paper", *fitted[:4])[0]
+    assert given[0] == pruned("paper", "--ratio", 0.4, "--preset", "paper", *fitted[:5])[0]
     assert pruned("named", "--blocks", "1", "--preset", "thorough")[0] == pruned("named2", "--blocks", "1", *fitted)[0]
     assert pruned("default", "--blocks", "1")[0] == pruned("asked", "--blocks", "1", "--preset", "fitted")[0]
     with_norms = pruned("norms", "--blocks", "1", "--norm-init", "fitted")
-    assert with_norms[0] == pruned("norms2", "--blocks", "1", *fitted[:2], *fitted[3:], "--norm-init", "fitted")[0]
+    assert with_norms[0] == pruned("norms2", "--blocks", "1", *fitted[:3], *fitted[4:], "--norm-init", "fitted")[0]
 
 
 def test_a_preset_that_is_unknown_or_idle_is_refused(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
@@ -174,6 +174,7 @@ def test_a_preset_that_is_unknown_or_idle_is_refused(run: Run, tiny_source: Path
         "--output-norm",
         "--no-base-scale",
         "--no-refit-kept",
+        "--no-spread-rank",
     ]
     code, _, errors = run("prune", tiny_source, tmp_path / "out", *given, "--preset", "thorough", *all_given)
     assert code == 2
@@ -190,6 +191,9 @@ def test_a_plan_of_the_thorough_preset_can_be_applied(run: Run, tiny_source: Pat
     applied = ("--plan", plan / "plan.json", "--preset", "thorough", *calibrated)
     at_once = ("--ratio", 0.4, "--rank", 3, "--preset", "thorough", *calibrated)
     scored = ("--ratio", 0.4, "--preset", "thorough", "--block-score", "influence", "--plan-only", *calibrated)
+    code, _, errors = run("prune", tiny_source, tmp_path / "spread", *scored)
+    assert code == 0, errors
+    scored = (*scored, "--no-spread-rank")
     code, _, errors = run("prune", tiny_source, tmp_path / "scored", *scored)
     assert code == 2
     assert "--preset thorough has no effect" in errors
