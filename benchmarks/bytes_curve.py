@@ -24,13 +24,19 @@ ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "novel16"
 RESULTS = Path(__file__).parent / "results"
 DEPTH = 16
-REFIT = ("--refit-kept", "--block-score", "removal-perplexity")
-FIT = ("--preset", "thorough")
-# Name of a line -> rows: command, blocks pruned, rank of the replicas.
+# Kind of a row -> what the command is given; its first word is the command.
+KINDS = {
+    "baseline": ("--refit-kept", "--block-score", "removal-perplexity"),
+    "prune": ("--preset", "thorough"),
+    "prune-by-linear": ("--preset", "thorough", "--adapter-init", "activation", "--no-spread-rank"),
+}
+# Name of a line -> rows: kind, blocks pruned, rank of the replicas.
 LINES: dict[str, list[tuple[str, int, int]]] = {
     "plain removal": [("baseline", blocks, 0) for blocks in range(1, 8)],
     "4 replicas": [("prune", 4, rank) for rank in (1, 4, 12, 24, 48)],
     "6 replicas": [("prune", 6, rank) for rank in (4, 12, 24)],
+    "4 replicas, each linear by itself": [("prune-by-linear", 4, rank) for rank in (1, 4, 12, 24, 48)],
+    "6 replicas, each linear by itself": [("prune-by-linear", 6, rank) for rank in (4, 12, 24)],
 }
 # Line -> tokens, and rows of recovery.json that belong to it.
 TRAINED: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -38,18 +44,19 @@ TRAINED: dict[str, tuple[int, tuple[str, ...]]] = {
     "the paper's start": (1_000_000, ("distilled",)),
     "plain removal by perplexity, refitted": (600_000, ("removal-refitted-distilled", "fewer-refitted-distilled")),
     "fitted": (600_000, ("fitted-distilled", "fitted-rank-24-distilled")),
+    "each linear fitted by itself": (600_000, ("by-linear-distilled",)),
 }
 
 
-def measure(command: str, blocks: int, rank: int, arguments: argparse.Namespace) -> dict[str, float]:
+def measure(kind: str, blocks: int, rank: int, arguments: argparse.Namespace) -> dict[str, float]:
     """Stored bytes and perplexity of one model, and the source's."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "model"
         words = [
-            *(command, str(EXAMPLE), str(out), "--ratio", str(blocks / DEPTH)),
+            *(kind.split("-")[0], str(EXAMPLE), str(out), "--ratio", str(blocks / DEPTH)),
             *("--calibration", str(EXAMPLE / "calibration.jsonl"), "--windows", str(arguments.windows)),
             *("--window-length", "256", "--perplexity", str(EXAMPLE / "validation.jsonl")),
-            *((*FIT, "--rank", str(rank)) if rank else REFIT),
+            *(*KINDS[kind], *(("--rank", str(rank)) if rank else ())),
         ]
         environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
         ran = subprocess.run(
@@ -109,8 +116,8 @@ def write(known: dict[str, dict[str, float]], arguments: argparse.Namespace) -> 
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for line, rows in LINES.items():
-        for command, blocks, rank in rows:
-            found = known.get(key((command, blocks, rank), arguments.windows))
+        for kind, blocks, rank in rows:
+            found = known.get(key((kind, blocks, rank), arguments.windows))
             if found is None:
                 continue
             rival = interpolated(removal, found["bytes"]) if rank else None
