@@ -142,6 +142,37 @@ def test_the_command_spreads_by_default_and_shows_it(run: Run, tiny_source: Path
     assert ranks(AutoModelForCausalLM.from_pretrained(tmp_path / "recovered")) == ranks(model)
 
 
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_budget_is_kept(tiny_source: Path, settings: dict[str, Any], spread: bool) -> None:
+    """And another rank would not be within it."""
+    given = {name: value for name, value in settings.items() if name != "rank"} | {"spread_rank": spread}
+    source = load_model(str(tiny_source)).num_parameters()
+    shape = model_shape(load_model(str(tiny_source)))
+    model, plan, record = prune(str(tiny_source), PruneOptions(**given, adapter_budget="3.5%"))
+    adapters = sum(p.numel() for name, p in model.named_parameters() if "adapter_" in name)
+    of_a_rank = 2 * shape.adapter_parameters(1)
+    dearest = max(map(sum, shape.linears.values()))
+    assert 0.035 * source - of_a_rank - (dearest if spread else 0) < adapters <= 0.035 * source
+    assert record["options"]["rank"] == plan.replicas[0].rank == int(0.035 * source / of_a_rank)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"adapter_budget": "3.7"}, "--adapter-budget 3.7 cannot be used: give a share of the source's parameters"),
+        ({"adapter_budget": "100%"}, "cannot be used"),
+        ({"adapter_budget": "0.01%"}, r"out of range for 1 replicas: give 0\.\d+% \(rank 1\) to \d\d\.\d% \(rank 32\)"),
+        ({"adapter_budget": "90%"}, "out of range"),
+        ({"adapter_budget": "3.7%", "rank": 4}, "--adapter-budget has no effect, since --rank decides it"),
+        ({"adapter_budget": "3.7%", "plan": "p", "blocks": None}, "--adapter-budget has no effect, since the plan"),
+        ({"adapter_budget": "3.7%", "target_size": "1MB", "blocks": None}, "--target-size already says how much"),
+    ],
+)
+def test_budgets_that_cannot_be_are_refused(tiny_source: Path, options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        prune(str(tiny_source), PruneOptions(**{"blocks": [2]} | options))
+
+
 def test_a_plan_says_which_ranks() -> None:
     with pytest.raises(InputError, match="--spread-rank has no effect, since the plan decides it"):
         PruneOptions(plan="p", spread_rank=True)

@@ -128,6 +128,7 @@ def prune_command(
         bool, typer.Option("--plan-only", help="Write only the plan, OUT/plan.json, to look at, edit and apply.")
     ] = False,
     rank: Annotated[int | None, typer.Option(help=_PRUNE["rank"])] = None,
+    adapter_budget: Annotated[str | None, typer.Option(help=_PRUNE["adapter_budget"], metavar="3.7%")] = None,
     spread_rank: Annotated[bool, typer.Option(help=_PRUNE["spread_rank"])] = PruneOptions.spread_rank,
     calibration: Annotated[str | None, typer.Option(help=_PRUNE["calibration"])] = None,
     text_column: Annotated[str | None, typer.Option(help=_PRUNE["text_column"])] = None,
@@ -185,6 +186,7 @@ def prune_command(
         target_size=target_size,
         plan=plan,
         rank=rank,
+        adapter_budget=adapter_budget,
         calibration=calibration,
         text_column=text_column,
         windows=windows,

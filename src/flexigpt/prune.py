@@ -17,7 +17,7 @@ from flexigpt.initialization import adapter_spectra, default_rank
 from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM
 from flexigpt.plan import ModelShape, Plan, Replica
 from flexigpt.progress import Timed, Track, silent
-from flexigpt.prune_options import PruneOptions
+from flexigpt.prune_options import PruneOptions, parse_share
 from flexigpt.rank_spread import spread_ranks
 from flexigpt.record import Record, measure_both, new_record
 from flexigpt.replacement import distances_by_name, replace_greedily
@@ -172,9 +172,25 @@ def _check_source(source: str, options: PruneOptions) -> _Checked:
     rank = options.rank or default_rank(shape.hidden_size)
     if options.plan is not None:
         return _Checked(source=checked, rank=rank, plan=_read_plan(options.plan, shape, depth), pruned=())
-    shape.check_rank(rank)
+    if options.adapter_budget is None:
+        shape.check_rank(rank)
     pruned = pruned_or_count(options, checked, lambda target: shape.num_pruned_for(target, rank, depth))
+    if options.adapter_budget is not None:
+        rank = _rank_within(options.adapter_budget, shape, pruned if isinstance(pruned, int) else len(pruned))
     return _Checked(source=checked, rank=rank, plan=None, pruned=pruned)
+
+
+def _rank_within(budget: str, shape: ModelShape, replicas: int) -> int:
+    """The highest rank at which the adapters of so many replicas stay within that share of the source's parameters."""
+    of_a_rank = replicas * shape.adapter_parameters(1) / shape.parameters
+    rank = int(parse_share(budget) / of_a_rank + 1e-9)
+    if not 1 <= rank <= shape.max_rank:
+        least, most = (f"{100 * of_a_rank * limit:.3g}%" for limit in (1, shape.max_rank))
+        raise InputError(
+            f"--adapter-budget {budget} is out of range for {replicas} replicas: give {least} (rank 1) to {most} "
+            f"(rank {shape.max_rank})"
+        )
+    return rank
 
 
 def _read_plan(path: str | Path, shape: ModelShape, depth: int) -> Plan:

@@ -1,5 +1,6 @@
 """What `prune` is asked: what to prune, and how."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 DEFAULT_PRESET = "fitted"
 
 
+def parse_share(share: str) -> float:
+    """A share of a whole as people write it, 3.7%, as 0.037.
+
+    Raises:
+        InputError: what cannot be read, or is not between 0 and 100%.
+    """
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*%", share.strip())
+    value = float(match[1]) / 100 if match else 0.0
+    if not 0 < value < 1:
+        raise InputError(f"--adapter-budget {share} cannot be used: give a share of the source's parameters, as 3.7%")
+    return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions(ScoringOptions):
     """What to prune, and how. Exactly one of ratio, blocks, target_size and plan says how much.
@@ -37,6 +51,8 @@ class PruneOptions(ScoringOptions):
     Attributes:
         plan: a plan file to apply as it is.
         rank: rank of the adapters; default: hidden size / 16.
+        adapter_budget: in the place of rank, the share of the source's parameters that all adapters may have, as 3.7%:
+            the highest rank within it.
         spread_rank: whether the parameters that adapters of that rank have are spent where they mend most: each linear
             of each replica then gets a rank of its own.
         base_distance: distance by which each pruned block's base is chosen; default: low-rank.
@@ -53,6 +69,7 @@ class PruneOptions(ScoringOptions):
 
     plan: str | Path | None = None
     rank: int | None = None
+    adapter_budget: str | None = None
     spread_rank: bool = False
     base_distance: str | None = None
     compare_distances: Sequence[str] | None = None
@@ -72,6 +89,12 @@ class PruneOptions(ScoringOptions):
                 raise InputError(f"{flag(name)} {value} is unknown: give {', '.join(BASE_DISTANCES)}")
         if self.rank is not None and self.rank < 1:
             raise InputError(f"--rank {self.rank} is too small: give at least 1")
+        if self.adapter_budget is not None:
+            parse_share(self.adapter_budget)
+            if self.target_size is not None:
+                raise InputError(
+                    "--target-size already says how much is stored: give --rank in place of --adapter-budget"
+                )
         parse_norm_init(self.norm_init)
         if self.align and self.adapter_init == "zero":
             raise InputError("--align has no effect with --adapter-init zero, which mends nothing: leave it out")
@@ -85,10 +108,12 @@ class PruneOptions(ScoringOptions):
         """Fields that have no effect beside the others, each with the reason: giving one is an error."""
         idle = super().idle_settings()
         if self.plan is not None:
-            by_plan = ["rank", "base_distance", "compare_distances", "block_score"]
+            by_plan = ["rank", "adapter_budget", "base_distance", "compare_distances", "block_score"]
             by_plan += [] if self.fits else ["calibration", "windows"]
             by_plan += ["spread_rank"] if self.spread_rank else []
             idle += [(name, "the plan decides it") for name in by_plan]
+        if self.rank is not None:
+            idle.append(("adapter_budget", "--rank decides it"))
         if not self.output_norm:
             idle.append(("norm_init", "--no-output-norm leaves no output norm"))
         return idle
