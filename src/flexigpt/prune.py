@@ -1,6 +1,7 @@
 """Pruning: source model -> plan -> compact model."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -185,7 +186,8 @@ def _rank_within(budget: str, shape: ModelShape, replicas: int) -> int:
     of_a_rank = replicas * shape.adapter_parameters(1) / shape.parameters
     rank = int(parse_share(budget) / of_a_rank + 1e-9)
     if not 1 <= rank <= shape.max_rank:
-        least, most = (f"{100 * of_a_rank * limit:.3g}%" for limit in (1, shape.max_rank))
+        # Rounded up, so that what is advised will do.
+        least, most = (f"{math.ceil(1e5 * of_a_rank * limit) / 1e3:g}%" for limit in (1, shape.max_rank))
         raise InputError(
             f"--adapter-budget {budget} is out of range for {replicas} replicas: give {least} (rank 1) to {most} "
             f"(rank {shape.max_rank})"
