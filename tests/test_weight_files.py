@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from families import FAMILIES, tiny_model
 from flexigpt import InputError
 from flexigpt.checkpoint import empty_model, load_model, open_empty
-from flexigpt.weight_files import FILE_DTYPES, names_in_files, open_weights
+from flexigpt.weight_files import FILE_DTYPES, find_file, names_in_files, open_weights
 
 UP = "model.layers.3.mlp.up_proj.weight"
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -340,6 +340,8 @@ def test_of_a_hub_model_the_cache_serves_without_a_connection(
     shutil.copytree(two_shards, snapshot)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text(commit)
+    assert find_file("someone/model", "config.json") == snapshot / "config.json"
+    assert find_file("someone/model", "record.json") is None
     (snapshot / "model-00003-of-00003.safetensors").write_text("no shard that the index names")
     weights = open_weights("someone/model")
     assert weights.tensors.keys() == open_weights(str(two_shards)).tensors.keys()

@@ -81,7 +81,7 @@ class Plan:
                     f"the plan gives block {replica.block} the base {replica.base}, which is itself pruned: "
                     f"name a kept block, one of {self.kept}"
                 )
-            least = min(replica.rank, *(replica.ranks or {}).values(), replica.rank)
+            least = min([replica.rank, *(replica.ranks or {}).values()])
             if least < 1:
                 raise InputError(f"the plan gives block {replica.block} rank {least}: a rank is at least 1")
 

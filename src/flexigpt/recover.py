@@ -40,6 +40,7 @@ from flexigpt.trainable import (
     prepare_training,
 )
 from flexigpt.training import NotFiniteError, Speed, Training, hold_in, peak_bytes
+from flexigpt.weight_files import find_file
 from flexigpt.writing import RECORD, check_output, check_space, write_checkpoint
 
 _EVALUATIONS = 10
@@ -363,9 +364,9 @@ class _Run:
 
 
 def _record_of(model: str) -> Record | None:
-    """What is recorded in a model's folder, if anything is."""
-    file = Path(model) / RECORD
-    if not file.is_file():
+    """What is recorded beside a local or hub model's weights, if anything is."""
+    file = find_file(model, RECORD)
+    if file is None:
         return None
     try:
         record = json.loads(file.read_text(encoding="utf-8"))

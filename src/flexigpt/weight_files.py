@@ -151,6 +151,15 @@ def open_weights(source: str) -> WeightFiles:
     return WeightFiles(source=source, tensors=tensors, fingerprint=digest.hexdigest()[:16])
 
 
+def find_file(model: str, name: str) -> Path | None:
+    """A file of a folder or a hub model, which is downloaded where it is not in the cache; None: it is not there.
+
+    Raises:
+        InputError: a hub model that cannot be reached.
+    """
+    return _finder(model)(name)
+
+
 def _finder(source: str) -> Callable[[str], Path | None]:
     """What finds a file of a model by its name, None where it is not there. Of a hub model, always of one commit."""
     folder = Path(source)
