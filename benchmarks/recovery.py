@@ -298,7 +298,8 @@ class Bench:
             "# Perplexity after recovery of novel16",
             "",
             f"`python benchmarks/recovery.py --ratios {' '.join(self.arguments.ratios)} "
-            f"--tokens {self.arguments.tokens}`: {self.arguments.tokens:,} tokens of recovery.parquet, 4,096 a step,",
+            f"--tokens {self.arguments.tokens} --seeds {self.arguments.seeds}`: {self.arguments.tokens:,} tokens of "
+            "recovery.parquet, 4,096 a step,",
             f"fp32, {platform.machine()}, torch {torch.__version__}; perplexity on all of validation.jsonl, windows of "
             "256.",
             f"The learning rate is the best of {shown(LEARNING_RATES)}, for replicas only of "
