@@ -21,6 +21,13 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
     assert plan.kept == [0, 1, 3, 5]
 
 
+def test_linears_without_a_rank_of_their_own_have_the_replicas() -> None:
+    replica = Replica(block=1, base=0, rank=4, ranks={"mlp.up_proj": 9})
+    assert (replica.rank_of("mlp.up_proj"), replica.rank_of("mlp.down_proj")) == (9, 4)
+    assert replica.shown_rank() == "4 to 9"
+    assert Replica(block=1, base=0, rank=4).shown_rank() == "4"
+
+
 def test_replicas_are_in_the_order_of_their_blocks() -> None:
     rows = (Replica(block=4, base=0, rank=1), Replica(block=2, base=0, rank=1))
     assert Plan(num_blocks=6, replicas=rows).pruned == [2, 4]

@@ -66,7 +66,7 @@ def _run(opened: Opened, text: Stream, index: int, linears: Sequence[str]) -> di
         if not linears:
             text.advance(block, index)
             return {}
-        moments, first_of = input_moments(text, block, index, linears)
+        moments, first_of, _ = input_moments(text, block, index, linears)
     roots = {path: damped_root(moments.pop(path)) for path in list(moments)}
     return {path: roots[first_of[path]] for path in linears}
 

@@ -162,14 +162,11 @@ def prune_command(
     idle = {"block_score": blocks is not None or plan is not None, "output_norm": norm_init is not None}
     idle["spread_rank"] = plan is not None
     score = block_score or preset_has("block_score", preset)
-    if not plan_only_:
-        idle["refit_kept"] = not can_refit(source)
-    elif idle["block_score"] or score != REPLACEMENT_SCORE:  # no replica is made
-        idle |= dict.fromkeys(("refit_kept", "adapter_init", "output_norm"), True)
+    idle["refit_kept"] = plan_only_ or not can_refit(source)
+    if plan_only_ and (idle["block_score"] or score != REPLACEMENT_SCORE):  # no replica is made
+        idle |= dict.fromkeys(("adapter_init", "output_norm"), True)
         asked = spread_rank if is_given(context, "spread_rank") else preset_has("spread_rank", preset)
         idle["base_scale"] = not asked  # by which it is spread
-    else:
-        idle["refit_kept"] = True
     by_preset = preset_values(context, preset, idle)
     given: dict[str, Any] = {
         "block_score": block_score,

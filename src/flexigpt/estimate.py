@@ -167,9 +167,9 @@ def _activation_flops(checked: CheckedSource, work: Work) -> float:
 
 
 def _spreading_flops(checked: CheckedSource, work: Work) -> float:
-    """Of text through the blocks once, four times more through those replaced, and singular values of their linears."""
+    """Of text through the blocks once, thrice more through those replaced, and singular values of their linears."""
     shape = checked.shape
-    flops = 2.0 * (checked.depth + 4 * work.replicas) * shape.block_parameters * work.tokens
+    flops = 2.0 * (checked.depth + 3 * work.replicas) * shape.block_parameters * work.tokens
     for outputs, inputs in shape.linears.values():
         least = min(outputs, inputs)
         products = 4.0 * outputs * inputs * (2 * inputs + least)  # in float64, at half the rate

@@ -1,6 +1,7 @@
 """What a block's linears are given, and what errors of theirs weigh, over a text."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -10,9 +11,21 @@ from flexigpt.calibration import Stream, watched
 from flexigpt.regression import RunningSum
 
 
-def input_moments(
-    text: Stream, block: nn.Module, index: int, linears: Sequence[str]
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+class InputMoments(NamedTuple):
+    """What a block's linears were given by a text, and what the block added to it, summed over tokens, float64.
+
+    Attributes:
+        moments: X^T X (inputs, inputs) by path, of one linear for all that are given the same.
+        first_of: that linear by path of each.
+        added: squared length of the block's output less its input, a scalar.
+    """
+
+    moments: dict[str, torch.Tensor]
+    first_of: dict[str, str]
+    added: torch.Tensor
+
+
+def input_moments(text: Stream, block: nn.Module, index: int, linears: Sequence[str]) -> InputMoments:
     """Takes a text through a block; what its linears are given on the way.
 
     Args:
@@ -20,13 +33,10 @@ def input_moments(
         block: of the text's model.
         index: its place in the model.
         linears: paths in the block.
-
-    Returns:
-        X^T X (inputs, inputs), float64, of one linear for all that are given the same, by path; and that linear by path
-        of each.
     """
     sums: dict[str, RunningSum] = {}
     first_of: dict[str, str] = {}
+    added = RunningSum()
     with watched(block, linears) as seen:
         for number, output in enumerate(text.outputs(block, index)):
             for path in linears:
@@ -37,8 +47,9 @@ def input_moments(
             for path, moment in sums.items():
                 given = seen[path][0].flatten(0, -2).float()
                 moment.add(given.T @ given)
+            added.add((output.float() - text.hidden[number].float()).square().sum())
             text.hidden[number] = output
-    return {path: moment.total for path, moment in sums.items()}, first_of
+    return InputMoments({path: moment.total for path, moment in sums.items()}, first_of, added.total)
 
 
 def output_weights(text: Stream, block: nn.Module, index: int, paths: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -37,7 +37,7 @@ class Replica:
 
     def shown_rank(self) -> str:
         """The rank, or from which to which where linears have ranks of their own."""
-        ranks = sorted((self.ranks or {"": self.rank}).values())
+        ranks = sorted([self.rank, *(self.ranks or {}).values()])
         return f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from flexigpt.calibration import Stream, calibration_batches
 from flexigpt.linear_moments import input_moments, output_weights
 from flexigpt.plan import ModelShape, Plan, Replica
 from flexigpt.progress import Track, silent
-from flexigpt.regression import OutputRoot, RunningSum, damped_root, least_squares_scale
+from flexigpt.regression import OutputRoot, damped_root, least_squares_scale
 from flexigpt.streaming import StreamedModel
 
 # Of a linear in a replica: block and path.
@@ -119,13 +119,10 @@ class _Weighed:
         architecture = find_architecture(source.model.config)
         inner = [path for path in architecture.linears if path not in architecture.output_norms]
         self._source, self._tokens = source, tokens
-        added = RunningSum()
         with source.block(index) as block:
             self._weights = output_weights(text, block, index, inner)
-            for number, output in enumerate(text.outputs(block, index)):
-                added.add((output.float() - text.hidden[number].float()).square().sum())
-            self._moments, self._first_of = input_moments(text, block, index, architecture.linears)
-        self._energy = added.total.clamp(min=1e-30) / tokens
+            self._moments, self._first_of, added = input_moments(text, block, index, architecture.linears)
+        self._energy = added.clamp(min=1e-30) / tokens
 
     def spectra(self, replica: Replica, shape: ModelShape) -> dict[str, torch.Tensor]:
         """What each further rank of an adapter would mend, by path, descending; to be asked for once."""
