@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from flexigpt import PruneOptions, prune
-from flexigpt.baselines import remove_blocks
-from flexigpt.checkpoint import load_model, load_tokenizer, stored_bytes
-from flexigpt.data import tokenize_text
-from flexigpt.evaluate import perplexity
+from flexigpt.evaluation import perplexity
+from flexigpt.model import stored_bytes
+from flexigpt.text import tokenize_text
+from flexigpt.weights import load_model, load_tokenizer, remove_blocks
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "novel16"
 VARIANTS = {

@@ -15,7 +15,7 @@ from typing import Any
 from speculation import EXAMPLE, OPTIONS, add_large, heading, large
 
 from flexigpt import BenchmarkOptions, benchmark, prune, write_checkpoint
-from flexigpt.benchmark_tables import benchmark_markdown
+from flexigpt.decoding import benchmark_markdown
 
 
 def pruned(folder: Path) -> Path:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from flexigpt.factorization import exact_svd, unmended
+from flexigpt.replicas import unmended
+from flexigpt.replicas.svd import exact_svd
 
 
 def synchronize() -> None:

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexigpt import EvalOptions, evaluate
-from flexigpt.data import tokenize_text
+from flexigpt.text import tokenize_text
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BENCHMARKS = ("arc_easy", "arc_challenge", "piqa", "winogrande", "hellaswag")

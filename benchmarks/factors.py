@@ -11,7 +11,8 @@ from typing import TypeVar
 
 import torch
 
-from flexigpt.factorization import LowRank, exact_svd, krylov_svd, unmended
+from flexigpt.replicas import LowRank, unmended
+from flexigpt.replicas.svd import exact_svd, krylov_svd
 
 T = TypeVar("T")
 SHAPES = [(2048, 2048, 128), (5632, 2048, 128), (4096, 4096, 256)]

@@ -31,9 +31,9 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from flexigpt.checkpoint import empty_model
-from flexigpt.estimate import matmul_rate
-from flexigpt.factorization import truncated_svd
+from flexigpt.model import empty_model
+from flexigpt.pruning.estimate import matmul_rate
+from flexigpt.replicas import truncated_svd
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "novel16"

@@ -23,18 +23,27 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from flexigpt.batches import text_fingerprint
-from flexigpt.checkpoint import find_device, load_tokenizer
-from flexigpt.console import field_help
-from flexigpt.data import check_window_length, read_documents, tokenize_documents, tokenize_text, too_short
-from flexigpt.distributed import ALONE
-from flexigpt.errors import InputError, flag
-from flexigpt.evaluate import device_name
-from flexigpt.held_out import HeldOut
-from flexigpt.recover_options import RecoverOptions, parse_tokens, resolve_settings
-from flexigpt.run_folder import RunFolder
-from flexigpt.training import NotFiniteError, Settings, Training, peak_bytes
-from flexigpt.writing import check_space, replace_file, replaced_folder
+from flexigpt.cli.options import field_help
+from flexigpt.recovery import RecoverOptions
+from flexigpt.recovery.checkpoints import RunFolder
+from flexigpt.recovery.measuring import HeldOut
+from flexigpt.recovery.options import resolve_settings
+from flexigpt.recovery.training import NotFiniteError, Settings, Training
+from flexigpt.runtime import (
+    ALONE,
+    InputError,
+    check_space,
+    device_name,
+    find_device,
+    flag,
+    parse_tokens,
+    peak_bytes,
+    replace_file,
+    replaced_folder,
+)
+from flexigpt.text import check_window_length, text_fingerprint, tokenize_text
+from flexigpt.text.windows import read_documents, tokenize_documents, too_short
+from flexigpt.weights import load_tokenizer
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "novel16"
 MEASURED = "training.json"

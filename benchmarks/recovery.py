@@ -23,7 +23,7 @@ from statistics import mean
 import torch
 from transformers import AutoConfig
 
-from flexigpt.data import read_documents
+from flexigpt.text.windows import read_documents
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "novel16"

@@ -16,10 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from flexigpt.calibration import block_means
-from flexigpt.checkpoint import load_model, load_tokenizer
-from flexigpt.data import calibration_windows
-from flexigpt.selection import influence
-from flexigpt.streaming import StreamedModel
+from flexigpt.pruning.scores import influence
+from flexigpt.text import calibration_windows
+from flexigpt.weights import StreamedModel, load_model, load_tokenizer
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "novel16"
 

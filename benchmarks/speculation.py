@@ -25,11 +25,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flexigpt import Plan, PruneOptions, Replica, SpeculateOptions, SpeculateStatistics, prune, speculative_generate
-from flexigpt.checkpoint import compact_of, load_model, load_tokenizer
-from flexigpt.draft_length import expected_speedup
-from flexigpt.initialization import initialize_replicas
-from flexigpt.split_decoding import head_cost
-from flexigpt.trainable import layout_of
+from flexigpt.decoding.draft import expected_speedup
+from flexigpt.decoding.split import head_cost
+from flexigpt.model import layout_of
+from flexigpt.model.build import compact_of
+from flexigpt.replicas.initialization import initialize_replicas
+from flexigpt.weights import load_model, load_tokenizer
 
 EXAMPLE = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "novel16"))
 OPTIONS = PruneOptions(

@@ -6,7 +6,7 @@ import sys
 import torch
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
-from flexigpt.writing import RECORD, replaced_folder
+from flexigpt.runtime import RECORD, replaced_folder
 
 TOKENIZER = "examples/novel16"
 

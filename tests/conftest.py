@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from families import tiny_config
 from flexigpt import PruneOptions, prune, write_checkpoint
-from flexigpt.cli import main
+from flexigpt.cli.main import main
 
 # What the tests measure is kept among themselves.
 os.environ["FLEXIGPT_CACHE"] = tempfile.mkdtemp(prefix="flexigpt-tests-")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flexigpt import InputError, RecoverOptions, recover
-from flexigpt.cli import main
+from flexigpt.cli.main import main
 
 
 def command(words: list[str]) -> str:

@@ -85,3 +85,14 @@ def opened(folder: Path) -> PreTrainedModel:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The stored tensors by name."""
     return load_file(folder / "model.safetensors")
+
+
+def naive_truncated(weight: torch.Tensor, rank: int) -> torch.Tensor:
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ v[:rank]
+
+
+def naive_unmended(first: torch.Tensor, second: torch.Tensor, rank: int) -> torch.Tensor:
+    """Equations 2 to 4, word for word: three full SVDs."""
+    difference = naive_truncated(first, rank) - naive_truncated(second, rank)
+    return (difference - naive_truncated(difference, rank)).norm()

@@ -1,40 +1,61 @@
 """Smaller large language models by sharing blocks (FlexiGPT, NAACL 2025).
 
-Importing it lets `AutoModelForCausalLM.from_pretrained` open compact checkpoints.
+Importing it lets `AutoModelForCausalLM.from_pretrained` open compact checkpoints. A name is loaded when it is first
+used. The rooms of the code; imports go down this table only:
+
+    cli          arguments in, one flow called, its result printed
+    pruning      source -> plan -> compact model; plain removal; extension
+    recovery     trains a model back
+    decoding     generates, drafts and verifies, times both
+    report       records -> figures and a page
+    record       what a flow was asked and measured: made, written, read back, as tables
+    replicas     what is a replica's own: adapters, ranks, scales, norms; started and fitted
+    evaluation   perplexity, tasks, nearness to the source
+    calibration  text through the blocks, one block at a time; moments
+    weights      models on disk: opened, read block by block, written
+    model        what a compact model is: plan, architectures, modules, layout
+    text         text -> tokens -> windows and training batches
+    runtime      what every flow runs on: errors, progress, cache, files, machine, processes
 """
 
-from transformers import AutoConfig as _AutoConfig
-from transformers import AutoModelForCausalLM as _AutoModelForCausalLM
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
 
-from flexigpt.baselines import BaselineOptions as BaselineOptions
-from flexigpt.baselines import assemble_baseline as assemble_baseline
-from flexigpt.baselines import baseline as baseline
-from flexigpt.benchmark import BenchmarkOptions as BenchmarkOptions
-from flexigpt.benchmark import benchmark as benchmark
-from flexigpt.configuration_flexigpt import FlexiGPTConfig as FlexiGPTConfig
-from flexigpt.errors import InputError as InputError
-from flexigpt.evaluate import EvalOptions as EvalOptions
-from flexigpt.evaluate import evaluate as evaluate
-from flexigpt.extend import ExtendOptions as ExtendOptions
-from flexigpt.extend import assemble_extended as assemble_extended
-from flexigpt.extend import extend as extend
-from flexigpt.inspection import inspect_model as inspect_model
-from flexigpt.materialization import materialize as materialize
-from flexigpt.modeling_flexigpt import FlexiGPTForCausalLM as FlexiGPTForCausalLM
-from flexigpt.plan import Plan as Plan
-from flexigpt.plan import Replica as Replica
-from flexigpt.prune import assemble_pruned as assemble_pruned
-from flexigpt.prune import plan_only as plan_only
-from flexigpt.prune import prune as prune
-from flexigpt.prune_options import PRESETS as PRESETS
-from flexigpt.prune_options import PruneOptions as PruneOptions
-from flexigpt.recover import recover as recover
-from flexigpt.recover_options import RecoverOptions as RecoverOptions
-from flexigpt.report import report as report
-from flexigpt.speculate import speculative_generate as speculative_generate
-from flexigpt.speculate_options import SpeculateOptions as SpeculateOptions
-from flexigpt.speculate_options import SpeculateStatistics as SpeculateStatistics
-from flexigpt.writing import write_checkpoint as write_checkpoint
+from flexigpt.model.registration import register_when_imported
+from flexigpt.runtime.doors import lazy_door
 
-_AutoConfig.register(FlexiGPTConfig.model_type, FlexiGPTConfig)
-_AutoModelForCausalLM.register(FlexiGPTConfig, FlexiGPTForCausalLM)
+if TYPE_CHECKING:
+    from flexigpt.decoding import BenchmarkOptions as BenchmarkOptions
+    from flexigpt.decoding import SpeculateOptions as SpeculateOptions
+    from flexigpt.decoding import SpeculateStatistics as SpeculateStatistics
+    from flexigpt.decoding import benchmark as benchmark
+    from flexigpt.decoding import speculative_generate as speculative_generate
+    from flexigpt.evaluation import EvalOptions as EvalOptions
+    from flexigpt.evaluation import evaluate as evaluate
+    from flexigpt.model import FlexiGPTConfig as FlexiGPTConfig
+    from flexigpt.model import FlexiGPTForCausalLM as FlexiGPTForCausalLM
+    from flexigpt.model import Plan as Plan
+    from flexigpt.model import Replica as Replica
+    from flexigpt.model import materialize as materialize
+    from flexigpt.pruning import PRESETS as PRESETS
+    from flexigpt.pruning import BaselineOptions as BaselineOptions
+    from flexigpt.pruning import ExtendOptions as ExtendOptions
+    from flexigpt.pruning import PruneOptions as PruneOptions
+    from flexigpt.pruning import assemble_baseline as assemble_baseline
+    from flexigpt.pruning import assemble_extended as assemble_extended
+    from flexigpt.pruning import assemble_pruned as assemble_pruned
+    from flexigpt.pruning import baseline as baseline
+    from flexigpt.pruning import extend as extend
+    from flexigpt.pruning import plan_only as plan_only
+    from flexigpt.pruning import prune as prune
+    from flexigpt.record import inspect_model as inspect_model
+    from flexigpt.record import write_checkpoint as write_checkpoint
+    from flexigpt.recovery import RecoverOptions as RecoverOptions
+    from flexigpt.recovery import recover as recover
+    from flexigpt.report import report as report
+    from flexigpt.runtime import InputError as InputError
+else:
+    __version__ = _version("flexigpt")
+    lazy_door(__name__)
+
+register_when_imported()

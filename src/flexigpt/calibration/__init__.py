@@ -1,0 +1,23 @@
+"""Text through the blocks of a model, one block at a time; statistics streamed out.
+
+In: a streamed model and windows of token ids. Out: hidden states, means over tokens, second moments. Read
+`hidden_states`, then `moments`.
+"""
+
+from typing import TYPE_CHECKING
+
+from flexigpt.runtime.doors import lazy_door
+
+if TYPE_CHECKING:
+    from flexigpt.calibration.hidden_states import (
+        HiddenStates,
+        Stream,
+        block_means,
+        calibration_batches,
+        check_means,
+        finished_blocks,
+        run_through,
+    )
+    from flexigpt.calibration.moments import RunningSum, input_moments, output_weights
+else:
+    lazy_door(__name__)

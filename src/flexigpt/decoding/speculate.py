@@ -1,0 +1,251 @@
+"""Self-speculative decoding: the draft proposes tokens, the compact model verifies them; same output, fewer passes.
+
+1. The draft, the model with its replicas skipped, decodes k tokens.
+2. The target takes them all at once, from the first skipped block on: what comes before was computed for the draft.
+3. They are accepted up to the first that the target would not have chosen; there the target puts its own, and after the
+   last accepted one it adds one.
+
+Sampling keeps the target's distribution exactly by the rule of Leviathan et al. (arXiv 2211.17192) and Chen et al.
+(arXiv 2302.01318): a token drafted with probability q is accepted with probability min(1, p / q), else one is drawn
+from the normalised positive part of p - q. Both p and q are taken after the same logits processors.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+
+from flexigpt.decoding.draft import DraftLength, SpeculateOptions, SpeculateStatistics, expected_speedup, skipped_blocks
+from flexigpt.decoding.split import SplitDecoder
+from flexigpt.runtime import InputError
+
+# What `generate` hands on besides ids, and what of it is used here.
+_KNOWN_INPUTS = frozenset(("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"))
+
+# Settings of `generate` that ask for another way of decoding, or for output that this one does not have.
+_REFUSED = (
+    *("num_beams", "num_return_sequences", "num_beam_groups", "penalty_alpha", "dola_layers", "constraints"),
+    *("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "force_words_ids", "prefill_chunk_size"),
+    *("guidance_scale", "watermarking_config", "return_dict_in_generate"),
+)
+
+# Tokens in a row that must have come before in the text, for what followed them there to be proposed.
+_MATCH_LENGTH = 3
+
+# What each token after the first adds to a pass over a block, for choosing the draft length.
+_ROW_COST = 0.0
+
+
+@torch.no_grad()
+def speculative_generate(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    *,
+    streamer: Any = None,
+    speculate: SpeculateOptions | None = None,
+    statistics: SpeculateStatistics | None = None,
+    **inputs: Any,
+) -> torch.Tensor:
+    """Decodes with the model's own draft: `model.generate(ids, custom_generate=speculative_generate)`.
+
+    Greedy output is plain decoding's, as far as a pass over several tokens gives the same numbers as passes over one;
+    samples have the same distribution.
+
+    Args:
+        model: with replicas, or with `speculate.draft_blocks`.
+        input_ids: (1, prompt) ids.
+        logits_processor: as `generate` prepares them; what depends on more than ids and logits is refused.
+        stopping_criteria: as `generate` prepares them, asked after every token.
+        generation_config: `do_sample` and `max_length` are read here, the rest is in the two above.
+        streamer: given each token. `generate` keeps the one that it is given to itself: pass it here as well, by
+            `functools.partial`.
+        speculate: how to draft; an argument of `generate`, too.
+        statistics: filled in; an argument of `generate`, too.
+        inputs: `attention_mask`, `position_ids` and `past_key_values`, as `generate` prepares them.
+
+    Returns:
+        (1, prompt + new) ids.
+
+    Raises:
+        InputError: several sequences, another decoding method, output other than ids, or a cache that cannot be taken
+            back; a model that has no draft.
+    """
+    options = speculate or SpeculateOptions()
+    _check_request(input_ids, generation_config, inputs)
+    skipped = skipped_blocks(model, options)
+    positions = inputs["position_ids"]
+    decoder = SplitDecoder(model, skipped, inputs.get("past_key_values"), inputs.get("attention_mask"), positions)
+    chooser = Chooser(logits_processor, bool(generation_config.do_sample))
+    statistics = SpeculateStatistics() if statistics is None else statistics
+    speculation = Speculation(decoder, chooser, options, statistics)
+    ids, done = input_ids, False
+    with decoder.running():
+        new = speculation.begin(ids)
+        while True:
+            for token in new:
+                ids = torch.cat((ids, token[None]), 1)
+                statistics.tokens += 1
+                if streamer is not None:
+                    streamer.put(token.cpu())
+                done = bool(stopping_criteria(ids, None).all())
+                if done:
+                    break
+            if done:
+                break
+            new = speculation.round(ids, generation_config.max_length - ids.shape[1])
+        decoder.finish(ids.shape[1] - 1)
+    if streamer is not None:
+        streamer.end()
+    return ids
+
+
+def _check_request(input_ids: torch.Tensor, config: GenerationConfig, inputs: dict[str, Any]) -> None:
+    for name in _REFUSED:
+        value = getattr(config, name, None)
+        if (value and value != 1) or value is True:
+            raise InputError(f"speculative decoding does not go with {name}={value}: leave one of the two out")
+    if input_ids.shape[0] != 1:
+        raise InputError(
+            f"speculative decoding takes one sequence at a time, not {input_ids.shape[0]}: call it for each"
+        )
+    unknown = sorted(name for name, value in inputs.items() if name not in _KNOWN_INPUTS and value is not None)
+    if unknown or not input_ids.shape[1]:
+        raise InputError(f"speculative decoding takes token ids alone: leave {', '.join(unknown) or 'others'} out")
+
+
+class Chooser:
+    """Chooses tokens as `generate` does, and judges those that were drafted."""
+
+    def __init__(self, processor: LogitsProcessorList, sampling: bool) -> None:
+        self._processor: Any = processor
+        self._sampling = sampling
+
+    def scores(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """(1, vocabulary) logits after these ids -> what they are chosen by: probabilities, or scores when greedy."""
+        scores: torch.Tensor = self._processor(ids, logits.to(dtype=torch.float32, copy=True))
+        return scores.softmax(-1) if self._sampling else scores
+
+    def choose(self, scores: torch.Tensor) -> torch.Tensor:
+        """(1, vocabulary) -> (1,) a token."""
+        return torch.multinomial(scores, 1)[:, 0] if self._sampling else scores.argmax(-1)
+
+    def judge(
+        self, target: torch.Tensor, draft: torch.Tensor | None, drafted: torch.Tensor
+    ) -> tuple[torch.Tensor, bool]:
+        """The token that stands where one was drafted, and whether it is that one.
+
+        Args:
+            target: (1, vocabulary) scores of the target.
+            draft: (1, vocabulary) scores of the draft; None: it could have proposed nothing else.
+            drafted: (1,) what it proposed.
+        """
+        if not self._sampling:
+            token = target.argmax(-1)
+            return token, bool(token == drafted)
+        if draft is None:
+            draft = torch.zeros_like(target).scatter_(1, drafted[None], 1.0)
+        if bool(torch.rand_like(target[0, :1]) * draft[0, drafted] < target[0, drafted]):
+            return drafted, True
+        left = (target - draft).clamp(min=0)
+        # Rounding alone can leave nothing, where the two are the same.
+        return self.choose(left if left.sum() > 0 else target), False
+
+
+class Speculation:
+    """Rounds of drafting and verifying."""
+
+    def __init__(
+        self,
+        decoder: SplitDecoder,
+        chooser: Chooser,
+        options: SpeculateOptions,
+        statistics: SpeculateStatistics,
+    ) -> None:
+        self._decoder, self._chooser, self._options = decoder, chooser, options
+        self._statistics = statistics
+        statistics.num_blocks = decoder.num_blocks
+        speedup = partial(
+            expected_speedup,
+            num_blocks=decoder.num_blocks,
+            num_skipped=decoder.num_skipped,
+            first_skipped=decoder.entry,
+            row_cost=_ROW_COST,
+            head_cost=decoder.head_cost,
+        )
+        self._lengths = DraftLength(options.draft_length, speedup)
+
+    def begin(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """The token after the prompt."""
+        token = self._chooser.choose(self._chooser.scores(ids, self._decoder.prompt(ids)))
+        self._decoder.work.blocks = self._decoder.work.rows = 0
+        return [token]
+
+    def round(self, ids: torch.Tensor, room: int) -> list[torch.Tensor]:
+        """The next tokens, one at least and `room` at most; `ids`, (1, tokens), ends in one that nothing has seen."""
+        found = self._look_up(ids, room - 1)
+        if found:
+            logits = self._decoder.target(torch.cat((ids[:, -1:], *(token[None] for token in found)), 1))
+            new, accepted = self._judge(ids, logits, found, [None] * len(found))
+            self._statistics.looked_up += len(found)
+            self._statistics.looked_up_accepted += accepted
+        else:
+            drafted, scores = self._draft(ids, min(self._lengths.next(), room - 1))
+            logits = self._decoder.verify() if drafted else self._decoder.target(ids[:, -1:])
+            new, accepted = self._judge(ids, logits, drafted, scores)
+            self._lengths.saw(accepted, len(drafted))
+            self._statistics.drafted += len(drafted)
+            self._statistics.accepted += accepted
+        self._decoder.keep(ids.shape[1] + accepted)
+        self._statistics.target_passes += 1
+        self._statistics.block_evaluations = self._decoder.work.blocks
+        self._statistics.block_rows = self._decoder.work.rows
+        return new
+
+    def _draft(self, ids: torch.Tensor, count: int) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        """`count` tokens of the draft's, which the first blocks have then seen, and the scores they were chosen by."""
+        drafted: list[torch.Tensor] = []
+        scores: list[torch.Tensor | None] = []
+        for _ in range(count):
+            its = self._chooser.scores(ids, self._decoder.draft(ids[:, -1:]))
+            drafted.append(self._chooser.choose(its))
+            scores.append(its)
+            ids = torch.cat((ids, drafted[-1][None]), 1)
+        if drafted:
+            self._decoder.first(ids[:, -1:])
+        self._statistics.draft_passes += count
+        return drafted, scores
+
+    def _judge(
+        self,
+        ids: torch.Tensor,
+        logits: torch.Tensor,
+        drafted: list[torch.Tensor],
+        scores: Sequence[torch.Tensor | None],
+    ) -> tuple[list[torch.Tensor], int]:
+        """The tokens that come out of a round, and how many of them were drafted."""
+        new: list[torch.Tensor] = []
+        for number, (token, its) in enumerate(zip(drafted, scores, strict=True)):
+            chosen, is_it = self._chooser.judge(self._chooser.scores(ids, logits[:, number]), its, token)
+            new.append(chosen)
+            if not is_it:
+                return new, number
+            ids = torch.cat((ids, chosen[None]), 1)
+        new.append(self._chooser.choose(self._chooser.scores(ids, logits[:, -1])))
+        return new, len(drafted)
+
+    def _look_up(self, ids: torch.Tensor, most: int) -> list[torch.Tensor]:
+        """What followed the last time that the text's last tokens stood in it before."""
+        most = min(most, self._options.prompt_lookup or 0)
+        if most < 1 or ids.shape[1] <= _MATCH_LENGTH:
+            return []
+        runs = ids[0].unfold(0, _MATCH_LENGTH, 1)
+        places = (runs[:-1] == runs[-1]).all(1).nonzero()
+        if not len(places):
+            return []
+        start = int(places[-1]) + _MATCH_LENGTH
+        return list(ids[0, start : start + most, None])

@@ -1,0 +1,15 @@
+"""What models are worth: perplexity, benchmark tasks, how near they stay to their source.
+
+In: models and a text, or the names of tasks. Out: an evaluation, JSON-ready. Read `perplexity`, `fidelity`, `tasks`
+(the only file that knows lm_eval), then `evaluate`.
+"""
+
+from typing import TYPE_CHECKING
+
+from flexigpt.runtime.doors import lazy_door
+
+if TYPE_CHECKING:
+    from flexigpt.evaluation.evaluate import EvalOptions, Evaluation, evaluate, is_same, mean_accuracy
+    from flexigpt.evaluation.perplexity import Perplexity, perplexity, streamed_perplexity, windows_perplexity
+else:
+    lazy_door(__name__)

@@ -1,0 +1,279 @@
+"""Benchmark tasks through the LM Evaluation Harness (lm_eval), as it is installed: the only file that knows it.
+
+Importing lm_eval takes a second or more, so `evaluate.py` imports this module only when tasks are asked for.
+"""
+
+import contextlib
+import difflib
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+import torch
+import yaml
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flexigpt.model import fast_half
+from flexigpt.runtime import InputError, Track, one_line, silent
+from flexigpt.text import batch_size_for
+
+# Shown of each task: the first of these that lm_eval returns, which gives the figures of the paper's tables.
+_SHOWN = ("acc_norm", "acc")
+
+# Numbers in one batch's logits: lm_eval keeps some three copies. On a GPU also at most a part of what is free.
+_CPU_LOGITS, _GPU_LOGITS, _GPU_FREE_PART = 2**24, 2**28, 32
+
+
+class Tasks:
+    """Tasks with their data, loaded once for all models.
+
+    Args:
+        names: of tasks, groups or tags, as lm_eval calls them.
+        include_path: a folder with task files of the user's own; they go before lm_eval's of the same name.
+        num_fewshot: solved examples before each question; None: what the task says, mostly 0.
+        limit: questions of each task, the first ones; None: all.
+        batch_size: requests in one forward pass, or `auto`.
+
+    Raises:
+        InputError: an unknown task, task files or data that cannot be read, or too few examples.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        include_path: Path | None = None,
+        num_fewshot: int | None = None,
+        limit: int | None = None,
+        batch_size: int | str = "auto",
+    ) -> None:
+        self._names, self._num_fewshot, self._limit, self._batch_size = names, num_fewshot, limit, batch_size
+        with _quiet():
+            self._manager = _manager(names, include_path)
+            self._loaded = {name: _load(self._manager, name) for name in names}
+        asked: dict[str, str] = {}
+        for name, loaded in self._loaded.items():
+            for task_name, task in loaded["tasks"].items():
+                if task_name in asked:
+                    raise InputError(f"task {task_name} is in {asked[task_name]} and in {name}: leave one out")
+                asked[task_name] = name
+                _check_examples(task_name, task, num_fewshot)
+
+    def measure(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, track: Track = silent
+    ) -> dict[str, Any]:
+        """What lm_eval's `simple_evaluate` measures of a model.
+
+        Args:
+            model: source or compact, in eval mode.
+            tokenizer: the model's.
+            track: told of each request.
+
+        Returns:
+            `tasks`, by task (of a group that lm_eval sums up, the group): the `metric` shown (`acc_norm` where there is
+            one, else `acc`, else the first), its `value` and `stderr` (None where lm_eval gives none), `samples`
+            measured, `num_fewshot`, the task's `version`, and all `metrics`. And `truncated`, where there were any:
+            requests longer than the model's context, which lost their beginning.
+
+        Raises:
+            InputError: questions that do not fit into the model's context.
+        """
+        stderr = sys.stderr
+        with _quiet():
+            lm = _Model(model, tokenizer, self._batch_size, track, stderr)
+            found = simple_evaluate(
+                model=lm,
+                tasks=[task for loaded in self._loaded.values() for task in _parts(loaded)],
+                num_fewshot=self._num_fewshot,
+                limit=self._limit,
+                task_manager=self._manager,
+                log_samples=False,
+            )
+        measured: dict[str, Any] = {
+            "tasks": {
+                row: _row(found, row, loaded["tasks"])
+                for loaded in self._loaded.values()
+                for row in _rows(found, loaded)
+            }
+        }
+        return measured | ({"truncated": lm.truncated} if lm.truncated else {})
+
+
+class _Model(HFLM):
+    """lm_eval's Hugging Face model around one that is loaded, with our progress bar and batch size."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int | str,
+        track: Track,
+        stderr: Any,
+    ) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1 if batch_size == "auto" else batch_size)
+        self._auto, self._track, self._stderr = batch_size == "auto", track, stderr
+        self.truncated = 0
+
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> Any:
+        lengths = [len(context) + len(answer) - 1 for _, context, answer in requests]
+        if any(len(answer) > self.max_length for *_, answer in requests):
+            raise InputError(f"an answer is longer than the model's context of {self.max_length}: leave the task out")
+        self.truncated += sum(length > self.max_length for length in lengths)
+        if self._auto:
+            self.batch_size_per_gpu = self._fitting(min(max(lengths, default=1), self.max_length))
+        with self._told(len(requests)), fast_half(self.model):
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+        if self._auto:
+            self.batch_size_per_gpu = self._fitting(self.max_length)
+        with self._told(len(requests)):
+            return super().generate_until(requests, disable_tqdm=True)
+
+    def _fitting(self, length: int) -> int:
+        """Requests of that many tokens whose logits stay within the budget: lm_eval's own search is for GPUs only."""
+        budget = _CPU_LOGITS
+        if self.device.type == "cuda":
+            budget = min(_GPU_LOGITS, torch.cuda.mem_get_info(self.device)[0] // _GPU_FREE_PART)
+        return batch_size_for(length, self.model.config.get_text_config().vocab_size, budget)
+
+    @contextlib.contextmanager
+    def _told(self, total: int) -> Iterator[None]:
+        """Within it every answer is told to the tracker, through the hook that lm_eval has for a cache of answers."""
+        with contextlib.redirect_stderr(self._stderr):
+            answers = self._track(range(total), "answering", total)
+            next(answers, None)
+            self.set_cache_hook(_AnswerHook(answers))
+            yield
+            for _ in answers:
+                pass
+
+
+class _AnswerHook:
+    def __init__(self, answers: Iterator[Any]) -> None:
+        self._answers = answers
+
+    def add_partial(self, attr: str, request: Any, answer: Any) -> None:
+        next(self._answers, None)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps lm_eval's and its libraries' log, prints and bars off the terminal; errors come as exceptions."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.ExitStack() as stack:
+            # Bars that build the requests cannot be switched off; ours are drawn on the stderr of before.
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(warnings.catch_warnings())
+            # Task files of others, not ours to correct.
+            warnings.filterwarnings("ignore", category=SyntaxWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _manager(names: Sequence[str], include_path: Path | None) -> Any:
+    """Knows the tasks of that name, the user's own before lm_eval's; all 14,000 of them only where it must.
+
+    To read them takes several seconds, and most tasks lie in a folder with which their name begins: those are tried
+    first. Groups and tags may reach into any folder.
+    """
+    own = []
+    if include_path is not None:
+        _check_task_files(include_path)
+        own = [str(include_path)]
+    folders = Path(lm_eval.tasks.__file__).parent.iterdir()
+    near = [str(folder) for folder in folders if folder.is_dir() and any(n.startswith(folder.name) for n in names)]
+    for places in (own, [*near, *own]):
+        manager = TaskManager(include_path=places, include_defaults=False)
+        if set(names) <= set(manager.all_subtasks):
+            return manager
+    manager = TaskManager(include_path=own)
+    for name in names:
+        if name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else "`lm_eval ls tasks` lists them"
+            raise InputError(f"task {name} is unknown: {hint}")
+    return manager
+
+
+def _check_task_files(folder: Path) -> None:
+    """lm_eval would pass over a file that it cannot read."""
+    if not folder.is_dir():
+        raise InputError(f"--include-path {folder} is no folder: give one with task files (.yaml)")
+    files = sorted(folder.glob("**/*.yaml"))
+    if not files:
+        raise InputError(f"--include-path {folder} holds no task file: give a folder with .yaml files")
+    for file in files:
+        try:
+            yaml.compose(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+            raise InputError(f"the task file {file} cannot be read: {one_line(error)}") from error
+
+
+def _load(manager: Any, name: str) -> Any:
+    try:
+        return manager.load([name])
+    except OSError as error:  # among them what `datasets` raises for a data set that it does not find or reach
+        raise InputError(
+            f"the data of task {name} cannot be read: {one_line(error)}: check the connection, or give --include-path "
+            "with a task file for a copy of your own"
+        ) from error
+    except Exception as error:  # a task is code
+        raise InputError(f"task {name} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
+
+
+def _check_examples(name: str, task: Any, num_fewshot: int | None) -> None:
+    """Refuses more examples than there are beside the question itself."""
+    sampler = getattr(task, "sampler", None)
+    examples = 0 if sampler is None else len(sampler.df)
+    if num_fewshot and num_fewshot >= examples:
+        raise InputError(f"--num-fewshot {num_fewshot} is too many: task {name} has {examples} examples to choose from")
+
+
+def _parts(loaded: Any) -> list[Any]:
+    """What `simple_evaluate` is given for one name: its group, or its tasks."""
+    groups = loaded["groups"]
+    inner = {child for children in loaded["group_map"].values() for child in children}
+    return [group for name, group in groups.items() if name not in inner] if groups else list(loaded["tasks"].values())
+
+
+def _rows(found: Any, loaded: Any) -> list[str]:
+    """The results for one name: of a group that lm_eval sums up the group's, else those of its tasks."""
+    summed = (
+        [group.name for group in _parts(loaded) if group.name in found.get("groups", {})] if loaded["groups"] else []
+    )
+    return summed or list(loaded["tasks"])
+
+
+def _row(found: Any, row: str, tasks: Any) -> dict[str, Any]:
+    results = found["results"][row] if row in found["results"] else found["groups"][row]
+    keys = [key for key in results if "," in key and "_stderr," not in key]
+    metric = next((key for name in _SHOWN for key in keys if key.split(",")[0] == name), keys[0])
+    samples = found["n-samples"]
+    stderr = results.get(metric.replace(",", "_stderr,", 1))
+    return {
+        "metric": metric.removesuffix(",none"),
+        "value": float(results[metric]),
+        "stderr": float(stderr) if isinstance(stderr, int | float) else None,
+        "samples": sum(samples[name]["effective"] for name in ([row] if row in samples else tasks)),
+        "num_fewshot": found["n-shot"].get(row),
+        "version": found["versions"].get(row),
+        "metrics": {key.removesuffix(",none"): value for key, value in results.items() if "," in key},
+    }

@@ -1,0 +1,40 @@
+"""What a compact model is: its plan, the families it can be made of, its modules, where its parts lie.
+
+`configuration_flexigpt` and `modeling_flexigpt` travel with every checkpoint: they import torch, transformers and each
+other, nothing else. Read `plan`, those two, `architecture`, `layout`, `run`, then `build`.
+"""
+
+from typing import TYPE_CHECKING
+
+from flexigpt.runtime.doors import lazy_door
+
+if TYPE_CHECKING:
+    from flexigpt.model.architecture import (
+        ARCHITECTURES,
+        Roles,
+        block_list,
+        find_architecture,
+        model_shape,
+        num_blocks,
+        weight_matrix,
+    )
+    from flexigpt.model.build import (
+        all_tensors,
+        check_depth,
+        config_dtype,
+        config_with_blocks,
+        empty_compact,
+        empty_model,
+        fill_model,
+        materialize,
+        names_of_blocks,
+        plan_of,
+        sharing_copy,
+    )
+    from flexigpt.model.configuration_flexigpt import FlexiGPTConfig
+    from flexigpt.model.layout import Layout, count_parts, layout_of, stored_bytes
+    from flexigpt.model.modeling_flexigpt import FlexiGPTForCausalLM, NormedOutput, SharedLinear, linear_size
+    from flexigpt.model.plan import ModelShape, Plan, Replica, default_rank, plan_in_words
+    from flexigpt.model.run import Seen, block_output, fast_half, replaced_forwards, watched
+else:
+    lazy_door(__name__)

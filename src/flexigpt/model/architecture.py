@@ -1,0 +1,261 @@
+"""Where each model family keeps its blocks, linears and output projections. The only place that knows such paths."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from flexigpt.model.modeling_flexigpt import linear_size
+from flexigpt.model.plan import ModelShape
+from flexigpt.runtime import InputError
+
+ADDING_PAGE = "docs/architectures.md"
+
+
+def _gather_layer_types(settings: dict[str, Any], source_blocks: Sequence[int]) -> None:
+    if settings.get("layer_types") is not None:
+        settings["layer_types"] = [settings["layer_types"][block] for block in source_blocks]
+
+
+def _gather_attention_types(settings: dict[str, Any], source_blocks: Sequence[int]) -> None:
+    layers = settings.pop("attention_layers")
+    settings["attention_types"] = [[[layers[block] for block in source_blocks], 1]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """What the linears of a block compute and what lies between them: which changes of them leave the block as it is.
+
+    Attributes:
+        query: path within the block of the linear that computes the queries. A linear that computes several roles is
+            named for each of them; it computes them one after the other, in the order of these fields.
+        key: the same for the keys.
+        value: the same for the values.
+        output: the linear that takes what the heads gathered.
+        gate: the linear whose outputs the activation is applied to, where `up` is multiplied by them; None without.
+        up: the linear that computes the MLP's units (times the gate, or before the activation).
+        down: the linear that takes the units.
+        by_head: queries, keys and values of one linear lie head by head (GPT-NeoX).
+        transposed: weights are stored as (inputs, outputs) (GPT-2).
+        rotary: positions turn queries and keys, dimension i of a head with dimension i + half of the turned ones.
+        query_key_norm: whether queries and keys are normalised, each head alone or all heads in one.
+    """
+
+    query: str
+    key: str
+    value: str
+    output: str
+    gate: str | None = None
+    up: str
+    down: str
+    by_head: bool = False
+    transposed: bool = False
+    rotary: bool = True
+    query_key_norm: Literal["none", "head", "all"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One row of the table.
+
+    Attributes:
+        blocks: path of the list of blocks within the causal language model.
+        roles: paths of a block's linears within the block, and what they compute.
+        output_norms: paths within the block of the modules that an output norm follows: the last ones of attention
+            and MLP before the residual addition. The output projections, or, where the family normalises a
+            sublayer's output itself (Gemma, OLMo 2), that norm: before it, it would undo the output norm's scale.
+        gather: makes the per-block lists of a configuration those of the given blocks, in place.
+        block_returns_tuple: whether a block returns (hidden states, ...) instead of the hidden states alone.
+    """
+
+    blocks: str
+    roles: Roles
+    output_norms: tuple[str, str]
+    gather: Callable[[dict[str, Any], Sequence[int]], None] = _gather_layer_types
+    block_returns_tuple: bool = False
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Paths of a block's linears within the block, each once."""
+        roles = self.roles
+        paths = (roles.query, roles.key, roles.value, roles.output, roles.gate, roles.up, roles.down)
+        return tuple(dict.fromkeys(path for path in paths if path is not None))
+
+
+_LLAMA_ROLES = Roles(
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    output="self_attn.o_proj",
+    gate="mlp.gate_proj",
+    up="mlp.up_proj",
+    down="mlp.down_proj",
+)
+
+_LLAMA = Architecture(
+    blocks="model.layers",
+    roles=_LLAMA_ROLES,
+    output_norms=("self_attn.o_proj", "mlp.down_proj"),
+)
+
+_SANDWICH = Architecture(
+    blocks=_LLAMA.blocks,
+    roles=_LLAMA_ROLES,
+    output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+)
+
+# By the model type in the source's config.json.
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": replace(_LLAMA, roles=replace(_LLAMA_ROLES, query_key_norm="head")),
+    "granite": _LLAMA,
+    "gemma2": _SANDWICH,
+    "gemma3_text": replace(_SANDWICH, roles=replace(_LLAMA_ROLES, query_key_norm="head")),
+    "olmo2": replace(_SANDWICH, roles=replace(_LLAMA_ROLES, query_key_norm="all")),
+    "phi3": Architecture(
+        blocks="model.layers",
+        roles=Roles(
+            query="self_attn.qkv_proj",
+            key="self_attn.qkv_proj",
+            value="self_attn.qkv_proj",
+            output="self_attn.o_proj",
+            gate="mlp.gate_up_proj",
+            up="mlp.gate_up_proj",
+            down="mlp.down_proj",
+        ),
+        output_norms=("self_attn.o_proj", "mlp.down_proj"),
+    ),
+    "opt": Architecture(
+        blocks="model.decoder.layers",
+        roles=Roles(
+            query="self_attn.q_proj",
+            key="self_attn.k_proj",
+            value="self_attn.v_proj",
+            output="self_attn.out_proj",
+            up="fc1",
+            down="fc2",
+            rotary=False,
+        ),
+        output_norms=("self_attn.out_proj", "fc2"),
+    ),
+    "gpt_neox": Architecture(
+        blocks="gpt_neox.layers",
+        roles=Roles(
+            query="attention.query_key_value",
+            key="attention.query_key_value",
+            value="attention.query_key_value",
+            output="attention.dense",
+            up="mlp.dense_h_to_4h",
+            down="mlp.dense_4h_to_h",
+            by_head=True,
+        ),
+        output_norms=("attention.dense", "mlp.dense_4h_to_h"),
+    ),
+    "gpt_neo": Architecture(
+        blocks="transformer.h",
+        roles=Roles(
+            query="attn.attention.q_proj",
+            key="attn.attention.k_proj",
+            value="attn.attention.v_proj",
+            output="attn.attention.out_proj",
+            up="mlp.c_fc",
+            down="mlp.c_proj",
+            rotary=False,
+        ),
+        output_norms=("attn.attention.out_proj", "mlp.c_proj"),
+        gather=_gather_attention_types,
+        block_returns_tuple=True,
+    ),
+    "gpt2": Architecture(
+        blocks="transformer.h",
+        roles=Roles(
+            query="attn.c_attn",
+            key="attn.c_attn",
+            value="attn.c_attn",
+            output="attn.c_proj",
+            up="mlp.c_fc",
+            down="mlp.c_proj",
+            transposed=True,
+            rotary=False,
+        ),
+        output_norms=("attn.c_proj", "mlp.c_proj"),
+    ),
+}
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+_ATTENTION_TYPES = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
+
+_RECURRENT_SETTINGS = ("mamba_d_state", "ssm_state_size", "state_size", "lru_width", "attn_layer_period")
+
+
+def find_architecture(config: PreTrainedConfig) -> Architecture:
+    """The row of a source's model type.
+
+    Raises:
+        InputError: a compact model, a mixture of experts, a model that mixes attention with recurrent layers, or a
+            type that is not in the table; each by name.
+    """
+    name = config.model_type
+    if name == "flexigpt":
+        raise InputError("the source is a compact model already: prune the source model that it was made from")
+    text_config = config.get_text_config()
+    supported = f"supported are {', '.join(sorted(ARCHITECTURES))}"
+    for setting in _EXPERT_COUNTS:
+        if getattr(text_config, setting, None):
+            raise InputError(
+                f"{name} is a mixture of experts ({setting} = {getattr(text_config, setting)}), which flexigpt "
+                f"cannot share: {supported}"
+            )
+    other_types = set(getattr(text_config, "layer_types", None) or ()) - _ATTENTION_TYPES
+    recurrent = [setting for setting in _RECURRENT_SETTINGS if getattr(text_config, setting, None)]
+    if other_types or recurrent:
+        found = ", ".join(sorted(other_types) or recurrent)
+        raise InputError(
+            f"{name} has linear-attention or recurrent blocks ({found}), which flexigpt cannot share: {supported}"
+        )
+    if name not in ARCHITECTURES:
+        raise InputError(f"model type {name} is not supported: {supported}; {ADDING_PAGE} says how to add one")
+    if getattr(config, "quantization_config", None):
+        raise InputError(
+            "the source is quantised, and quantised weights have no difference to adapt: give it unquantised"
+        )
+    if getattr(config, "is_heterogeneous", False):
+        raise InputError(f"this {name} has blocks of different shapes (per_layer_config), which cannot share linears")
+    return ARCHITECTURES[name]
+
+
+def num_blocks(config: PreTrainedConfig) -> int:
+    """Blocks of a source model."""
+    return int(config.num_hidden_layers)
+
+
+def block_list(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of a source model, in order."""
+    return cast(nn.ModuleList, model.get_submodule(find_architecture(model.config).blocks))
+
+
+def weight_matrix(linear: nn.Module) -> torch.Tensor:
+    """The weight as (outputs, inputs); GPT-2's `Conv1D` stores it transposed."""
+    weight = cast(torch.Tensor, linear.weight)
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def model_shape(model: PreTrainedModel, output_norm: bool = True, base_scale: bool = False) -> ModelShape:
+    """The sizes that accounting needs, read off a source model; the meta device will do."""
+    architecture = find_architecture(model.config)
+    block = block_list(model)[0]
+    return ModelShape(
+        parameters=model.num_parameters(),
+        block_parameters=sum(parameter.numel() for parameter in block.parameters()),
+        linears={path: linear_size(block.get_submodule(path)) for path in architecture.linears},
+        hidden_size=model.config.hidden_size,
+        num_output_norms=len(architecture.output_norms) if output_norm else 0,
+        base_scale=base_scale,
+    )

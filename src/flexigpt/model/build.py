@@ -1,0 +1,270 @@
+"""A compact model with its replicas' weights folded: memory and speed of the source, but for the output norms."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from flexigpt.model.architecture import find_architecture, num_blocks
+from flexigpt.model.configuration_flexigpt import FlexiGPTConfig
+from flexigpt.model.modeling_flexigpt import FlexiGPTForCausalLM, SharedLinear, linear_size
+from flexigpt.model.plan import Plan
+from flexigpt.runtime import InputError
+
+_PLAIN = (nn.Linear, Conv1D)
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@torch.no_grad()
+def materialize(model: PreTrainedModel) -> FlexiGPTForCausalLM:
+    """Folds each replica's adapters into weights of its own, in place: W = s base's + B A, b = s base's + difference.
+
+    Each sum is taken in float64 (for half precision in float32) and rounded once to the base's dtype. Afterwards a
+    replica's linears are ordinary ones of the base's class, on its device, whose adapters are gone; output norms stay.
+    One linear at a time, so that no second copy of the model is ever held.
+
+    The model can be run, speculated with and measured as before. It cannot be saved: it would be read back wrongly, and
+    it would not be compact.
+
+    Args:
+        model: a compact model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InputError: a model without shared linears, or whose bases are quantised, wrapped or on the meta device.
+    """
+    shared = list(_shared_linears(model))
+    if not shared or not isinstance(model, FlexiGPTForCausalLM):
+        what = f"this {type(model).__name__} has no shared linears"
+        raise InputError(
+            f"{what}, so there is nothing to materialise: give a compact model as from_pretrained opens it"
+        )
+    for _, name, linear in shared:
+        _check_foldable(name, linear)
+    for parent, name, linear in shared:
+        setattr(parent, name, _folded(linear))
+    # Over the method of this one model: the class travels with checkpoints and knows nothing of this.
+    model.__dict__["save_pretrained"] = _refuse_to_save
+    return model
+
+
+def sharing_copy(model: FlexiGPTForCausalLM) -> FlexiGPTForCausalLM:
+    """Another model of the same tensors: what is exchanged in one of the two stays in the other."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def _shared_linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, SharedLinear]]:
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, SharedLinear):
+                yield parent, name, child
+
+
+def _check_foldable(name: str, linear: SharedLinear) -> None:
+    base = linear.base
+    weight: Any = getattr(base, "weight", None)
+    if type(base) not in _PLAIN or type(weight.data) is not torch.Tensor or not weight.is_floating_point():
+        kind = f"{type(base).__module__}.{type(base).__name__} of {getattr(weight, 'dtype', 'no weight')}"
+        raise InputError(
+            f"the base of a replica's {name} is a {kind}, whose weight cannot be folded into: materialise the model "
+            "before it is quantised, wrapped or sharded"
+        )
+    if weight.is_meta or linear.adapter_A.is_meta:
+        raise InputError(
+            f"the weights of a replica's {name} are on the meta device: load the model without offloading, then "
+            "materialise it"
+        )
+
+
+def _folded(linear: SharedLinear) -> nn.Module:
+    """The ordinary linear that computes what the shared one does."""
+    base: Any = linear.base
+    wide = torch.float32 if base.weight.dtype in _HALF else torch.float64
+    difference = linear.adapter_B.to(wide) @ linear.adapter_A.to(wide)
+    scale = 1.0 if linear.base_scale is None else linear.base_scale.to(wide)
+    weight = scale * base.weight.to(wide) + (difference.T if isinstance(base, Conv1D) else difference)
+    outputs, inputs = linear_size(base)
+    with torch.device("meta"):
+        folded: Any = Conv1D(outputs, inputs) if isinstance(base, Conv1D) else nn.Linear(inputs, outputs, bias=False)
+    folded.weight = nn.Parameter(weight.to(base.weight.dtype).contiguous(), base.weight.requires_grad)
+    if linear.bias_difference is None:
+        folded.bias = base.bias
+    else:
+        bias = scale * base.bias.to(wide) + linear.bias_difference.to(wide)
+        folded.bias = nn.Parameter(bias.to(base.bias.dtype), base.bias.requires_grad)
+    return cast(nn.Module, folded.train(linear.training))
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise InputError(
+        "a materialised model cannot be saved, for it would be no compact checkpoint: save the model before it is "
+        "materialised, and materialise what from_pretrained opens"
+    )
+
+
+def config_with_blocks(config: PreTrainedConfig, source_blocks: Sequence[int]) -> PreTrainedConfig:
+    """The configuration of the model that consists of these blocks of the source, in this order; repeats allowed.
+
+    Depth and per-block lists (such as `layer_types`) follow, so that what is built from it loads and generates.
+    """
+    settings = copy.deepcopy(config.to_dict())
+    find_architecture(config).gather(settings, source_blocks)
+    settings[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(source_blocks)
+    for key in ("model_type", "transformers_version", "architectures"):
+        settings.pop(key, None)
+    shortened = type(config)(**settings)
+    shortened.architectures = config.architectures
+    return shortened
+
+
+def check_depth(plan: Plan, depth: int) -> None:
+    """Raises InputError for a plan of another depth than the source's."""
+    if plan.num_blocks != depth:
+        raise InputError(
+            f"the plan is for {plan.num_blocks} blocks, the model has {depth}: give a plan made for this model"
+        )
+
+
+def compact_config(
+    config: PreTrainedConfig, plan: Plan, output_norm: bool = True, base_scale: bool = False
+) -> FlexiGPTConfig:
+    """The configuration of the compact model that a plan makes of a source.
+
+    Raises:
+        InputError: a plan of another depth than the source's.
+    """
+    check_depth(plan, num_blocks(config))
+    architecture = find_architecture(config)
+    return FlexiGPTConfig(
+        text_config=config,
+        replicas=plan.to_dict()["replicas"],
+        blocks=architecture.blocks,
+        linears=list(architecture.linears),
+        output_norms=list(architecture.output_norms) if output_norm else [],
+        base_scale=base_scale,
+        dtype=config.dtype,
+    )
+
+
+def plan_of(config: PreTrainedConfig) -> Plan:
+    """The plan of a compact model."""
+    assert isinstance(config, FlexiGPTConfig)
+    return Plan.from_dict({"format_version": 1, "num_blocks": config.num_hidden_layers, "replicas": config.replicas})
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A source or compact model of that configuration with parameters on the meta device: no memory, all shapes."""
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=config_dtype(config))
+    model.tie_weights()
+    return model.eval()
+
+
+def config_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype of the weights that a configuration names; float32 where it names none."""
+    dtype = config.dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def all_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, those buffers included that no checkpoint holds (such as rotary frequencies)."""
+    return model.state_dict() | dict(model.named_buffers())
+
+
+def fill_model(empty: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Gives an empty model these tensors (`all_tensors` of another), without a copy; others it keeps."""
+    known = empty.state_dict().keys()
+    empty.load_state_dict({name: t for name, t in tensors.items() if name in known}, strict=False, assign=True)
+    for name, _ in list(empty.named_buffers()):
+        if name in tensors:
+            parent, _, last = name.rpartition(".")
+            empty.get_submodule(parent)._buffers[last] = tensors[name]
+    empty.tie_weights()
+
+
+def names_of_blocks(source: PreTrainedModel, source_blocks: Sequence[int]) -> dict[str, str]:
+    """What the model that consists of these blocks of the source, repeats allowed, calls its tensors, buffers included.
+
+    Returns:
+        Name in that model -> name in the source.
+    """
+    prefix = find_architecture(source.config).blocks
+    names: dict[str, str] = {}
+    own: dict[int, list[str]] = {}
+    for name in all_tensors(source):
+        if name.startswith(f"{prefix}."):
+            block, _, path = name.removeprefix(f"{prefix}.").partition(".")
+            own.setdefault(int(block), []).append(path)
+        else:
+            names[name] = name
+    for index, source_block in enumerate(source_blocks):
+        names |= {f"{prefix}.{index}.{path}": f"{prefix}.{source_block}.{path}" for path in own[source_block]}
+    return names
+
+
+def empty_compact(
+    source: PreTrainedModel,
+    plan: Plan,
+    output_norm: bool = True,
+    source_blocks: Sequence[int] | None = None,
+    base_scale: bool = False,
+) -> tuple[FlexiGPTForCausalLM, dict[str, str]]:
+    """The compact model of a source, its parameters on the meta device, and which of the source's tensors it takes.
+
+    Args:
+        source: the source model; the meta device will do.
+        plan: the plan of the compact model.
+        output_norm: whether its replicas have output norms.
+        source_blocks: the source's block behind each logical block; None: the same numbering.
+        base_scale: whether each linear of a replica scales its base's output.
+
+    Returns:
+        The model, and name in it -> name in the source, buffers included; what is missing is the replicas' own.
+    """
+    origins = range(num_blocks(source.config)) if source_blocks is None else source_blocks
+    text_config = config_with_blocks(source.config, origins)
+    text_config._name_or_path = ""  # where the source lay when it was pruned; the record says so
+    text_config.dtype = source.dtype
+    model = cast(FlexiGPTForCausalLM, empty_model(compact_config(text_config, plan, output_norm, base_scale)))
+    known = all_tensors(model).keys()
+    taken = {}
+    for name, origin in names_of_blocks(source, origins).items():
+        # A family's own norm that an output norm follows lies one level deeper in a replica.
+        parent, _, last = f"language_model.{name}".rpartition(".")
+        key = next((key for key in (f"{parent}.inner.{last}", f"{parent}.{last}") if key in known), None)
+        if key is not None:
+            taken[key] = origin
+    return model, taken
+
+
+def compact_of(
+    source: PreTrainedModel,
+    plan: Plan,
+    output_norm: bool = True,
+    source_blocks: Sequence[int] | None = None,
+    base_scale: bool = False,
+) -> FlexiGPTForCausalLM:
+    """The compact model that shares the tensors of a source in memory; what is the replicas' own is on the meta device.
+
+    Arguments are those of `empty_compact`.
+    """
+    model, taken = empty_compact(source, plan, output_norm, source_blocks, base_scale)
+    there = all_tensors(source)
+    tensors: dict[str, torch.Tensor] = {}
+    used: set[str] = set()
+    for name, origin in taken.items():
+        # What a repeated block keeps as its own (input norms, biases) must not share the memory of the first one's.
+        tensors[name] = there[origin].clone() if origin in used else there[origin]
+        used.add(origin)
+    fill_model(model, tensors)
+    model.generation_config = source.generation_config
+    return model

@@ -1,0 +1,285 @@
+"""The plan (which logical block is a replica of which base, with which rank) and parameter accounting. No torch."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexigpt.runtime import InputError
+
+PLAN_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replica:
+    """One logical block that borrows the linears of another.
+
+    Attributes:
+        block: the logical block, from 0.
+        base: the kept block whose linears it borrows.
+        rank: rank of its adapters, one pair for each linear.
+        ranks: of the linears, by path within the block, whose adapter has another one.
+    """
+
+    block: int
+    base: int
+    rank: int
+    ranks: Mapping[str, int] | None = None
+
+    def rank_of(self, linear: str) -> int:
+        """Rank of the adapter of one linear, given by its path within the block."""
+        return (self.ranks or {}).get(linear, self.rank)
+
+    def shown_rank(self) -> str:
+        """The rank, or from which to which where linears have ranks of their own."""
+        ranks = sorted([self.rank, *(self.ranks or {}).values()])
+        return f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A row of the plan, JSON-ready."""
+        row = {"block": self.block, "base": self.base, "rank": self.rank}
+        return row if self.ranks is None else row | {"ranks": dict(self.ranks)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that pruning or extension decides. Blocks that are not a replica are kept.
+
+    Attributes:
+        num_blocks: logical blocks of the compact model.
+        replicas: in order of their blocks.
+
+    Raises:
+        InputError: a block that does not exist, is named twice or is its own base; a base that is itself a replica;
+            a rank below 1.
+    """
+
+    num_blocks: int
+    replicas: tuple[Replica, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "replicas", tuple(sorted(self.replicas, key=lambda replica: replica.block)))
+        blocks = [replica.block for replica in self.replicas]
+        for replica in self.replicas:
+            for role, block in (("block", replica.block), ("base", replica.base)):
+                if not 0 <= block < self.num_blocks:
+                    raise InputError(
+                        f"the plan names {role} {block}, but the model has blocks 0 to {self.num_blocks - 1}: "
+                        "correct the plan"
+                    )
+            if blocks.count(replica.block) > 1:
+                raise InputError(f"the plan names block {replica.block} more than once: keep one of its rows")
+            if replica.base == replica.block:
+                raise InputError(f"the plan makes block {replica.block} its own base: name a kept block instead")
+            if replica.base in blocks:
+                raise InputError(
+                    f"the plan gives block {replica.block} the base {replica.base}, which is itself pruned: "
+                    f"name a kept block, one of {self.kept}"
+                )
+            least = min([replica.rank, *(replica.ranks or {}).values()])
+            if least < 1:
+                raise InputError(f"the plan gives block {replica.block} rank {least}: a rank is at least 1")
+
+    @property
+    def pruned(self) -> list[int]:
+        """The logical blocks that are replicas, ascending."""
+        return [replica.block for replica in self.replicas]
+
+    @property
+    def kept(self) -> list[int]:
+        """The logical blocks that keep their own linears, ascending."""
+        pruned = {replica.block for replica in self.replicas}
+        return [block for block in range(self.num_blocks) if block not in pruned]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready data: what `--plan-only` writes and `--plan` reads."""
+        return {
+            "format_version": PLAN_FORMAT_VERSION,
+            "num_blocks": self.num_blocks,
+            "replicas": [replica.to_dict() for replica in self.replicas],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "Plan":
+        """Reads what `to_dict` wrote.
+
+        Raises:
+            InputError: keys that are missing or unknown, values that are not whole numbers, a newer format version,
+                or a broken invariant.
+        """
+        _check_keys(data, {"format_version", "num_blocks", "replicas"}, "the plan")
+        if data["format_version"] != PLAN_FORMAT_VERSION:
+            raise InputError(
+                f"the plan has format version {data['format_version']}, this flexigpt reads version "
+                f"{PLAN_FORMAT_VERSION}: upgrade flexigpt or write the plan anew with --plan-only"
+            )
+        if not isinstance(data["replicas"], list):
+            raise InputError("the plan's replicas are no list: expected rows of block, base and rank")
+        for number, row in enumerate(data["replicas"]):
+            where = f"row {number} of the plan's replicas"
+            _check_ranks(row, where)
+            numbers = {key: row[key] for key in row if key != "ranks"} if isinstance(row, dict) else row
+            _check_keys(numbers, {"block", "base", "rank"}, where)
+        return cls(num_blocks=data["num_blocks"], replicas=tuple(Replica(**row) for row in data["replicas"]))
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Plan":
+        """Reads a plan file (JSON).
+
+        Raises:
+            InputError: a file that is missing or is not a valid plan; the message names the file.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            reason = error.strerror
+            raise InputError(
+                f"the plan {path} cannot be read ({reason}): give a file that --plan-only wrote"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"the plan {path} is not JSON ({error}): give a file that --plan-only wrote") from error
+        return cls.from_dict(data)
+
+
+def _check_keys(data: Any, expected: set[str], where: str) -> None:
+    if not isinstance(data, dict) or set(data) != expected:
+        given = ", ".join(sorted(data)) if isinstance(data, dict) else type(data).__name__
+        raise InputError(f"{where} has {given or 'nothing'}: expected exactly {', '.join(sorted(expected))}")
+    for key, value in data.items():
+        if key != "replicas" and (not isinstance(value, int) or isinstance(value, bool)):
+            raise InputError(f"{where} has {key} = {value!r}: expected a whole number")
+
+
+def _check_ranks(row: Any, where: str) -> None:
+    ranks = row.get("ranks", {}) if isinstance(row, dict) else {}
+    if not isinstance(ranks, dict) or any(type(rank) is not int for rank in ranks.values()):
+        raise InputError(f"{where} has ranks = {ranks!r}: expected a whole number for each linear's path")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes of a source model that accounting needs; every block has the same shape.
+
+    Attributes:
+        parameters: stored parameters of the whole source.
+        block_parameters: parameters of one block.
+        linears: name -> (outputs, inputs) of each linear of a block.
+        hidden_size: width of the residual stream, hence of an output norm.
+        num_output_norms: output norms of one replica; 0 where they are switched off.
+        base_scale: whether each linear of a replica stores a scale.
+    """
+
+    parameters: int
+    block_parameters: int
+    linears: Mapping[str, tuple[int, int]]
+    hidden_size: int
+    num_output_norms: int
+    base_scale: bool = False
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of the linears of one block: what a replica does not store. Biases and input norms it keeps."""
+        return sum(outputs * inputs for outputs, inputs in self.linears.values())
+
+    @property
+    def max_rank(self) -> int:
+        """The highest rank that no linear's adapter exceeds."""
+        return min(min(size) for size in self.linears.values())
+
+    def adapter_parameters(self, rank: int | Replica) -> int:
+        """Of one replica, of which only the rank is known, or all."""
+        ranks = [rank if isinstance(rank, int) else rank.rank_of(path) for path in self.linears]
+        return sum(r * sum(size) for r, size in zip(ranks, self.linears.values(), strict=True))
+
+    def replica_parameters(self, rank: int | Replica) -> int:
+        """Adapters, output norms and scales of one replica: what it adds to plain removal, but for biases and norms."""
+        adapters = self.adapter_parameters(rank)
+        return adapters + self.num_output_norms * self.hidden_size + self.base_scale * len(self.linears)
+
+    def removed_parameters(self, num_pruned: int) -> int:
+        """Stored parameters after plain removal of `num_pruned` blocks."""
+        return self.parameters - num_pruned * self.block_parameters
+
+    def stored_parameters(self, ranks: Iterable[int | Replica]) -> int:
+        """Stored parameters of the compact model that has these replicas, or replicas of these ranks."""
+        return self.parameters + sum(self.replica_parameters(rank) - self.linear_parameters for rank in ranks)
+
+    def check_rank(self, rank: int) -> None:
+        """Raises InputError where an adapter of this rank would be larger than a linear."""
+        name, size = min(self.linears.items(), key=lambda item: min(item[1]))
+        if rank > self.max_rank:
+            raise InputError(
+                f"rank {rank} is above the size of {name} ({size[0]} x {size[1]}): give a rank up to {self.max_rank}"
+            )
+
+    def check_replica(self, replica: Replica) -> None:
+        """Raises InputError for ranks that the linears do not have room for, or of a linear that is not there."""
+        self.check_rank(replica.rank)
+        for path, rank in (replica.ranks or {}).items():
+            if path not in self.linears:
+                raise InputError(
+                    f"the plan gives block {replica.block} a rank for {path}, which is not there: name linears of "
+                    f"{', '.join(self.linears)}"
+                )
+            if rank > min(self.linears[path]):
+                outputs, inputs = self.linears[path]
+                raise InputError(
+                    f"rank {rank} of block {replica.block} is above the size of {path} ({outputs} x {inputs}): give a "
+                    f"rank up to {min(outputs, inputs)}"
+                )
+
+    def num_pruned_for(self, target_parameters: int, rank: int, num_blocks: int) -> int:
+        """The fewest pruned blocks that bring the stored parameters down to the target.
+
+        Raises:
+            InputError: a target that the source meets already, or that no number of pruned blocks reaches.
+        """
+        sizes = [self.stored_parameters([rank] * n) for n in range(1, num_blocks)]
+        return self._fewest(target_parameters, sizes, f" at rank {rank}", " or a lower --rank")
+
+    def num_removed_for(self, target_parameters: int, num_blocks: int) -> int:
+        """The fewest blocks whose plain removal brings the stored parameters down to the target.
+
+        Raises:
+            InputError: as `num_pruned_for`.
+        """
+        sizes = [self.removed_parameters(n) for n in range(1, num_blocks)]
+        return self._fewest(target_parameters, sizes)
+
+    def _fewest(self, target: int, sizes: Sequence[int], where: str = "", remedy: str = "") -> int:
+        """The first of the sizes, which are those with one pruned block, two and so on, that meets the target."""
+        if target >= self.parameters:
+            raise InputError(
+                f"the source has {self.parameters:,} parameters, which meets the target of {target:,} already: "
+                "give a smaller --target-size"
+            )
+        for num_pruned, size in enumerate(sizes, start=1):
+            if size <= target:
+                return num_pruned
+        raise InputError(
+            f"the target of {target:,} parameters is out of reach:{where} the least is "
+            f"{min(sizes, default=self.parameters):,}; give a larger --target-size{remedy}"
+        )
+
+
+# The paper's rank 256 at LLaMA-2 7B's hidden size 4096.
+_HIDDEN_SIZE_PER_RANK = 16
+
+
+def default_rank(hidden_size: int) -> int:
+    """Rank of the adapters where none is asked for."""
+    return max(1, hidden_size // _HIDDEN_SIZE_PER_RANK)
+
+
+def plan_in_words(plan: Plan) -> str:
+    """Which blocks borrow the linears of which, in a sentence: for those who do not see the picture."""
+    borrowers: dict[int, list[int]] = {}
+    for replica in plan.replicas:
+        borrowers.setdefault(replica.base, []).append(replica.block)
+    told = "; ".join(
+        f"block{'s' if len(blocks) > 1 else ''} {', '.join(map(str, blocks))} borrow{'' if len(blocks) > 1 else 's'} "
+        f"the linears of block {base}"
+        for base, blocks in sorted(borrowers.items())
+    )
+    return f"The stack of {plan.num_blocks} blocks: {told or 'none is a replica'}."

@@ -1,0 +1,78 @@
+"""Tells transformers of compact models without loading it: `import flexigpt` is all that a user needs.
+
+`AutoConfig` and `AutoModelForCausalLM` live in a module each. What is loaded already hears of our classes now; what is
+not, right after it is loaded.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+# transformers' module of an automatic class -> ours of the class that it is to know.
+_PAIRS = {
+    "transformers.models.auto.configuration_auto": "flexigpt.model.configuration_flexigpt",
+    "transformers.models.auto.modeling_auto": "flexigpt.model.modeling_flexigpt",
+}
+
+
+class _Hook(MetaPathFinder):
+    """Finds the modules above once each, by the finders behind it, and hears when they are loaded."""
+
+    def __init__(self) -> None:
+        self._unseen = {*_PAIRS, *_PAIRS.values()}
+        self._loaded: set[str] = set()
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in self._unseen:
+            return None
+        self._unseen.remove(fullname)  # before the search, which comes back here
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Telling(spec.loader, self)
+        return spec
+
+    def loaded(self, name: str) -> None:
+        """Registers what `name` completes. Ours is loaded for it, unless it is being loaded and will come here."""
+        self._loaded.add(name)
+        self._unseen.discard(name)
+        for theirs, ours in _PAIRS.items():
+            if name not in (theirs, ours) or theirs not in self._loaded:
+                continue
+            if ours not in self._loaded:
+                if ours not in sys.modules:
+                    import_module(ours)
+            elif theirs.endswith("modeling_auto"):
+                classes = import_module(ours)
+                import_module(theirs).AutoModelForCausalLM.register(classes.FlexiGPTConfig, classes.FlexiGPTForCausalLM)
+            else:
+                config_class = import_module(ours).FlexiGPTConfig
+                import_module(theirs).AutoConfig.register(config_class.model_type, config_class)
+
+
+class _Telling(Loader):
+    """Loads a module as its own loader does, then tells the hook."""
+
+    def __init__(self, loader: Loader, hook: _Hook) -> None:
+        self._loader, self._hook = loader, hook
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        self._hook.loaded(module.__name__)
+
+
+def register_when_imported() -> None:
+    """Registers the compact model's classes with transformers' automatic ones, now or when they are loaded."""
+    hook = _Hook()
+    sys.meta_path.insert(0, hook)
+    for name in _PAIRS:
+        if name in sys.modules:
+            hook.loaded(name)

@@ -1,0 +1,117 @@
+"""bfloat16 and float16 on CPUs that cannot multiply them: as hardware that can computes, at the speed of float32."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+_HALF = (torch.bfloat16, torch.float16)
+
+# On x86 without AVX-512 torch falls back to loops for these; elsewhere it has kernels.
+_WITHOUT_KERNELS = "AVX2"
+
+# Below so many rows a product is bound by reading the weight, and half of the bytes win.
+_MIN_ROWS = 4
+
+
+def fast_half(model: PreTrainedModel) -> AbstractContextManager[Any]:
+    """Within it a half-precision model on such a CPU multiplies in float32 and rounds each product once.
+
+    So do the units of CPUs and GPUs that multiply bfloat16: they add up in float32. On any other machine, or for a
+    float32 model, it does nothing. A weight is held in float32 for the length of one product.
+    """
+    slow = model.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == _WITHOUT_KERNELS
+    return _InFloat32() if slow and model.dtype in _HALF else nullcontext()
+
+
+class _InFloat32(TorchFunctionMode):
+    _PRODUCTS = frozenset(
+        (
+            F.linear,
+            F.scaled_dot_product_attention,
+            torch.addmm,
+            torch.baddbmm,
+            torch.bmm,
+            torch.matmul,
+            torch.Tensor.matmul,
+            torch.Tensor.__matmul__,
+        )
+    )
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function not in self._PRODUCTS or args[0].dtype not in _HALF or _rows(function, args) < _MIN_ROWS:
+            return function(*args, **kwargs)
+        widened = {name: _widened(value) for name, value in kwargs.items()}
+        return function(*map(_widened, args), **widened).to(args[0].dtype)
+
+
+def _rows(function: Callable[..., Any], args: tuple[Any, ...]) -> int:
+    """That share what the other operand holds: all of a linear's, those of one head or batch of the others'."""
+    if function is F.linear:
+        return args[0].numel() // max(1, args[0].shape[-1])
+    operand = args[1] if function in (torch.addmm, torch.baddbmm) else args[0]
+    return operand.shape[-2] if operand.ndim > 1 else 1
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype in _HALF else value
+
+
+@contextlib.contextmanager
+def replaced_forwards(
+    blocks: Iterable[nn.Module], forward_of: Callable[[int, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Within it blocks run another forward, while the model around them prepares what they are given.
+
+    Args:
+        blocks: whose forward is replaced.
+        forward_of: (number among these blocks, its own forward) -> what it runs instead.
+    """
+    with contextlib.ExitStack() as undo:
+        for index, block in enumerate(blocks):
+            undo.callback(_restore, block, block.__dict__.get("forward"))  # offload hooks leave one there
+            block.forward = forward_of(index, block.forward)
+        yield
+
+
+def _restore(block: nn.Module, forward: Callable[..., Any] | None) -> None:
+    if forward is None:
+        del block.forward
+    else:
+        block.forward = forward
+
+
+# By path within the block: what a module was given, and what it returned.
+Seen = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def block_output(output: Any) -> torch.Tensor:
+    """The hidden states that a block returns, in some families with more."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def watched(block: nn.Module, paths: Iterable[str]) -> Iterator[Seen]:
+    """Within it modules note what they were last given and returned."""
+    seen: Seen = {}
+
+    def note(path: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        return lambda _, args, output: seen.update({path: (args[0], output)})
+
+    with ExitStack() as hooks:
+        for path in paths:
+            hooks.callback(block.get_submodule(path).register_forward_hook(note(path)).remove)
+        yield seen

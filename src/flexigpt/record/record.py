@@ -1,0 +1,149 @@
+"""The record: what a flow was asked, what it ran on, and what it measured. JSON-ready."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from flexigpt.evaluation import streamed_perplexity
+from flexigpt.model import FlexiGPTForCausalLM, Replica, SharedLinear, config_dtype, count_parts, plan_of, stored_bytes
+from flexigpt.runtime import Cache, Track, megabytes
+from flexigpt.text import TokenizedText
+from flexigpt.weights import Source, StreamedModel, open_empty
+
+Record = dict[str, Any]
+
+FORMAT = 1  # of what is recorded; raised when an older flexigpt could no longer read it
+
+
+def new_record(source: str, options: Any, resolved: dict[str, Any]) -> Record:
+    """Source, versions, and the options (a dataclass), `resolved` naming what their defaults stood for."""
+    given = {name: value for name, value in (asdict(options) | resolved).items() if value is not None}
+    plain = (int, float, list, tuple)
+    return {
+        "format": FORMAT,
+        "source_name": source,
+        "versions": {name: version(name) for name in ("flexigpt", "torch", "transformers")},
+        "options": {name: value if isinstance(value, plain) else str(value) for name, value in given.items()},
+    }
+
+
+def measure_both(
+    models: Mapping[str, StreamedModel],
+    text: TokenizedText | None,
+    *,
+    name: str | None,
+    window_length: int,
+    cache: Cache,
+    spill: Path | None = None,
+    track: Track,
+) -> Record:
+    """Stored size of two models and, where there is a text, their perplexity on it.
+
+    Args:
+        models: what it was, a source, -> what it became, each by the name that it has in record and tables.
+        text: what to measure perplexity on, tokenized.
+        name: of the text.
+        window_length: tokens in a window; windows do not overlap.
+        cache: the source's, which keeps its perplexity.
+        spill: folder for hidden states of the text that memory does not hold; None: it does.
+        track: told of each block.
+
+    Returns:
+        `compared` (the two names), the size of each by its name and, where there is a text, `perplexity`: its `text`
+        and what was measured, by the same names.
+    """
+    record: Record = {"compared": list(models)}
+    record |= {label: model_size(model.model) for label, model in models.items()}
+    if text is None:
+        return record
+    record["perplexity"] = {"text": name}
+    digest = hashlib.sha256(text.ids.numpy().tobytes()).hexdigest()
+    for label, model in models.items():
+        measure = partial(streamed_perplexity, model, text, window_length=window_length, spill=spill, track=track)
+        if isinstance(model, Source):
+            with cache.stage("perplexity", text=digest, window_length=window_length) as stage:
+                record["perplexity"][label] = stage.result or stage.finish(measure().to_dict())
+        else:
+            record["perplexity"][label] = measure().to_dict()
+    return record
+
+
+def model_size(model: PreTrainedModel) -> dict[str, Any]:
+    """Stored parameters and bytes, and the parameters of each part."""
+    parts = {part: number for part, number in count_parts(model).items() if number}
+    return {"parameters": model.num_parameters(), "bytes": stored_bytes(model), "parts": parts}
+
+
+def find_in(record: Record, key: str) -> Any:
+    """What the record holds by that key, or else its `origin`, the record of the model that it began with; or None."""
+    while key not in record and "origin" in record:
+        record = record["origin"]
+    return record.get(key)
+
+
+def inspect_model(model: str) -> dict[str, Any]:
+    """What a local or hub model consists of; its weights are not read.
+
+    Returns:
+        JSON-ready: `plan` (None for a source model), `parameters` stored and effective (the linears of a base counted
+        again for each of its replicas), `bytes` stored and, for a folder, of its weight files, and `parts`: parameters
+        and bytes of each.
+
+    Raises:
+        InputError: a model that cannot be opened or is of a family that is not supported.
+    """
+    empty = open_empty(model)
+    config = empty.config
+    plan = plan_of(config) if isinstance(empty, FlexiGPTForCausalLM) else None
+    dtype = config_dtype(config)
+    parts = count_parts(empty)
+    stored = sum(parts.values())
+    shared = sum(m.in_features * m.out_features for m in empty.modules() if isinstance(m, SharedLinear))
+    files = list(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    return {
+        "model": model,
+        "model_type": config.model_type,
+        "source_type": config.get_text_config().model_type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "blocks": config.get_text_config().num_hidden_layers,
+        "plan": None if plan is None else plan.to_dict(),
+        "parameters": {"stored": stored, "effective": stored + shared},
+        "bytes": {"stored": stored * dtype.itemsize, "files": sum(file.stat().st_size for file in files) or None},
+        "parts": {part: {"parameters": n, "bytes": n * dtype.itemsize} for part, n in parts.items() if n},
+    }
+
+
+def inspection_tables(inspection: dict[str, Any]) -> list[Table]:
+    """What `inspect_model` found, for a terminal."""
+    parts = Table(title=f"{inspection['model']} ({_kind(inspection)}, {inspection['dtype']})", title_justify="left")
+    for heading in ("part", "parameters", "MB"):
+        parts.add_column(heading, justify="left" if heading == "part" else "right")
+    for part, size in inspection["parts"].items():
+        parts.add_row(part, f"{size['parameters']:,}", megabytes(size["bytes"]))
+    parts.add_section()
+    parts.add_row("stored", f"{inspection['parameters']['stored']:,}", megabytes(inspection["bytes"]["stored"]))
+    parts.add_row("effective", f"{inspection['parameters']['effective']:,}", "")
+    if inspection["bytes"]["files"]:
+        parts.add_row("weight files", "", megabytes(inspection["bytes"]["files"]))
+    if not inspection["plan"] or not inspection["plan"]["replicas"]:
+        return [parts]
+    plan = Table(title="replicas", title_justify="left")
+    for heading in ("block", "base", "rank"):
+        plan.add_column(heading, justify="right")
+    for row in inspection["plan"]["replicas"]:
+        plan.add_row(str(row["block"]), str(row["base"]), Replica(**row).shown_rank())
+    return [parts, plan]
+
+
+def _kind(inspection: dict[str, Any]) -> str:
+    if inspection["plan"] is None:
+        return f"{inspection['source_type']}, {inspection['blocks']} blocks"
+    replicas = len(inspection["plan"]["replicas"])
+    return f"compact {inspection['source_type']}, {inspection['blocks']} blocks, {replicas} of them replicas"

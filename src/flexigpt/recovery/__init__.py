@@ -1,0 +1,17 @@
+"""Trains a model back: on one CPU, one GPU, or many.
+
+Read `options`, `recover` (the flow), `training` (one step), `trainable`, `teacher`, `draft`, `checkpoints`,
+`measuring`, `tracking`.
+"""
+
+from typing import TYPE_CHECKING
+
+from flexigpt.runtime.doors import lazy_door
+
+if TYPE_CHECKING:
+    from flexigpt.recovery.options import RecoverOptions
+    from flexigpt.recovery.recover import recover
+    from flexigpt.recovery.trainable import TRAIN
+    from flexigpt.recovery.training import PRECISIONS
+else:
+    lazy_door(__name__)

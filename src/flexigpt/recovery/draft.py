@@ -1,0 +1,146 @@
+"""The draft beside the model: what both compute alike is computed once. How often the two agree on a text."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from flexigpt.model import FlexiGPTForCausalLM, fast_half, find_architecture, plan_of, replaced_forwards
+from flexigpt.runtime import ALONE, InputError, Track, World, silent
+from flexigpt.text import TokenizedText, batch_size_for, window_batches
+
+# Numbers in one batch's logits: 32 MiB in float32, of which there are some five copies.
+_LOGITS_BUDGET = 2**23
+
+
+class Draft:
+    """A compact model without its replicas, on the model's own tensors.
+
+    Up to the first replica both compute the same. There the graph branches: what entered the first replica goes on
+    through the kept blocks after it a second time, and a backward pass from both ends adds up at that place.
+
+    Args:
+        model: compact; it may lie behind DDP or be sharded.
+
+    Attributes:
+        entry: the first replica.
+
+    Raises:
+        InputError: a model without replicas.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if not isinstance(model, FlexiGPTForCausalLM) or not plan_of(model.config).replicas:
+            raise InputError("the model has no replicas to skip, so it has no draft")
+        self._model: Any = model
+        self._blocks = model.block_list
+        self._skipped = frozenset(plan_of(model.config).pruned)
+        self.entry = min(self._skipped)
+        self._returns_tuple = find_architecture(model.config.get_text_config()).block_returns_tuple
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[list[torch.Tensor]]:
+        """Within it each forward pass of the model leaves in the list what enters the first replica."""
+        entering: list[torch.Tensor] = []
+
+        def catch(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            entering.append(args[0] if args else kwargs["hidden_states"])
+
+        handle = self._blocks[self.entry].register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            yield entering
+        finally:
+            handle.remove()
+
+    def logits(self, ids: torch.Tensor, entering: torch.Tensor) -> torch.Tensor:
+        """The draft's logits, (batch, tokens, vocabulary).
+
+        Args:
+            ids: (batch, tokens), those of the model's forward pass.
+            entering: (batch, tokens, hidden), what entered the first replica in it.
+        """
+
+        def switched(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+                if index > self.entry and index not in self._skipped:
+                    return forward(hidden_states, *args, **kwargs)
+                if index < self.entry:  # what comes out of these stands in `entering` already
+                    handed_on = hidden_states.detach()
+                else:  # a copy: FSDP2's hooks would be lost on a block that puts out a view, as its input may be
+                    handed_on = (entering if index == self.entry else hidden_states).clone()
+                return (handed_on, None) if self._returns_tuple else handed_on
+
+            return run
+
+        with replaced_forwards(self._blocks, switched):
+            logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits
+        return logits
+
+
+@torch.no_grad()
+def measure_draft(
+    model: PreTrainedModel, text: TokenizedText, *, window_length: int, world: World = ALONE, track: Track = silent
+) -> dict[str, Any]:
+    """What a compact model's draft is worth on a text, over windows without overlap.
+
+    Args:
+        model: compact, in eval mode.
+        text: at least 2 tokens.
+        window_length: tokens in.
+        world: processes that share the work; each must call this, and gets the result for the whole text.
+        track: told of each batch.
+
+    Returns:
+        JSON-ready: `tokens` predicted; the draft's own `perplexity`; `divergence`, the mean over tokens of
+        KL(model || draft) in nats; `agreement`, the share of tokens for which both rank the same token first, which is
+        how often the model accepts a drafted token without a temperature; `acceptance`, the mean of sum(min(p, q)),
+        which is how often it does at temperature 1.
+
+    Raises:
+        InputError: a model without replicas, or logits that are not finite.
+    """
+    draft = Draft(model)
+    starts = range(0, len(text.ids) - 1, window_length)
+    size = batch_size_for(window_length, model.config.get_text_config().vocab_size, _LOGITS_BUDGET)
+    batches = window_batches(text.ids, starts, window_length, size)
+    # As many batches for every process, since all must take part in every forward pass of a sharded model.
+    rounds = math.ceil(len(batches) / world.size)
+    sums = torch.zeros(5, dtype=torch.float64, device=model.device)
+    for number in track(range(rounds), "measuring the draft", rounds):
+        mine = number * world.size + world.rank
+        batch, _ = batches[min(mine, len(batches) - 1)]
+        inputs, targets = batch[:, :-1].to(model.device), batch[:, 1:].to(model.device)
+        with fast_half(model), draft.watched() as entering:
+            logits = model(input_ids=inputs, use_cache=False).logits
+            drafted = draft.logits(inputs, entering[0])
+        if mine < len(batches):
+            sums += _compared(logits.float(), drafted.float(), targets)
+    tokens, loss, divergence, agreed, accepted = world.sum(sums).tolist()
+    if not math.isfinite(loss + divergence):
+        raise InputError("the draft's logits are not finite on this text: give --dtype float32, or check the weights")
+    return {
+        "tokens": int(tokens),
+        "perplexity": math.exp(min(loss / tokens, 700.0)),
+        "divergence": divergence / tokens,
+        "agreement": agreed / tokens,
+        "acceptance": accepted / tokens,
+    }
+
+
+def _compared(logits: torch.Tensor, drafted: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sums over tokens: 1, the draft's loss, its divergence, same first token, sum(min(p, q)); (5,) float64."""
+    agreed = logits.argmax(-1) == drafted.argmax(-1)
+    log_p, log_q = F.log_softmax(logits, -1), F.log_softmax(drafted, -1)
+    sums = (
+        torch.ones_like(targets),
+        -log_q.gather(-1, targets[..., None]),
+        F.kl_div(log_q, log_p, reduction="none", log_target=True),
+        agreed,
+        torch.minimum(log_p, log_q).exp(),
+    )
+    return torch.stack([part.sum(dtype=torch.float64) for part in sums])

@@ -1,0 +1,382 @@
+"""The training loop of recovery: the same on one CPU, one GPU, or many processes with DDP or FSDP2."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from flexigpt.model import layout_of
+from flexigpt.recovery.draft import Draft
+from flexigpt.recovery.teacher import Teacher
+from flexigpt.recovery.trainable import by_owner, trained_parameters, training_flops
+from flexigpt.runtime import World, reduced, replicate, shard, whole
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# fp16 loses small gradients: the loss is scaled up, by less after an overflow, by more after as many steps without.
+_FIRST_LOSS_SCALE, _STEPS_TO_RAISE, _MOST_SKIPPED = 2.0**16, 200, 16
+
+_TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
+
+# Dense FLOP/s without sparsity by the makers' data sheets, 16-bit; by what torch calls the device.
+_PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "L4": 121e12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What one step of training is.
+
+    Attributes:
+        steps: of the whole run.
+        batch_windows: windows in a step, over all processes.
+        micro_batch: windows in one forward pass of one process.
+        window_length: tokens that a window predicts.
+        lr: the learning rate after warm-up.
+        replica_share: of that rate, what the replicas' own parameters get.
+        warmup_steps: over which it rises from near zero; a cosine to zero follows.
+        weight_decay: AdamW's.
+        clip: the norm that gradients are scaled down to.
+        dtype: to compute in; what is trained is held in float32.
+        fsdp: whether parameters are sharded.
+        activation_checkpointing: whether a block's activations are computed again in the backward pass.
+        distill_weight: of the divergence from the teacher.
+        draft_weight: of the divergence of the draft from the whole model; 0: the draft is not trained.
+        seed: of dropout, where the model has any.
+    """
+
+    steps: int
+    batch_windows: int
+    micro_batch: int
+    window_length: int
+    lr: float
+    replica_share: float
+    warmup_steps: int
+    weight_decay: float
+    clip: float
+    dtype: torch.dtype
+    fsdp: bool
+    activation_checkpointing: bool
+    distill_weight: float
+    draft_weight: float
+    seed: int
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens predicted in a step."""
+        return self.batch_windows * self.window_length
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step, from 0: a pure function, so that resuming needs no state."""
+        rise = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        done = max(0, step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.lr * rise * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class NotFiniteError(Exception):
+    """A loss, or gradients, that are not finite; the step was not taken."""
+
+
+class TokenLoss(NamedTuple):
+    """What `token_loss` returns: sums over the tokens.
+
+    Attributes:
+        loss: to call `backward` on; a scalar.
+        cross_entropy: negative log-likelihood of the targets in nats; a scalar without gradient.
+        divergence: KL(teacher || student) in nats; a scalar without gradient, 0 without a teacher.
+    """
+
+    loss: torch.Tensor
+    cross_entropy: torch.Tensor
+    divergence: torch.Tensor
+
+
+class Training:
+    """A model under training.
+
+    Args:
+        model: prepared by `prepare_training`, on the CPU or the device.
+        settings: what a step is.
+        world: the processes.
+        device: of this process.
+        teacher: not settled yet, or None.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, settings: Settings, world: World, device: torch.device, teacher: Teacher | None
+    ) -> None:
+        self.model, self.settings, self.world, self.device, self.teacher = model, settings, world, device, teacher
+        hold_in(model, settings.dtype, frozen_only=True)
+        self.draft = Draft(model) if settings.draft_weight else None
+        self.flops_per_token = training_flops(model, settings.window_length, draft=self.draft is not None)
+        self.trained_parameters = sum(p.numel() for p in trained_parameters(model).values())
+        if settings.activation_checkpointing:
+            _checkpoint_activations(model)
+        if settings.fsdp:
+            if teacher is not None:
+                teacher.settle(model, device, share=False)
+                shard(teacher.model, [[b] for b in layout_of(teacher.model).blocks], device, world, settings.dtype)
+            shard(model, layout_of(model).groups, device, world, settings.dtype)
+            self.wrapped: nn.Module = model
+        else:
+            nn.Module.to(model, device)
+            if teacher is not None:
+                teacher.settle(model, device)
+            self.wrapped = replicate(model, world)
+        model.train()
+        groups = [
+            {"params": parameters, "share": share}
+            for parameters, share in zip(by_owner(model), (settings.replica_share, 1.0), strict=True)
+            if parameters
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+        fp16 = settings.dtype is torch.float16
+        self._scale = {"loss_scale": _FIRST_LOSS_SCALE if fp16 else 1.0, "since": 0, "skipped": 0}
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Computes in the precision asked for; with FSDP its policy does that."""
+        mixed = self.settings.dtype is not torch.float32 and not self.settings.fsdp
+        with torch.autocast(self.device.type, self.settings.dtype, enabled=mixed):
+            yield
+
+    def step(self, number: int, windows: torch.Tensor) -> dict[str, float]:
+        """One step of the optimizer.
+
+        Args:
+            number: of the step, from 0.
+            windows: (batch_windows, window_length + 1) ids, the same on every process; each takes its share.
+
+        Returns:
+            loss, cross_entropy and divergence a token in nats, where the draft is trained too its draft_divergence from
+            the whole model, the learning rate, and, where fp16 has not overflowed, the gradients' norm.
+
+        Raises:
+            NotFiniteError: the parameters are as they were before.
+        """
+        settings, world = self.settings, self.world
+        # Dropout must not depend on what ran before, or a resumed run would differ.
+        torch.manual_seed(hash((settings.seed, number, world.rank)) % 2**63)
+        share = windows.tensor_split(world.size)[world.rank].to(self.device)
+        parts = share.split(settings.micro_batch)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for index, part in enumerate(parts):
+            with reduced(self.wrapped, last=index == len(parts) - 1):
+                loss, drafted = self._losses(
+                    part, self._scale["loss_scale"] / (share.shape[0] * settings.window_length)
+                )
+                # One backward pass for both: what they share is run through once, and DDP sees each gradient once.
+                (loss.loss if drafted is None else loss.loss + drafted.loss).backward()
+            apart = torch.zeros_like(loss.divergence) if drafted is None else drafted.divergence
+            sums += torch.stack((loss.cross_entropy, loss.divergence, apart))
+        entropy, divergence, draft = (world.sum(sums) / settings.batch_tokens).tolist()
+        mean = (1 - settings.distill_weight) * entropy + settings.distill_weight * divergence
+        mean += settings.draft_weight * draft
+        if not math.isfinite(mean):
+            raise NotFiniteError(f"the loss of step {number + 1} is not finite")
+        lr = settings.lr_at(number)
+        norm = self._update(number, lr)
+        values = {"loss": mean, "cross_entropy": entropy, "divergence": divergence, "lr": lr}
+        values |= {} if self.draft is None else {"draft_divergence": draft}
+        return values | ({"gradient_norm": norm} if math.isfinite(norm) else {})
+
+    def _losses(self, part: torch.Tensor, scale: float) -> tuple[TokenLoss, TokenLoss | None]:
+        """Of the model, and of its draft where that is trained too."""
+        targets, settings = part[:, 1:].flatten(), self.settings
+        with self.computing():
+            logits, teacher_logits, drafted = self._logits(part[:, :-1])
+        draft_loss = None
+        if drafted is not None:  # first, since it reads the model's logits, and the other loss writes over them
+            of_draft = {"scale": scale * settings.draft_weight, "distill_weight": 1.0}
+            draft_loss = token_loss(drafted, targets, teacher_logits=logits.detach(), **of_draft)
+        of_model = {"scale": scale, "distill_weight": settings.distill_weight}
+        return token_loss(logits, targets, teacher_logits=teacher_logits, **of_model), draft_loss
+
+    def _logits(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """(batch, tokens) ids -> (batch x tokens, vocabulary) logits of model, teacher and draft."""
+        teacher_logits = drafted = None
+        branch: list[torch.Tensor] = []
+        with contextlib.ExitStack() as around:
+            if self.teacher is not None:
+                teacher_logits, entering = self.teacher.logits(ids)
+                teacher_logits = teacher_logits.flatten(0, 1)
+                around.enter_context(self.teacher.entered(entering))
+            if self.draft is not None:
+                branch = around.enter_context(self.draft.watched())
+            logits = self.wrapped(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+        if self.draft is not None:
+            drafted = self.draft.logits(ids, branch[0]).flatten(0, 1)
+        return logits, teacher_logits, drafted
+
+    def _update(self, number: int, lr: float) -> float:
+        """Clips and steps; returns the gradients' norm. Steps whose fp16 gradients overflow are skipped."""
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = whole(torch.nn.utils.get_total_norm(gradients)).item() / self._scale["loss_scale"]
+        if math.isfinite(norm):
+            torch._foreach_mul_(gradients, min(1.0, self.settings.clip / (norm + 1e-6)) / self._scale["loss_scale"])
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr * group["share"]
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._adjust_scale(number, math.isfinite(norm))
+        return norm
+
+    def _adjust_scale(self, number: int, finite: bool) -> None:
+        scale = self._scale
+        scale["since"] = scale["since"] + 1 if finite else 0
+        scale["skipped"] = 0 if finite else scale["skipped"] + 1
+        if not finite and (self.settings.dtype is not torch.float16 or scale["skipped"] == _MOST_SKIPPED):
+            raise NotFiniteError(f"the gradients of step {number + 1} are not finite")
+        if self.settings.dtype is torch.float16 and (not finite or scale["since"] == _STEPS_TO_RAISE):
+            scale["loss_scale"] *= 2.0 if finite else 0.5
+            scale["since"] = 0
+
+    def tensors(self) -> dict[str, Any]:
+        """What is trained and the optimizer's state, for a distributed checkpoint."""
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=_TRAINED_ONLY)
+        return {"model": model, "optimizer": optimizer}
+
+    def state(self) -> dict[str, Any]:
+        """What else the next step depends on, JSON-ready."""
+        return {"scale": self._scale}
+
+    def restore(self, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+        """Takes over what `tensors` and `state` gave."""
+        options = StateDictOptions(strict=False)
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=tensors["model"],
+            optim_state_dict=tensors["optimizer"],
+            options=options,
+        )
+        self._scale = dict(state["scale"])
+
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        """What is trained, in full, on the CPU, by name; every process must call it."""
+        return {name: whole(p.detach()).cpu() for name, p in trained_parameters(self.model).items()}
+
+
+class Speed:
+    """Tokens a second, and what share of the device's peak that is.
+
+    Args:
+        training: whose device and operations count.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self._flops, self._size = training.flops_per_token, training.world.size
+        name = torch.cuda.get_device_name(training.device) if training.device.type == "cuda" else ""
+        self._peak = next((peak for known, peak in _PEAK_FLOPS.items() if known in name), None)
+        self._last, self._seconds, self._tokens = (0, 1.0), 0.0, 0
+
+    @contextlib.contextmanager
+    def timing(self, tokens: int) -> Iterator[None]:
+        """Counts what happens within it as training of so many tokens."""
+        started = time.perf_counter()
+        yield
+        self._last = (tokens, time.perf_counter() - started)
+        self._tokens += tokens
+        self._seconds += self._last[1]
+
+    def read(self) -> dict[str, float]:
+        """tokens_per_second of the last timing and, where the peak is known, model_flops_utilisation."""
+        tokens, seconds = self._last
+        reading = {"tokens_per_second": tokens / seconds}
+        if self._peak is not None:
+            reading["model_flops_utilisation"] = tokens / seconds * self._flops / (self._peak * self._size)
+        return reading
+
+    def mean(self) -> float:
+        """Tokens a second over all timings; 0 before the first."""
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+
+def hold_in(model: nn.Module, dtype: torch.dtype, frozen_only: bool = False) -> None:
+    """Casts parameters, or those that are not trained; buffers, such as rotary frequencies, stay as they are."""
+    for parameter in model.parameters():
+        if not (frozen_only and parameter.requires_grad):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    """Lets the blocks' activations be computed again in the backward pass."""
+    named: Any = getattr(model, "activation_checkpointing_enable", None)  # the older name warns where this one is there
+    (named or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    # transformers made the embeddings' output need a gradient: the backward pass would run through all blocks.
+    model.disable_input_require_grads()
+
+
+# Numbers of float32 temporaries that a chunk of tokens may take: 64 MiB each.
+_CHUNK_BUDGET = 2**24
+
+
+def token_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    teacher_logits: torch.Tensor | None = None,
+    distill_weight: float = 0.0,
+) -> TokenLoss:
+    """scale x sum over tokens of (1 - w) cross-entropy + w KL(teacher || student).
+
+    A model's logits are the largest tensor of a training step. Here they exist once: float32 is made of some tokens at
+    a time, and the gradient takes the logits' own place, so the logits must not be read afterwards. (Where an operation
+    of the model had kept them for its own backward pass, autograd would refuse that pass.)
+
+    Args:
+        logits: (tokens, vocabulary), any floating dtype; overwritten where they need a gradient.
+        targets: (tokens,) int64.
+        scale: of the loss, such as 1 / tokens for the mean.
+        teacher_logits: (tokens, vocabulary); None: no distillation.
+        distill_weight: w, in [0, 1].
+    """
+    return TokenLoss(*_TokenLoss.apply(logits, targets, scale, teacher_logits, distill_weight))
+
+
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        scale: float,
+        teacher_logits: torch.Tensor | None,
+        weight: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # detach() keeps the version counter: whoever saved the logits for backward will find them changed.
+        gradient = logits.detach()
+        entropy = torch.zeros((), dtype=torch.float64, device=logits.device)
+        divergence = torch.zeros_like(entropy)
+        for rows in torch.arange(len(logits)).split(max(1, _CHUNK_BUDGET // logits.shape[-1])):
+            chunk = slice(int(rows[0]), int(rows[-1]) + 1)
+            log_p = F.log_softmax(logits[chunk].float(), -1)
+            target = targets[chunk, None]
+            entropy -= log_p.gather(-1, target).sum(dtype=torch.float64)
+            wanted = None
+            if teacher_logits is not None:
+                log_q = F.log_softmax(teacher_logits[chunk].float(), -1)
+                wanted = log_q.exp()
+                divergence += (wanted * (log_q - log_p)).sum(dtype=torch.float64)
+            if ctx.needs_input_grad[0]:
+                slope = log_p.exp_()
+                slope.scatter_add_(-1, target, torch.full_like(target, weight - 1, dtype=slope.dtype))
+                if wanted is not None:
+                    slope.sub_(wanted, alpha=weight)
+                gradient[chunk] = slope
+        ctx.scale, ctx.gradient = scale, gradient
+        ctx.mark_non_differentiable(entropy, divergence)
+        return scale * ((1 - weight) * entropy + weight * divergence), entropy, divergence
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        # Scaled only here: before fp16's loss scaling, slope / tokens would underflow.
+        return ctx.gradient.mul_(grad_outputs[0] * ctx.scale), None, None, None, None

@@ -1,0 +1,28 @@
+"""What is a replica's own: adapters, ranks, scales, output norms; started, then fitted to text.
+
+In: a plan, the source, calibration windows. Out: the tensors of each replica. Read `options`, `svd`, `initialization`,
+`least_squares`, `fitting`, `ranks`, then `alignment`.
+"""
+
+from typing import TYPE_CHECKING
+
+from flexigpt.runtime.doors import lazy_door
+
+if TYPE_CHECKING:
+    from flexigpt.replicas.fitting import HIDDEN_COPIES, Fits, fit_blocks
+    from flexigpt.replicas.initialization import (
+        ADAPTER_INITS,
+        Filling,
+        ReplicaStart,
+        adapter_spectra,
+        fill,
+        init_of,
+        replica_tensors,
+        source_of_replicas,
+    )
+    from flexigpt.replicas.least_squares import damped_root
+    from flexigpt.replicas.options import DEFAULT_NORM_INIT, FITTED, ReplicaOptions, parse_norm_init
+    from flexigpt.replicas.ranks import spread_ranks
+    from flexigpt.replicas.svd import LowRank, tail_norm, truncated_svd, unmended
+else:
+    lazy_door(__name__)

@@ -1,0 +1,268 @@
+"""Adapters and output norms of a new replica."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from flexigpt.model import FlexiGPTForCausalLM, NormedOutput, Plan, Replica, SharedLinear
+from flexigpt.replicas.alignment import AlignedSource
+from flexigpt.replicas.fitting import AdapterFit, Fits, fit_blocks
+from flexigpt.replicas.least_squares import least_squares_scale, low_rank_fit
+from flexigpt.replicas.options import DEFAULT_NORM_INIT, FITTED, ReplicaOptions
+from flexigpt.replicas.svd import truncated_svd
+from flexigpt.runtime import CachedStage, Track, in_parallel, silent, workers_of
+from flexigpt.weights import Assembly, StreamedModel, exchange_parameters
+
+# Between the seeds of two replicas: any large odd number.
+_SEED_STEP = 0x9E3779B97F4A7C15
+
+# ranks 1, 2, 4 ... r, and the share of |W_i - W_j|_F^2 that so many of an adapter's directions mend.
+Spectrum = dict[str, list[Any]]
+
+AdapterStart = Callable[[torch.Tensor, torch.Tensor, int, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
+
+
+def svd_adapter(
+    pruned: torch.Tensor,
+    base: torch.Tensor,
+    rank: int,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best rank-r approximation of W_i - W_j (eq. 7-8): A = V_r^T, B = U_r S_r."""
+    difference = truncated_svd(pruned.double() - base.double(), rank)
+    return difference.right.T, difference.left * difference.values
+
+
+def zero_adapter(
+    pruned: torch.Tensor,
+    base: torch.Tensor,
+    rank: int,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """B = 0 and A random with variance 1 / inputs, as LoRA starts: the replica computes what its base does."""
+    outputs, inputs = base.shape
+    adapter = torch.randn(rank, inputs, generator=generator) * inputs**-0.5
+    return adapter, torch.zeros(outputs, rank)
+
+
+class AdapterInit(NamedTuple):
+    """How adapters start.
+
+    Attributes:
+        start: (W_i, W_j, rank, random generator) -> A (rank, inputs), B (outputs, rank).
+        scales: whether a base's scale starts at least squares of W_i on W_j, which `start` is then given scaled.
+        fit: of calibration text, which then follows; None: the start stands.
+        weighted: whether that fit weighs errors by how much they move the block's output.
+    """
+
+    start: AdapterStart
+    scales: bool = False
+    fit: AdapterFit | None = None
+    weighted: bool = False
+
+
+ADAPTER_INITS: dict[str, AdapterInit] = {
+    # The method (eq. 7-8).
+    "svd": AdapterInit(svd_adapter, scales=True),
+    # Table 4, without SVD initialisation; and where blocks are repeated.
+    "zero": AdapterInit(zero_adapter),
+    # Least squares on what goes through the replica, instead of on weights.
+    "activation": AdapterInit(zero_adapter, fit=low_rank_fit),
+    # The same, on what that makes of the block's output.
+    "block-output": AdapterInit(zero_adapter, fit=low_rank_fit, weighted=True),
+}
+
+
+@torch.no_grad()
+def initialize_replicas(
+    model: FlexiGPTForCausalLM,
+    source: PreTrainedModel,
+    plan: Plan,
+    *,
+    adapter_init: str,
+    norm_init: float,
+    seed: int,
+    source_blocks: Sequence[int] | None = None,
+    track: Track = silent,
+) -> None:
+    """Fills what is the replicas' own in a compact model in memory: adapters, output norms and bias differences.
+
+    Args:
+        model: the compact model; its replicas' own tensors may still be on the meta device.
+        source: the model that the blocks come from.
+        plan: the model's plan.
+        adapter_init: a key of ADAPTER_INITS.
+        norm_init: the constant that the output norms' gamma starts at.
+        seed: for random adapters.
+        source_blocks: the source's block behind each logical block; None: the same numbering.
+        track: told of each replica.
+    """
+    streamed = StreamedModel(source)
+    start = ReplicaStart(adapter_init=adapter_init, norm_init=norm_init, seed=seed)
+    for replica in track(plan.replicas, "initialising replicas", len(plan.replicas)):
+        block = model.block_list[replica.block]
+        exchange_parameters(block, replica_tensors(block, streamed, replica, start, source_blocks))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaStart:
+    """How what is a replica's own starts.
+
+    Attributes:
+        adapter_init: a key of ADAPTER_INITS.
+        norm_init: the constant that the output norms' gamma starts at.
+        seed: for random adapters.
+    """
+
+    adapter_init: str
+    norm_init: float
+    seed: int
+
+
+@torch.no_grad()
+def replica_tensors(
+    block: nn.Module,
+    source: StreamedModel,
+    replica: Replica,
+    start: ReplicaStart,
+    source_blocks: Sequence[int] | None = None,
+) -> dict[str, torch.Tensor]:
+    """What is one replica's own, by paths within its block: adapters, output norms and bias differences.
+
+    Args:
+        block: the replica in the compact model; its parameters may be on the meta device.
+        source: the model that the blocks come from.
+        replica: its row of the plan.
+        start: how they start.
+        source_blocks: the source's block behind each logical block; None: the same numbering.
+    """
+    own, base = (i if source_blocks is None else source_blocks[i] for i in (replica.block, replica.base))
+    generator = torch.Generator().manual_seed((start.seed + replica.block * _SEED_STEP) % 2**63)
+    init, scales, *_ = ADAPTER_INITS[start.adapter_init]
+    like = next(source.model.get_input_embeddings().parameters())
+
+    def filled(path: str, shared: SharedLinear, seed: int) -> dict[str, torch.Tensor]:
+        linear = path.removesuffix(".inner")
+        pruned, kept = (source.weight_matrix(i, linear) for i in (own, base))
+        scale = _like(torch.ones(1), like)
+        if scales and shared.base_scale is not None:
+            scale = _like(least_squares_scale(pruned, kept), like)
+            kept = kept.double() * scale.to(kept.device)  # as it is stored: the adapter mends what its rounding leaves
+        left, right = init(pruned, kept, replica.rank_of(linear), torch.Generator().manual_seed(seed))
+        found = {"adapter_A": _like(left, like), "adapter_B": _like(right, like)}
+        if shared.base_scale is not None:
+            found["base_scale"] = scale
+        if shared.bias_difference is not None:
+            biases = [source.parameter(i, f"{linear}.bias") for i in (own, base)]
+            found["bias_difference"] = biases[0] - scale.to(biases[1]) * biases[1]
+        return {f"{path}.{name}": values for name, values in found.items()}
+
+    tensors: dict[str, torch.Tensor] = {}
+    shared = [(path, module) for path, module in block.named_modules() if isinstance(module, SharedLinear)]
+    seeds = torch.randint(2**62, (len(shared),), generator=generator).tolist()
+    tasks = [partial(filled, path, module, seed) for (path, module), seed in zip(shared, seeds, strict=True)]
+    for found in in_parallel(tasks, workers_of(source.device)):
+        tensors |= found
+    for path, module in block.named_modules():
+        if isinstance(module, NormedOutput):
+            shape = module.output_norm.normalized_shape
+            tensors[f"{path}.output_norm.weight"] = _like(torch.full(shape, start.norm_init), like)
+    return tensors
+
+
+@torch.no_grad()
+def adapter_spectra(model: StreamedModel, source: StreamedModel, plan: Plan) -> dict[int, dict[str, Spectrum]]:
+    """What part of the difference of two weights each adapter mends, by block and path of the linear.
+
+    Args:
+        model: the compact model.
+        source: the source model.
+        plan: the model's plan; blocks are numbered as the source's.
+    """
+    spectra: dict[int, dict[str, Spectrum]] = {replica.block: {} for replica in plan.replicas}
+    for replica in plan.replicas:
+        for full, module in model.blocks[replica.block].named_modules():
+            if isinstance(module, SharedLinear):
+                adapter = [model.parameter(replica.block, f"{full}.{name}") for name in ("adapter_A", "adapter_B")]
+                path = full.removesuffix(".inner")
+                own, base = (source.weight_matrix(i, path) for i in (replica.block, replica.base))
+                if module.base_scale is not None:
+                    scale = model.parameter(replica.block, f"{full}.base_scale")
+                    base = base * scale.to(base)
+                spectra[replica.block][path] = _spectrum(adapter[0], adapter[1], own - base)
+    return spectra
+
+
+def _spectrum(adapter_a: torch.Tensor, adapter_b: torch.Tensor, difference: torch.Tensor) -> Spectrum:
+    """What is left of W_i - W_j after the first 1, 2, 4 ... of the adapter's directions."""
+    difference = difference.float()
+    energy = difference.square().sum().item()
+    rank = len(adapter_a)
+    ranks = [*(2**power for power in range(rank.bit_length()) if 2**power < rank), rank]
+    shares = []
+    for r in ranks:
+        left = difference - adapter_b[:, :r].float() @ adapter_a[:r].float()
+        shares.append(round(1 - left.square().sum().item() / energy, 5) if energy else 1.0)
+    return {"ranks": ranks, "mended": shares}
+
+
+def _like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return values.to(device=like.device, dtype=like.dtype).contiguous()
+
+
+class Filling(NamedTuple):
+    """What replicas are filled from.
+
+    Attributes:
+        plan: which they are.
+        source: whose blocks they replace.
+        windows: calibration windows, (windows, tokens) ids; None: nothing is fitted.
+        stage: keeps what is done, which a run that was killed finds again.
+        spill: folder for files that hold the fits' hidden states; None: memory does.
+    """
+
+    plan: Plan
+    source: StreamedModel
+    windows: torch.Tensor | None
+    stage: CachedStage
+    spill: Path | None = None
+
+
+def init_of(options: ReplicaOptions) -> dict[str, Any]:
+    """What decides the replicas' own tensors, besides plan, source and text."""
+    settings = {
+        name: getattr(options, name) for name in ("align", "adapter_init", "output_norm", "base_scale", "refit_kept")
+    }
+    return settings | {"norm_init": options.norm_start, "seed": options.seed or 0}
+
+
+def source_of_replicas(source: StreamedModel, plan: Plan, options: ReplicaOptions, stage: CachedStage) -> StreamedModel:
+    """The source itself, or with its pruned blocks aligned to their bases; the stage keeps those."""
+    return AlignedSource(source, plan, stage) if options.align else source
+
+
+def fill(assembly: Assembly, work: Filling, options: ReplicaOptions, track: Track) -> None:
+    """Fills what is the replicas' own, block by block, from the stage's folder where it is there already."""
+    norm_init = options.norm_start
+    start = ReplicaStart(
+        adapter_init=options.adapter_init,
+        norm_init=DEFAULT_NORM_INIT if isinstance(norm_init, str) else norm_init,
+        seed=options.seed or 0,
+    )
+    for replica in track(work.plan.replicas, "initialising replicas", len(work.plan.replicas)):
+        make = partial(replica_tensors, assembly.blocks[replica.block], work.source, replica, start)
+        assembly.own(replica.block, work.stage.tensors(f"replica-{replica.block}", make))
+    if options.fits:
+        assert work.windows is not None
+        init = ADAPTER_INITS[options.adapter_init]
+        kept = options.refit_kept
+        fits = Fits(adapter=init.fit, weighted=init.weighted, norms=norm_init == FITTED, kept=kept)
+        numbers = range(len(assembly))
+        given = (work.source, assembly, numbers, work.windows, fits)
+        fit_blocks(*given, spill=work.spill, stage=work.stage, track=track)

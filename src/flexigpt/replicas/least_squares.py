@@ -1,0 +1,181 @@
+"""Low-rank least squares from second moments. All in float64."""
+
+from typing import NamedTuple
+
+import torch
+
+from flexigpt.replicas.svd import truncated_svd
+
+# Of the inputs' mean variance, the weight of an adapter that mends weights instead of outputs.
+_DAMPING = 1e-3
+
+# The same for a kept block's whole weight, which has more to lose.
+_RIDGE = 0.1
+
+# Of the mean weight of a linear's outputs, what is added to each: an output that no direction met is not given up.
+_OUTPUT_DAMPING = 1e-2
+
+# How often the damping of a matrix that is not positive definite with it grows tenfold.
+_MOST_DAMPINGS = 4
+
+# Scale and adapter of a base are fitted in turn: at most so often, or until the scale moves by less.
+_SCALE_ROUNDS = 3
+
+_SCALE_TOLERANCE = 1e-2
+
+
+class Moments(NamedTuple):
+    """Second moments of a linear's inputs x and wished-for outputs y over calibration tokens, float64.
+
+    Attributes:
+        inputs: C = E[x x^T], (inputs, inputs).
+        targets: E[y x^T], (outputs, inputs), y without the bias.
+        weights: G, what errors of y weigh: (outputs, outputs), or its diagonal (outputs,); None: all alike.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor | None = None
+
+
+class Damped(NamedTuple):
+    """L L^T = M + d I, of a matrix M of second moments.
+
+    Attributes:
+        root: L, lower triangular, float64.
+        damping: d.
+    """
+
+    root: torch.Tensor
+    damping: torch.Tensor
+
+    @classmethod
+    def of(cls, moments: torch.Tensor, share: float) -> "Damped":
+        """d is that share of M's mean eigenvalue, or more where rounding errors have left M less than none."""
+        damping = share * moments.diagonal().mean().clamp(min=1e-30)
+        for more in range(_MOST_DAMPINGS):
+            damping = 10 * damping if more else damping
+            root = moments.clone()
+            root.diagonal().add_(damping)
+            root, failed = torch.linalg.cholesky_ex(root, check_errors=more + 1 == _MOST_DAMPINGS)
+            if not failed.item():
+                break
+        return cls(root, damping)
+
+
+def damped_root(inputs: torch.Tensor) -> torch.Tensor:
+    """R with R R^T = C', the damped second moment that `low_rank_fit` fits to; exists where C is singular.
+
+    `low_rank_fit` minimises |(W_i - W_j - B A) R|_F^2 for y = W_i x: what it leaves is the tail of (W_i - W_j) R beyond
+    the r leading singular values.
+
+    Args:
+        inputs: C, (inputs, inputs), float64; its scale is that of R^2.
+    """
+    return Damped.of(inputs, _DAMPING).root
+
+
+class OutputRoot(NamedTuple):
+    """K with K^T K = G', the damped weights of a linear's outputs: |K E|_F^2 is what errors E weigh.
+
+    Attributes:
+        root: K, upper triangular, (outputs, outputs), or its diagonal (outputs,), float64.
+    """
+
+    root: torch.Tensor
+
+    @classmethod
+    def of(cls, weights: torch.Tensor | None) -> "OutputRoot | None":
+        """Of G, (outputs, outputs), or its diagonal (outputs,); None where all outputs weigh alike."""
+        if weights is None:
+            return None
+        if weights.ndim == 1:
+            return cls((weights + _OUTPUT_DAMPING * weights.mean().clamp(min=1e-30)).sqrt())
+        return cls(Damped.of(weights, _OUTPUT_DAMPING).root.T)
+
+    def times(self, matrix: torch.Tensor) -> torch.Tensor:
+        """K times a matrix of so many rows."""
+        return self.root[:, None] * matrix if self.root.ndim == 1 else self.root @ matrix
+
+    def undone(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The inverse of K times a matrix of so many rows."""
+        if self.root.ndim == 1:
+            return matrix / self.root[:, None]
+        return torch.linalg.solve_triangular(self.root, matrix, upper=True)
+
+
+class FittedAdapter(NamedTuple):
+    """What `low_rank_fit` finds, float64.
+
+    Attributes:
+        down: A (r, inputs), its rows of length one.
+        up: B (outputs, r).
+        scale: s, (1,).
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: torch.Tensor
+
+
+def low_rank_fit(
+    pruned: torch.Tensor, base: torch.Tensor, moments: Moments, rank: int, scaled: bool = False
+) -> FittedAdapter:
+    """The adapter that minimises E|y - (s W_j + B A) x|^2 + c |W_i - s W_j - B A|_F^2 with a small c.
+
+    Reduced-rank regression (Izenman, 1975): with L L^T = C + c I, T = (E[y x^T] + c W_i) L^(-T) and S = W_j L,
+    B A is the best rank-r approximation of T - s S, times L^(-1). For y = W_i x it truncates (W_i - s W_j) L.
+    The second term decides in directions of x that calibration text never shows: there, with s = 1, the adapter is that
+    of eq. 7-8. Where the base is scaled, s and B A are fitted in turn, each given the other: no turn leaves more than
+    the one before. With weights G of the outputs, |.|^2 is e^T G e: the root of G is
+    applied to T and S first and taken back from B.
+
+    Args:
+        pruned: W_i, (outputs, inputs), any dtype.
+        base: W_j.
+        moments: of the linear.
+        rank: r.
+        scaled: whether s is fitted; otherwise it is 1.
+    """
+    root, damping = Damped.of(moments.inputs, _DAMPING)
+    wanted = torch.linalg.solve_triangular(root.T, moments.targets + damping * pruned.double(), upper=True, left=False)
+    given = base.double() @ root
+    outputs = OutputRoot.of(moments.weights)
+    if outputs is not None:
+        wanted, given = outputs.times(wanted), outputs.times(given)
+    one = torch.ones(1, dtype=torch.float64, device=wanted.device)
+    # What would be best without an adapter: from 1 the turns can end at a worse place.
+    scale = least_squares_scale(wanted, given) if scaled else one
+    fitted = truncated_svd(wanted - scale * given, rank)
+    for _ in range(_SCALE_ROUNDS if scaled else 0):
+        before = scale
+        scale = least_squares_scale(wanted - (fitted.left * fitted.values) @ fitted.right.T, given)
+        fitted = truncated_svd(wanted - scale * given, rank)
+        if (scale - before).abs() <= _SCALE_TOLERANCE:
+            break
+    down = torch.linalg.solve_triangular(root, fitted.right.T, upper=False, left=False)
+    # Rows of A of length one, as in eq. 8: training moves both factors by steps of the same size.
+    lengths = down.norm(dim=1).clamp(min=1e-30)
+    up = fitted.left * fitted.values * lengths
+    return FittedAdapter(down / lengths[:, None], up if outputs is None else outputs.undone(up), scale)
+
+
+def least_squares_scale(wanted: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """The s that minimises |wanted - s given|_F: (1,), float64."""
+    wanted, given = wanted.double(), given.double()
+    return ((wanted * given).sum() / given.square().sum().clamp(min=1e-30)).view(1)
+
+
+def ridge_fit(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
+    """The V that minimises E|y - V x|^2 + c |V - W|_F^2: what a kept linear becomes.
+
+    Args:
+        weight: W, (outputs, inputs), any dtype.
+        moments: of the linear.
+
+    Returns:
+        V, (outputs, inputs), float64.
+    """
+    kept = weight.double()
+    residual = moments.targets - kept @ moments.inputs
+    return kept + torch.cholesky_solve(residual.T, Damped.of(moments.inputs, _RIDGE).root).T

@@ -1,0 +1,90 @@
+"""Reports: what was recorded in checkpoint folders, as one page and as figures beside it."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from flexigpt.record import read_recorded
+from flexigpt.report.drawing import GENERATOR, palette_css, to_png, to_svg
+from flexigpt.report.figures import figures_of
+from flexigpt.report.page import page
+from flexigpt.report.result_figures import shared_figures
+from flexigpt.runtime import InputError, replace_file, replaced_folder
+
+_PAGE, FIGURES = "report.html", "figures"
+
+_LOOK_AT = 4096  # bytes of a file in which it says what wrote it
+
+
+def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Writes the report of one or several models: an HTML page that needs nothing else, and its figures as PNG files.
+
+    Everything is drawn from what was recorded; no model is loaded. An earlier report in the same place is replaced.
+
+    Args:
+        folders: checkpoint or plan folders that flexigpt wrote.
+        out: the page (a name that ends in .html) or a folder to write report.html to; None: the folder itself, where
+            there is only one. Figures go to the folder `figures` beside the page.
+
+    Returns:
+        The page.
+
+    Raises:
+        InputError: a folder without a record, or with one that is damaged or of a newer version; a place that cannot be
+            written to, or holds something else.
+    """
+    target = _target(folders, out)
+    models = [read_recorded(folder) for folder in folders]
+    pictures = target.parent / FIGURES
+    _check_place(target, pictures, GENERATOR.encode())
+    prefixes = [f"{number}-{_file_name(model.name)}-" for number, model in enumerate(models, 1)]
+    own = [figures_of(model, prefix if len(models) > 1 else "") for model, prefix in zip(models, prefixes, strict=True)]
+    shared = shared_figures(models)
+    svgs = [{name: to_svg(drawn) for name, drawn in each.items()} for each in (*own, shared)]
+    text = page(models, svgs[:-1], svgs[-1], palette_css(), GENERATOR)
+    with replaced_folder(pictures) as folder:
+        for drawn in (drawn for each in (*own, shared) for drawn in each.values()):
+            (folder / f"{drawn.name}.png").write_bytes(to_png(drawn))
+    replace_file(target, text)
+    return target
+
+
+def _target(folders: Sequence[str | Path], out: str | Path | None) -> Path:
+    if not folders:
+        raise InputError("no folder is given: give a checkpoint or plan folder that flexigpt wrote")
+    if len({Path(folder).resolve() for folder in folders}) < len(folders):
+        raise InputError(f"{', '.join(map(str, folders))} names a folder twice: give each once")
+    if out is None:
+        if len(folders) > 1:
+            raise InputError("several folders make one report: say where with --out FOLDER, or --out PAGE.html")
+        return Path(folders[0]) / _PAGE
+    return Path(out) if Path(out).suffix == ".html" else Path(out) / _PAGE
+
+
+def _check_place(target: Path, pictures: Path, generator: bytes) -> None:
+    """Refuses to replace what no report wrote."""
+    try:
+        parent = next(folder for folder in target.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise InputError(f"{parent} is no folder that can be written to: give another --out")
+        if target.is_dir() or (target.exists() and not _is_ours(target, generator)):
+            raise InputError(f"{target} was not written by flexigpt report: give another --out")
+        if not pictures.exists() and not pictures.is_symlink():
+            return
+        if pictures.is_symlink() or not pictures.is_dir():
+            raise InputError(f"{pictures} is no folder of figures: give another --out")
+        strange = [path for path in sorted(pictures.iterdir()) if not path.is_file() or not _is_ours(path, generator)]
+        if strange:
+            raise InputError(f"{strange[0]} was not written by flexigpt report: give another --out")
+    except OSError as error:
+        raise InputError(f"{target.parent} cannot be written to: {error.strerror}") from error
+
+
+def _is_ours(path: Path, generator: bytes) -> bool:
+    with path.open("rb") as file:
+        return generator in file.read(_LOOK_AT)
+
+
+def _file_name(name: str) -> str:
+    """A name that is a part of a file's name, and of an id, everywhere."""
+    return "".join(character if character.isascii() and character.isalnum() else "-" for character in name)[:40]

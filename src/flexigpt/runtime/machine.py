@@ -1,0 +1,59 @@
+"""The machine: devices, dtypes, memory."""
+
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from flexigpt.runtime.errors import InputError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+DEVICES = "auto, cpu, cuda or cuda:N"
+
+
+def find_device(device: str) -> torch.device:
+    """The device of that name; `auto` is the first GPU, or the CPU where there is none.
+
+    Raises:
+        InputError: a device that does not exist here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found, dtype=torch.float64).item()  # no values on meta, no float64 on mps
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise InputError(f"device {device} cannot be used here: give {DEVICES}") from error
+    return found
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises InputError for a dtype that is not one of DTYPES."""
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype} is unknown: give {', '.join(DTYPES)}")
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = Path("/proc/cpuinfo")
+    lines = found.read_text(encoding="utf-8").splitlines() if found.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has held: on its GPU, or, without one, in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    process: Any = psutil.Process().memory_info()
+    if hasattr(process, "peak_wset"):  # Windows, which has no `resource`
+        return int(process.peak_wset)
+    import resource  # noqa: PLC0415 - see above
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

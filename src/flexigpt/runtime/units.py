@@ -1,0 +1,59 @@
+"""Numbers as people write them: sizes, tokens, shares."""
+
+import math
+import re
+
+from flexigpt.runtime.errors import InputError
+
+_COUNTS = {"K": 10**3, "M": 10**6, "B": 10**9}
+
+_BYTES = {"KB": 10**3, "KIB": 2**10, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size(size: str, itemsize: int) -> int:
+    """Parameters in a size that people write: a number of parameters (4.8B, 350M) or of bytes (3.2GB, 900MiB).
+
+    Args:
+        size: the size.
+        itemsize: bytes of one parameter.
+
+    Raises:
+        InputError: a size that cannot be read.
+    """
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Z]+)", size.strip().upper())
+    number, unit = (float(match[1]), match[2]) if match else (0.0, "")
+    scale = _COUNTS.get(unit, 0) or _BYTES.get(unit, 0) / itemsize
+    if math.isfinite(number) and number * scale >= 1:
+        return int(number * scale)
+    raise InputError(f"size {size!r} cannot be read: give parameters (4.8B, 350M) or bytes (3.2GB, 900MiB)")
+
+
+def parse_share(share: str) -> float:
+    """A share of a whole as people write it, 3.7%, as 0.037.
+
+    Raises:
+        InputError: what cannot be read, or is not between 0 and 100%.
+    """
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*%", share.strip())
+    value = float(match[1]) / 100 if match else 0.0
+    if not 0 < value < 1:
+        raise InputError(f"--adapter-budget {share} cannot be used: give a share of the source's parameters, as 3.7%")
+    return value
+
+
+def parse_tokens(tokens: str) -> int:
+    """Tokens as people write them: 1B, 600M, 100K, 4096.
+
+    Raises:
+        InputError: what cannot be read, or less than one token.
+    """
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([KMBT]?)", str(tokens).strip().upper())
+    count = int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[match[2]]) if match else 0
+    if count < 1:
+        raise InputError(f"--tokens {tokens} cannot be read: give a number of tokens, as 1B, 600M or 100000")
+    return count
+
+
+def megabytes(num_bytes: int) -> str:
+    """10^6 bytes, as disks are sold."""
+    return f"{num_bytes / 1e6:,.2f}"

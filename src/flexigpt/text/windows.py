@@ -1,0 +1,303 @@
+"""Text -> tokens -> windows."""
+
+import glob
+import math
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from flexigpt.runtime import InputError
+
+DEFAULT_TEXT = "JeanKaddour/minipile"
+
+DEFAULT_SPLIT = "validation"
+
+DEFAULT_WINDOW_LENGTH = 2048
+
+_READERS = {".txt": "text", ".jsonl": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
+
+_SHUFFLE_BUFFER = 10_000
+
+# TypeError: what `datasets` raises for a column of other values than in the first rows.
+_READING_ERRORS = (OSError, ValueError, EOFError, TypeError, zlib.error)
+
+
+def read_documents(text: str, column: str = "text", seed: int | None = None) -> Iterator[str]:
+    """Documents of a text, streamed; empty ones are passed over. Arguments and errors are those of `Documents`."""
+    yield from Documents(text, column, seed)
+
+
+class Documents:
+    """Documents of text files or of a data set on the hub, streamed; empty ones are passed over.
+
+    Args:
+        text: a .txt file (one document), a .jsonl, .jsonl.gz or .parquet file (one document a row); a folder with such
+            files or a pattern (`shards/*.jsonl.gz`) of them, all of one kind, read in the order of their names; or a
+            data set on the hub as NAME, NAME@SPLIT or NAME:CONFIG@SPLIT (the split is `validation` unless told).
+        column: the column that holds the text; a .txt file has only `text`.
+        seed: shuffles the documents (in a buffer of 10,000); None leaves them in order.
+
+    Raises:
+        InputError: a file that is missing, empty, of another kind or not valid; a column that is not there. What only
+            reading can tell comes when the document is asked for.
+    """
+
+    def __init__(self, text: str, column: str = "text", seed: int | None = None) -> None:
+        self._text, self._column = text, column
+        self._files = local_files(text)
+        self._rows: Any = None
+        self._beginning: dict[str, Any] | None = None
+        with self._errors_told():
+            self._rows = _open_rows(text, self._files)
+        if seed is not None:
+            self._rows = self._rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        else:
+            self._beginning = self._rows.state_dict()
+
+    def __iter__(self) -> Iterator[str]:
+        """From the loaded place (the beginning where none was loaded); one iterator at a time."""
+        column, text = self._column, self._text
+        with self._errors_told():
+            for row in self._rows:
+                if column not in row:
+                    raise InputError(f"{text} has no column {column!r}: its columns are {', '.join(map(repr, row))}")
+                if row[column] is not None and not isinstance(row[column], str):
+                    raise InputError(f"column {column!r} of {text} holds {type(row[column]).__name__}: expected text")
+                if row[column]:
+                    yield row[column]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the latest document, JSON-ready. Exact for documents in order only."""
+        state: dict[str, Any] = self._rows.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next iterator begins there."""
+        self._rows.load_state_dict(state)
+        if state != self._beginning:
+            # Only from the beginning does the state of `datasets` say which file is being read.
+            self._beginning = None
+
+    @contextmanager
+    def _errors_told(self) -> Iterator[None]:
+        from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError  # noqa: PLC0415
+
+        try:
+            yield
+        except (DatasetGenerationError, DatasetNotFoundError, *_READING_ERRORS) as error:
+            if isinstance(error, InputError):
+                raise
+            lines = str(error.__cause__ or error).splitlines() or [type(error).__name__]
+            # A failed cast tells the reason in the last of many lines.
+            reason = f"{lines[0]} {lines[-1]}" if lines[-1].startswith("because") else lines[0]
+            hint = "" if self._files else "; check the name and the connection, or give a file"
+            raise InputError(f"text cannot be read from {self._place()}: {reason}{hint}") from error
+
+    def _place(self) -> str:
+        """The text, and which of its several files is being read where `datasets` tells."""
+        state = self._rows.state_dict() if self._beginning is not None else None
+        while isinstance(state, dict) and "shard_idx" not in state:
+            state = state.get("examples_iterable")
+        if state is None or len(self._files) < 2:
+            return self._text
+        return f"{self._files[min(state['shard_idx'], len(self._files) - 1)]} (of {self._text})"
+
+
+def local_files(text: str) -> list[Path]:
+    """The files that a text names, by name in order; none for a data set on the hub.
+
+    Raises:
+        InputError: a file that is missing, empty or of another kind; no files or files of different kinds.
+    """
+    if not text:
+        raise InputError("the name of the text is empty: give a file or a data set on the hub")
+    path = Path(text)
+    several = path.is_dir() or (("*" in text or "?" in text) and not path.exists())
+    if several:
+        # A folder may hold other files too; what a pattern matches is meant.
+        pattern = os.path.join(glob.escape(text), "*") if path.is_dir() else text
+        found = [Path(name) for name in glob.glob(pattern, recursive=True) if not os.path.isdir(name)]
+        files = sorted(file for file in found if _kind(file.name) is not None or not path.is_dir())
+        if not files:
+            raise InputError(f"no text file is in or matches {text}: give {', '.join(_READERS)} files")
+    elif path.exists() or _kind(text) is not None or path.is_absolute():
+        files = [path]
+    else:
+        return []
+    for file in files:
+        _check_file(file, several)
+    kinds = {_kind(file.name): file.name for file in files}
+    if len(kinds) > 1:
+        raise InputError(f"{text} has files of different kinds ({', '.join(kinds.values())}): give files of one kind")
+    return files
+
+
+def _check_file(file: Path, one_of_several: bool) -> None:
+    if not file.is_file():
+        raise InputError(f"text file {file} is not there: give {', '.join(_READERS)} or a data set on the hub")
+    if _kind(file.name) is None:
+        raise InputError(f"text file {file} is of an unknown kind: expected {', '.join(_READERS)}")
+    if file.stat().st_size == 0:
+        remedy = "remove it or " if one_of_several else ""
+        raise InputError(f"text file {file} is empty: {remedy}give a file with text in it")
+
+
+def _kind(name: str) -> str | None:
+    return next((suffix for suffix in _READERS if name.lower().endswith(suffix)), None)
+
+
+def _open_rows(text: str, files: list[Path]) -> Any:
+    """A stream of rows (dictionaries)."""
+    from datasets import disable_progress_bars, load_dataset  # noqa: PLC0415 - a second that only reading text needs
+
+    disable_progress_bars()
+    if files:
+        reader = _READERS[_kind(files[0].name) or ""]
+        # Parquet's own batch size is the first row group's, which may be of no rows.
+        options: dict[str, dict[str, Any]] = {"text": {"sample_by": "document"}, "parquet": {"batch_size": 1000}}
+        escaped = [glob.escape(str(file)) for file in files]
+        try:
+            return load_dataset(reader, data_files=escaped, split="train", streaming=True, **options.get(reader, {}))
+        except StopIteration:
+            # The JSON reader looks at the first row for the columns: there is none in any file.
+            raise too_short(text, 0, 0) from None
+    name, _, split = text.partition("@")
+    name, _, config = name.partition(":")
+    return load_dataset(name, config or None, split=split or DEFAULT_SPLIT, streaming=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Separators:
+    """The tokens around each document, as most models saw them in training.
+
+    Attributes:
+        before: the beginning-of-sequence token, where the tokenizer has one.
+        after: the end-of-sequence token, where it has one that differs.
+    """
+
+    before: list[int]
+    after: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Separators":
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        return cls(before=[] if bos is None else [bos], after=[] if eos is None or eos == bos else [eos])
+
+
+def tokenize_documents(documents: Iterator[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Each document's token ids between its separators."""
+    separators = Separators.of(tokenizer)
+    for document in documents:
+        # Not verbose: a document longer than the model's context is expected here.
+        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        yield separators.before + ids + separators.after
+
+
+def check_window_length(window_length: int | None, config: PreTrainedConfig) -> int:
+    """The window length in tokens: as given, or the model's context, at most 2,048.
+
+    Raises:
+        InputError: shorter than 2 tokens or longer than the model's context.
+    """
+    context = getattr(config, "max_position_embeddings", None)
+    if window_length is None:
+        return min(context or DEFAULT_WINDOW_LENGTH, DEFAULT_WINDOW_LENGTH)
+    if window_length < 2 or (context and window_length > context):
+        raise InputError(f"window length {window_length} does not fit: give 2 to {context or 'any number of'} tokens")
+    return window_length
+
+
+def calibration_windows(
+    text: str, tokenizer: PreTrainedTokenizerBase, *, column: str, windows: int, window_length: int, seed: int
+) -> torch.Tensor:
+    """Windows for calibration: the documents shuffled by seed, joined and cut. (windows, window_length) int64.
+
+    Returns fewer windows where the text has fewer.
+
+    Raises:
+        InputError: text that cannot be read, or that has fewer tokens than one window.
+    """
+    wanted = windows * window_length
+    tokens: list[int] = []
+    for ids in tokenize_documents(read_documents(text, column, seed), tokenizer):
+        tokens.extend(ids)
+        if len(tokens) >= wanted:
+            break
+    available = min(len(tokens), wanted) // window_length
+    if available == 0:
+        raise too_short(text, len(tokens), window_length)
+    return torch.tensor(tokens[: available * window_length]).view(available, window_length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedText:
+    """A whole text, in order.
+
+    Attributes:
+        ids: (tokens,) int64, separators included.
+        num_bytes: UTF-8 bytes of the documents, separators not counted.
+    """
+
+    ids: torch.Tensor
+    num_bytes: int
+
+
+def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase, *, column: str, window_length: int) -> TokenizedText:
+    """All documents of a text, joined.
+
+    Raises:
+        InputError: text that cannot be read, or that has fewer tokens than one window.
+    """
+    num_bytes = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal num_bytes
+        for document in read_documents(text, column):
+            num_bytes += len(document.encode())
+            yield document
+
+    ids = torch.tensor(list(chain.from_iterable(tokenize_documents(counted(), tokenizer))), dtype=torch.int64)
+    if len(ids) < window_length:
+        raise too_short(text, len(ids), window_length)
+    return TokenizedText(ids=ids, num_bytes=num_bytes)
+
+
+def too_short(text: str, num_tokens: int, window_length: int) -> InputError:
+    """The error for a text that does not fill one window."""
+    if num_tokens == 0:
+        return InputError(f"{text} holds no text: give a file with text in it")
+    return InputError(
+        f"{text} has {num_tokens} tokens, fewer than one window of {window_length}: "
+        "give more text or a smaller --window-length"
+    )
+
+
+def window_batches(
+    ids: torch.Tensor, starts: range, window_length: int, batch_size: int
+) -> list[tuple[torch.Tensor, int]]:
+    """(windows, tokens + 1) ids and the first position to score: the overlap has been scored by the window before."""
+    overlap = window_length - starts.step
+    windows = [(ids[start : start + window_length + 1], overlap if start else 0) for start in starts]
+    batches: list[tuple[torch.Tensor, int]] = []
+    group: list[tuple[torch.Tensor, int]] = []
+    for window in windows:
+        alike = group and len(window[0]) == len(group[0][0]) and window[1] == group[0][1]
+        if group and (not alike or len(group) == batch_size):
+            batches.append((torch.stack([ids for ids, _ in group]), group[0][1]))
+            group = []
+        group.append(window)
+    batches.append((torch.stack([ids for ids, _ in group]), group[0][1]))
+    return batches
+
+
+def batch_size_for(window_length: int, floats_per_token: int, budget: int) -> int:
+    """Windows in one batch so that a tensor of `floats_per_token` for each token stays within `budget` numbers."""
+    return max(1, math.floor(budget / (window_length * floats_per_token)))

@@ -1,0 +1,33 @@
+"""Models on disk: opened, read block by block, written.
+
+In: a folder or a hub name. Out: a model in memory, or one of which only the blocks in use are there. Read `open`,
+`files`, `sources`, then `shards`.
+"""
+
+from typing import TYPE_CHECKING
+
+from flexigpt.runtime.doors import lazy_door
+
+if TYPE_CHECKING:
+    from flexigpt.weights.files import find_file
+    from flexigpt.weights.open import (
+        has_replicas,
+        load_model,
+        load_tokenizer,
+        model_fingerprint,
+        move,
+        open_empty,
+        read_config,
+    )
+    from flexigpt.weights.shards import write_shards
+    from flexigpt.weights.sources import (
+        Assembly,
+        Source,
+        StreamedModel,
+        check_finite,
+        exchange_parameters,
+        remove_blocks,
+        without_blocks,
+    )
+else:
+    lazy_door(__name__)

@@ -1,0 +1,353 @@
+"""What lies in a checkpoint's safetensors files, and reading some of it."""
+
+import contextlib
+import hashlib
+import json
+import math
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import file_exists, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from flexigpt.model import ARCHITECTURES
+from flexigpt.runtime import InputError, fingerprint
+
+# In the order of safetensors' own list, which is that of the tensors in the files that it writes, backwards.
+FILE_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+
+_AGAIN = "copy or download them again"
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies.
+
+    Attributes:
+        name: in the file.
+        file: the safetensors file.
+        dtype: of the stored values.
+        shape: of the stored tensor.
+        start: bytes before its first one in the file.
+        num_bytes: how many bytes it takes.
+    """
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFiles:
+    """The weights of one model on disk.
+
+    Attributes:
+        source: the folder or hub name.
+        tensors: by the files' own names, in the order of the files.
+        fingerprint: 16 hexadecimal digits that tell one state of the files from another, most of the weights unread:
+            of config.json, the index and every file of weights the name, size, first and last MiB; of the latter also
+            the header and the time of the last change.
+    """
+
+    source: str
+    tensors: Mapping[str, StoredTensor]
+    fingerprint: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors by their names in the files, as views of the mapped files: no memory of the process's own.
+
+        Each call maps the files anew. A mapping, and with it the pages that were read through it, goes when the last
+        tensor of the call from that file goes.
+
+        Raises:
+            InputError: files that are gone, damaged or other than when they were opened.
+        """
+        wanted = [self.tensors[name] for name in names]
+        found = {}
+        for path in dict.fromkeys(tensor.file for tensor in wanted):
+            with _errors_told(self.source), safe_open(path, "pt") as file:
+                for tensor in (tensor for tensor in wanted if tensor.file == path):
+                    values = file.get_tensor(tensor.name)
+                    if (values.dtype, tuple(values.shape)) != (tensor.dtype, tensor.shape):
+                        raise InputError(f"the weights of {self.source} changed while they were being read: start anew")
+                    found[tensor.name] = values
+        return {tensor.name: found[tensor.name] for tensor in wanted}
+
+
+def open_weights(source: str) -> WeightFiles:
+    """What lies in the safetensors files of a folder or a hub model; of the latter what is missing is downloaded.
+
+    Raises:
+        InputError: a model without weights or with pickled ones only; files that are missing, damaged or truncated; an
+            index that cannot be read or contradicts them; a tensor of a dtype that torch does not know.
+    """
+    find = _finder(source)
+    single = find(SAFE_WEIGHTS_NAME)  # before an index, as transformers has it
+    index = find(SAFE_WEIGHTS_INDEX_NAME) if single is None else None
+    if single is None and index is None:
+        raise _no_weights(source)
+    weight_map = {} if index is None else _read_index(source, index)
+    shards = {name: _shard(source, find, name) for name in sorted(set(weight_map.values()))}
+    files = list(shards.values()) if single is None else [single]
+    tensors: dict[str, StoredTensor] = {}
+    states = []
+    for file in files:
+        found, state = _read_file(source, file)
+        both = sorted(found.keys() & tensors.keys())
+        if both:
+            places = f"{tensors[both[0]].file.name} and {file.name}"
+            raise InputError(f"the weights of {source} hold {both[0]} twice, in {places}: {_AGAIN}")
+        tensors |= found
+        states.append(state)
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].file != shards[shard]:
+            place = f"{name} in {shard}, which does not hold it"
+            raise InputError(f"the index of the weights of {source} places {place}: {_AGAIN}")
+    parts = [file for file in (find(CONFIG_NAME), index, *files) if file is not None]
+    digest = hashlib.sha256(fingerprint(source, parts).encode())
+    for state in states:
+        digest.update(state)
+    return WeightFiles(source=source, tensors=tensors, fingerprint=digest.hexdigest()[:16])
+
+
+def find_file(model: str, name: str) -> Path | None:
+    """A file of a folder or a hub model, which is downloaded where it is not in the cache; None: it is not there.
+
+    Raises:
+        InputError: a hub model that cannot be reached.
+    """
+    return _finder(model)(name)
+
+
+def _finder(source: str) -> Callable[[str], Path | None]:
+    """What finds a file of a model by its name, None where it is not there. Of a hub model, always of one commit."""
+    folder = Path(source)
+    if folder.exists():
+        return lambda name: path if (path := folder / name).is_file() else None
+    config = _fetch(source, CONFIG_NAME, None)
+    commit = None if config is None else config.parent.name
+    return lambda name: _fetch(source, name, commit)
+
+
+def _fetch(source: str, name: str, commit: str | None) -> Path | None:
+    try:
+        return Path(hf_hub_download(source, name, revision=commit))
+    except EntryNotFoundError:  # of the cache too, where there is no connection
+        return None
+    except Exception as error:  # a name or a connection can be wrong in many ways
+        raise InputError(f"the model {source} cannot be opened: {' '.join(str(error).split())}") from error
+
+
+def _no_weights(source: str) -> InputError:
+    pickled = next((name for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if _is_there(source, name)), None)
+    if pickled is None:
+        where = "there" if Path(source).exists() else "in the repository or, without a connection, in the cache"
+        return InputError(f"{source} holds no weights: neither {SAFE_WEIGHTS_NAME} nor its index is {where}")
+    target = f"{Path(source).resolve().name}-safetensors"
+    code = (
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        f"[kind.from_pretrained({json.dumps(source)}).save_pretrained({json.dumps(target)}) for kind in (M, T)]"
+    )
+    return InputError(
+        f"{source} holds pickled weights only ({pickled}), which can run code when they are opened: if you trust them, "
+        f"convert them by `python -c {shlex.quote(code)}` and give {target}"
+    )
+
+
+def _is_there(source: str, name: str) -> bool:
+    """Whether a model has that file, which is not downloaded."""
+    if Path(source).exists():
+        return (Path(source) / name).is_file()
+    if isinstance(try_to_load_from_cache(source, name), str):
+        return True
+    with contextlib.suppress(Exception):  # no connection: what is not in the cache is not there
+        return bool(file_exists(source, name))
+    return False
+
+
+def _read_index(source: str, index: Path) -> dict[str, str]:
+    """The index's map, tensor -> file."""
+    try:
+        found = json.loads(index.read_bytes(), object_pairs_hook=_unique)
+    except InputError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+    except ValueError:
+        reason = "is not JSON"
+    else:
+        weight_map = found.get("weight_map") if isinstance(found, dict) else None
+        if isinstance(weight_map, dict) and weight_map and all(isinstance(file, str) for file in weight_map.values()):
+            outside = [file for file in weight_map.values() if Path(file).is_absolute() or ".." in Path(file).parts]
+            if not outside:
+                return weight_map
+            reason = f"names {outside[0]}, which lies outside the folder"
+        else:
+            reason = "has no weight_map"
+    raise InputError(f"the index of the weights of {source} {reason}: {_AGAIN}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises InputError for one with the same name twice, which `json` takes in silence."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise InputError(f"names {name} twice")
+        found[name] = value
+    return found
+
+
+def _shard(source: str, find: Callable[[str], Path | None], name: str) -> Path:
+    file = find(name)
+    if file is None:
+        raise InputError(f"the index of the weights of {source} names {name}, which is not there: {_AGAIN}")
+    return file
+
+
+@contextlib.contextmanager
+def _errors_told(source: str) -> Iterator[None]:
+    """The words of `checkpoint.load_model` for the same faults."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise InputError(f"the weights of {source} are damaged ({error}): {_AGAIN}") from error
+    except OSError as error:
+        raise InputError(f"the model {source} cannot be opened: {' '.join(str(error).split())}") from error
+
+
+def _read_file(source: str, file: Path) -> tuple[dict[str, StoredTensor], bytes]:
+    """The tensors of one file by name, in its order, and what tells its state: its header and last change."""
+    with _errors_told(source):
+        # It checks the header and that the file is as long as it says, but does not tell where tensors lie.
+        with safe_open(file, "pt"):
+            pass
+        with file.open("rb") as opened:
+            header = opened.read(int.from_bytes(opened.read(8), "little"))
+        changed = file.stat().st_mtime_ns
+    try:
+        rows = json.loads(header, object_pairs_hook=_unique)
+    except InputError as error:
+        raise InputError(f"the weights of {source} are damaged (the header of {file.name} {error}): {_AGAIN}") from None
+    rows.pop("__metadata__", None)
+    tensors = {}
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = row["data_offsets"]
+        dtype, shape = FILE_DTYPES.get(row["dtype"]), tuple(row["shape"])
+        if dtype is None:
+            raise InputError(f"the weights of {source} hold {name} as {row['dtype']}, which cannot be read: convert it")
+        assert end - begin == math.prod(shape) * dtype.itemsize
+        tensors[name] = StoredTensor(name, file, dtype, shape, 8 + len(header) + begin, end - begin)
+    return tensors, f"{changed}\n".encode() + header
+
+
+def names_in_files(weights: WeightFiles, model: PreTrainedModel) -> dict[str, str]:
+    """Where each tensor of a model is read from: its name in `model.state_dict()` -> its name in the files.
+
+    In the files the prefix of the base model (`transformer.` of GPT-2) may be there or not, and names may be older ones
+    (`embed_out` of GPT-NeoX). A tensor that is tied to another is left out.
+
+    Args:
+        weights: the files of the model.
+        model: the model; on the meta device it will do.
+
+    Raises:
+        InputError: tensors that are missing, of the wrong shape, twice there, or linears more than the model has places
+            for; an output head that the configuration ties to the embeddings and that is another one in the files.
+    """
+    source, state = weights.source, model.state_dict()
+    found: dict[str, str] = {}
+    own_name = _own_names(model, state)
+    for name in weights.tensors:
+        own = own_name(name)
+        if own in found:
+            raise InputError(f"the weights of {source} hold {own} twice, as {found[own]} and {name}: {_AGAIN}")
+        found[own] = name
+    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+    for tied, origin in ties.items():
+        if tied in found and origin not in found:  # the same tensor by its other name
+            found[origin] = found.pop(tied)
+    missing = sorted(name for name in state if name not in found and ties.get(name) not in found)
+    if missing:
+        raise InputError(
+            f"the weights of {source} lack {len(missing)} tensors, {missing[0]} among them: get them again"
+        )
+    for name in sorted(found.keys() & state.keys()):
+        in_file, in_config = weights.tensors[found[name]].shape, tuple(state[name].shape)
+        if in_file != in_config:
+            sizes = f"{in_file} in the file, {in_config} by config.json"
+            raise InputError(f"the weights of {source} do not fit: {name} is {sizes}")
+    _check_left(source, model, found.keys() - state.keys())
+    for tied, origin in ties.items():
+        if tied in found and not _equal(weights, found.pop(tied), found[origin]):
+            raise InputError(
+                f"config.json of {source} ties the output head to the embeddings, but the weights hold another head: "
+                "set tie_word_embeddings to false in it"
+            )
+    return {name: found[name] for name in state if name in found}
+
+
+def _own_names(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> Callable[[str], str]:
+    """What turns a name in the files into the model's, by the rules of transformers."""
+    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+
+    def own_name(name: str) -> str:
+        for rules in (renamings, []):  # a name that a rule spoils may be right as it is
+            own: str = rename_source_key(name, rules, [], model.base_model_prefix, state)[0]
+            if own in state:
+                return own
+        return name
+
+    return own_name
+
+
+def _check_left(source: str, model: PreTrainedModel, left_over: Iterable[str]) -> None:
+    """Refuses linears that the model has no place for; other tensors (masks, frequencies) are no part of the model."""
+    architecture = ARCHITECTURES.get(model.config.model_type)
+    linears = () if architecture is None else architecture.linears
+    ends = tuple(f".{path}.{kind}" for path in linears for kind in ("weight", "bias"))
+    left = sorted(name for name in left_over if name.endswith(ends))
+    if left:
+        raise InputError(
+            f"config.json of {source} has no place for {len(left)} tensors of the weights, {left[0]} among them: "
+            "correct it, or get the model again"
+        )
+
+
+def _equal(weights: WeightFiles, name: str, other: str) -> bool:
+    values = weights.read((name, other))
+    return torch.equal(values[name], values[other].to(values[name].dtype))

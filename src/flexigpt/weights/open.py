@@ -1,0 +1,155 @@
+"""Opening source and compact models, and building the compact model of a source."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from flexigpt.model import ARCHITECTURES, FlexiGPTConfig, empty_model, plan_of
+from flexigpt.runtime import InputError, check_dtype, find_device, fingerprint, one_line
+
+_FILE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def read_config(model: str) -> PreTrainedConfig:
+    """The configuration of a local or hub model.
+
+    Raises:
+        InputError: a model that cannot be found or is of a kind unknown to this transformers, or a compact model of a
+            newer format version.
+    """
+    path = Path(model)
+    if path.exists() and not (path / "config.json").is_file():
+        raise InputError(f"{model} holds no model: config.json is not there")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model)
+    except Exception as error:  # a config.json can be wrong in as many ways as transformers has checks and code
+        raise InputError(f"the model {model} cannot be opened: {one_line(error)}") from error
+    if isinstance(config, FlexiGPTConfig) and config.text_config is None:
+        raise InputError(f"the model {model} cannot be opened: its config.json lacks text_config")
+    if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
+        raise InputError(f"the model {model} cannot be opened: its config.json says that it has no blocks")
+    if isinstance(config, FlexiGPTConfig):
+        plan_of(config)
+    return config
+
+
+def open_empty(model: str, dtype: str = "auto") -> PreTrainedModel:
+    """`empty_model` of a local or hub model's configuration; `auto` is the dtype of the weights.
+
+    Raises:
+        InputError: as `read_config`, or a configuration that no model can be built from.
+    """
+    config = read_config(model)
+    if dtype != "auto":
+        config.dtype = getattr(torch, dtype)
+    if config.dtype is None:
+        config.dtype = _dtype_in_files(model)
+    try:
+        return empty_model(config)
+    except Exception as error:
+        raise InputError(f"the model {model} cannot be built from its config.json: {one_line(error)}") from error
+
+
+def _dtype_in_files(model: str) -> torch.dtype:
+    """The dtype in a folder's first weight file, for configurations that name none; float32 where there is no file."""
+    for path in sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []:
+        with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
+            names = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            return next((dtype for name, dtype in _FILE_DTYPES.items() if name in names), torch.float32)
+    return torch.float32
+
+
+def load_model(model: str, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+    """A source or a compact model, in eval mode. On the CPU its tensors stay in the file until they are used.
+
+    Raises:
+        InputError: as `read_config`; weights that are missing, truncated, of the wrong shape or more than the
+            configuration has places for; an unknown dtype.
+    """
+    check_dtype(dtype)
+    where = find_device(device)
+    read_config(model)
+    try:
+        # With the report it returns a pair, which its annotation does not say.
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except SafetensorError as error:
+        raise InputError(f"the weights of {model} are damaged ({error}): copy or download them again") from error
+    except Exception as error:  # whatever transformers makes of wrong files
+        raise InputError(f"the model {model} cannot be opened: {one_line(error)}") from error
+    loaded: PreTrainedModel = opened[0]
+    _check_loaded(model, loaded, opened[1])
+    return move(loaded.eval(), where)
+
+
+def _check_loaded(model: str, loaded: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Refuses what transformers only warns of: tensors made up, left out, or tied against the file."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(f"the weights of {model} lack {len(missing)} tensors, {missing[0]} among them: get them again")
+    for name, in_file, in_config in report["mismatched_keys"]:
+        sizes = f"{tuple(in_file)} in the file, {tuple(in_config)} by config.json"
+        raise InputError(f"the weights of {model} do not fit: {name} is {sizes}")
+    architecture = ARCHITECTURES.get(loaded.config.model_type)
+    linears = () if architecture is None else architecture.linears
+    ends = tuple(f".{path}.{kind}" for path in linears for kind in ("weight", "bias"))
+    left = sorted(name for name in report["unexpected_keys"] if name.endswith(ends))
+    if left:
+        raise InputError(
+            f"config.json of {model} has no place for {len(left)} tensors of the weights, {left[0]} among them: "
+            "correct it, or get the model again"
+        )
+    embeddings, head = loaded.get_input_embeddings(), loaded.get_output_embeddings()
+    if loaded.config.tie_word_embeddings and head is not None and head.weight is not embeddings.weight:
+        raise InputError(
+            f"config.json of {model} ties the output head to the embeddings, but the weights hold another head: "
+            "set tie_word_embeddings to false in it"
+        )
+
+
+def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The model on that device. (`PreTrainedModel.to` loses nn.Module.to's types.)"""
+    nn.Module.to(model, device)
+    return model
+
+
+def model_fingerprint(model: str) -> str:
+    """What tells one model from another, without reading all of its weights; of a model on the hub its name."""
+    folder = Path(model)
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return fingerprint(model, [folder / "config.json", *files] if files else [])
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside a model.
+
+    Raises:
+        InputError: none is there, or it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # tokenizers raise bare Exceptions
+        raise InputError(f"the tokenizer of {model} cannot be opened: {one_line(error)}") from error
+
+
+def has_replicas(model: str) -> bool:
+    """Whether a local or hub model is a compact one with at least one replica; no weight is read.
+
+    Raises:
+        InputError: as `read_config`.
+    """
+    config = read_config(model)
+    return isinstance(config, FlexiGPTConfig) and bool(config.replicas)

@@ -1,0 +1,361 @@
+"""The commands as a user meets them: output, exit codes, one clear line for bad input, nothing half-written."""
+
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import Run
+from flexigpt import BaselineOptions, EvalOptions, PruneOptions, evaluate
+from flexigpt.cli.main import app, main
+from flexigpt.cli.options import field_help
+from flexigpt.decoding import GenerateOptions
+from flexigpt.pruning import ExtendOptions
+from killing import start
+
+
+@pytest.fixture(scope="module")
+def compact(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("compact") / "out"
+    with pytest.raises(SystemExit) as stopped:
+        main(["prune", str(tiny_source), str(out), "--blocks", "2,4", "--rank", "4", "--preset", "paper"])
+    assert not stopped.value.code
+    return out
+
+
+def test_prune_prints_the_plan_the_cost_and_the_place(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, printed, progress = run(
+        *("prune", tiny_source, out, "--ratio", "0.4", "--rank", "4", "--calibration", text),
+        *("--window-length", "64", "--windows", "4", "--perplexity", text, "--cache", tmp_path / "cache"),
+    )
+    assert code == 0
+    record = json.loads((out / "record.json").read_text())
+    for shown in ("influence", "distance", "adapters of rank ", "base scales", f"checkpoint written to {out}"):
+        assert shown in printed
+    for side in ("source", "compact"):
+        assert f"{record[side]['parameters']:,}" in printed
+        assert f"{record['perplexity'][side]['perplexity']:.2f}" in printed
+    for stage in ("checking weights", "calibrating", "measuring distances", "initialising replicas"):
+        assert stage in progress
+    assert "influence on 4 windows of 64 tokens of" in printed
+    assert record["command"].startswith("flexigpt ")
+    assert f"{record['scores'][0]:.4f}" in (out / "README.md").read_text()
+
+
+def test_a_text_that_is_too_short_for_the_windows_is_told(
+    run: Run, tiny_source: Path, text: Path, tmp_path: Path
+) -> None:
+    asked = ("--ratio", "0.4", "--rank", "4", "--calibration", text, "--window-length", "100", "--windows", "1000")
+    _, printed, _ = run("prune", tiny_source, tmp_path / "out", *asked)
+    windows = json.loads((tmp_path / "out" / "record.json").read_text())["calibration"]["windows"][0]
+    assert f"the text is {1000 - windows} windows short of the 1000 asked for" in printed
+
+
+def test_a_plan_can_be_made_edited_and_applied(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
+    code, printed, _ = run(
+        *("prune", tiny_source, tmp_path / "plan", "--plan-only", "--ratio", "0.4", "--rank", "4"),
+        *("--calibration", text, "--window-length", "64", "--windows", "4"),
+    )
+    assert code == 0
+    assert "apply it with --plan" in printed
+    assert sorted(file.name for file in (tmp_path / "plan").iterdir()) == ["plan.json", "record.json"]
+    plan = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    plan["replicas"] = [{"block": 1, "base": 5, "rank": 3}]
+    (tmp_path / "edited.json").write_text(json.dumps(plan))
+    calibrated = ("--calibration", text, "--window-length", "64", "--windows", "4")
+    assert run("prune", tiny_source, tmp_path / "out", "--plan", tmp_path / "edited.json", *calibrated)[0] == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["replicas"] == plan["replicas"]
+
+
+@pytest.mark.parametrize("which", ["source", "compact"])
+def test_inspect(run: Run, tiny_source: Path, compact: Path, which: str) -> None:
+    folder = tiny_source if which == "source" else compact
+    code, printed, _ = run("inspect", folder, "--json")
+    assert code == 0
+    found = json.loads(printed)
+    weights = load_file(folder / "model.safetensors")
+    stored = sum(tensor.numel() for tensor in weights.values())
+    assert found["parameters"]["stored"] == stored == sum(part["parameters"] for part in found["parts"].values())
+    assert found["bytes"]["stored"] == 4 * stored
+    assert found["bytes"]["files"] == (folder / "model.safetensors").stat().st_size
+    adapters = sum(tensor.numel() for name, tensor in weights.items() if "adapter" in name)
+    shared = 0 if which == "source" else 2 * 32 * (64 + 32 + 32 + 64 + 3 * 48)
+    assert found["parameters"]["effective"] == stored + shared
+    assert found["parts"].get("replicas, adapters", {"parameters": 0})["parameters"] == adapters
+    assert (found["plan"] is None) == (which == "source")
+    code, printed, _ = run("inspect", folder)
+    assert code == 0
+    assert f"{stored:,}" in printed
+
+
+@pytest.mark.parametrize("which", ["source", "compact"])
+def test_eval(run: Run, tiny_source: Path, compact: Path, text: Path, which: str) -> None:
+    folder = tiny_source if which == "source" else compact
+    arguments = ("eval", folder, "--perplexity", text, "--window-length", "64", "--stride", "32")
+    code, printed, _ = run(*arguments, "--json")
+    assert code == 0
+    expected = evaluate(str(folder), EvalOptions(perplexity=str(text), window_length=64, stride=32))
+    assert json.loads(printed) == expected | {"command": shlex.join(["flexigpt", *map(str, arguments), "--json"])}
+    code, printed, _ = run(*arguments)
+    measured = expected["models"][0]["perplexity"]
+    for shown in (f"{measured['perplexity']:.4f}", f"{measured['bits_per_byte']:.4f}", "windows of 64, stride 32"):
+        assert shown in printed
+
+
+@pytest.mark.parametrize("which", ["source", "compact"])
+def test_generate_streams_what_stock_generate_makes(run: Run, tiny_source: Path, compact: Path, which: str) -> None:
+    folder = tiny_source if which == "source" else compact
+    code, printed, _ = run("generate", folder, "--prompt", "It was a dark", "--max-new-tokens", "12")
+    assert code == 0
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    inputs = tokenizer("It was a dark", return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=2)[
+        0, inputs["input_ids"].shape[1] :
+    ]
+    assert printed == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+
+
+def test_sampling_repeats_with_its_seed(run: Run, tiny_source: Path) -> None:
+    sample = ("generate", tiny_source, "--prompt", "It was", "--max-new-tokens", "8", "--temperature", "2", "--seed")
+    first, again, other = (run(*sample, seed)[1] for seed in ("1", "1", "2"))
+    assert first == again != other
+
+
+def bad_sources(tiny_source: Path, folder: Path) -> None:
+    """Sources that cannot be pruned, each in a folder of its own."""
+    for name in ("nan", "truncated", "mixtral"):
+        shutil.copytree(tiny_source, folder / name)
+    weights = load_file(tiny_source / "model.safetensors")
+    weights["model.layers.4.self_attn.q_proj.weight"][0, 0] = torch.nan
+    save_file(weights, folder / "nan" / "model.safetensors", metadata={"format": "pt"})
+    whole = (tiny_source / "model.safetensors").read_bytes()
+    (folder / "truncated" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    (folder / "mixtral" / "config.json").write_text('{"model_type": "mixtral"}')
+    shutil.copytree(tiny_source, folder / "notokenizer", ignore=shutil.ignore_patterns("tokenizer*"))
+
+
+def bad_plans(folder: Path) -> None:
+    for name, row in {
+        "missing": {"block": 9, "base": 1, "rank": 2},
+        "itself": {"block": 3, "base": 3, "rank": 2},
+        "pruned": {"block": 3, "base": 2, "rank": 2},
+        "rank": {"block": 3, "base": 1, "rank": 99},
+    }.items():
+        rows = [{"block": 2, "base": 1, "rank": 2}, row]
+        plan = {"format_version": 1, "num_blocks": 6, "replicas": rows}
+        (folder / f"{name}.json").write_text(json.dumps(plan))
+
+
+BAD_INPUT = {
+    "prune nowhere out --ratio 0.4": "the model nowhere cannot be opened",
+    "prune SOURCE out": "give exactly one of --ratio",
+    "prune SOURCE out --ratio 0": "ratio 0.0 is outside (0, 1)",
+    "prune SOURCE out --ratio 1": "ratio 1.0 is outside (0, 1)",
+    "prune SOURCE out --ratio 0.1": "prunes nothing: give at least 0.167",
+    "prune SOURCE out --ratio lots": "Invalid value for '--ratio'",
+    "prune SOURCE out --blocks 1,x": "--blocks 1,x cannot be read",
+    "prune SOURCE out --blocks 0,1,2,3,4,5": "leaves none",
+    "prune SOURCE out --blocks 2 --rank 33": "rank 33 is above the size of self_attn.q_proj (64 x 32)",
+    "prune SOURCE out --target-size huge": "size 'huge' cannot be read",
+    "prune SOURCE out --ratio 0.4 --rnk 3": "No such option: --rnk",
+    "prune SOURCE out --ratio 0.4 --calibration nowhere.jsonl": "text file nowhere.jsonl is not there",
+    "prune SOURCE out --ratio 0.4 --calibration empty.txt": "text file empty.txt is empty",
+    "prune SOURCE out --ratio 0.4 --calibration TEXT --text-column body": "has no column 'body': its columns",
+    "prune SOURCE out --ratio 0.4 --calibration short.txt --window-length 64": "fewer than one window of 64",
+    "prune SOURCE out --ratio 0.4 --calibration TEXT --device cuda:9": "device cuda:9 cannot be used here",
+    "prune SOURCE out --plan nowhere.json": "the plan nowhere.json cannot be read",
+    "prune SOURCE out --plan missing.json": "names block 9, but the model has blocks 0 to 5",
+    "prune SOURCE out --plan itself.json": "makes block 3 its own base",
+    "prune SOURCE out --plan pruned.json": "base 2, which is itself pruned",
+    "prune SOURCE out --plan rank.json": "rank 99 is above the size",
+    "prune SOURCE full --blocks 2": "full is not empty: give another folder, or --overwrite",
+    "prune SOURCE precious --blocks 2 --overwrite": "precious was not written by flexigpt",
+    "prune SOURCE / --blocks 2": "cannot be replaced by a new folder",
+    "prune SOURCE out --blocks 2 --norm-init nan": "--norm-init nan cannot be used: give a small constant",
+    "prune SOURCE out --ratio 0.4 --calibration TEXT --seed -1": "--seed -1 is out of range",
+    "prune SOURCE out --ratio 0.4 --calibration ''": "the name of the text is empty",
+    "prune SOURCE out --target-size 9e999B": "cannot be read",
+    "prune SOURCE out --blocks 2 --rank 4 --max-shard-size ''": "size '' cannot be read",
+    "prune SOURCE out --blocks 2 --plan-only --max-shard-size 1GB": "--max-shard-size has no effect",
+    "prune notokenizer out --blocks 2 --rank 4": "the tokenizer of notokenizer cannot be opened",
+    "generate SOURCE --prompt Hi --temperature 1 --seed -1": "--seed -1 is out of range",
+    "generate SOURCE --prompt Hi --temperature nan": "--temperature nan is not above 0",
+    "prune COMPACT out --blocks 2": "is a compact model already",
+    "prune nan out --blocks 2 --rank 4 --preset paper": "NaN or infinity in block 4",
+    "prune truncated out --blocks 2 --rank 4 --preset paper": "the weights of truncated are damaged",
+    "prune mixtral out --blocks 2": "mixtral is a mixture of experts",
+    "prune SOURCE out --blocks 2 --rank 4 --max-shard-size big": "size 'big'",
+    "extend SOURCE out --blocks 4": "--blocks 4 cannot be repeated: give ranges within 0:6",
+    "extend SOURCE out --blocks 4:9": "give ranges within 0:6",
+    "extend SOURCE out --blocks 4:4": "give ranges within 0:6",
+    "extend SOURCE out --blocks 3:5,1:2": "give ranges within 0:6",
+    "extend SOURCE out --blocks 1:4,3:5": "give ranges within 0:6",
+    "extend SOURCE out --blocks 1:4 --times 1": "--times 1 repeats nothing",
+    "extend SOURCE out --blocks 1:4 --pattern zigzag": "--pattern zigzag is unknown: give block, sequential",
+    "extend SOURCE out --blocks 1:4 --rank 33": "rank 33 is above the size",
+    "extend SOURCE out --blocks 1:4 --window-length 8": "--window-length has no effect",
+    "extend SOURCE out": "Missing option '--blocks'",
+    "extend COMPACT out --blocks 1:4": "is a compact model already",
+    "baseline SOURCE out": "exactly one of --ratio, --blocks and --target-size: got none",
+    "baseline SOURCE out --ratio 0.4 --blocks 2": "got --ratio and --blocks",
+    "baseline SOURCE out --blocks two": "--blocks two cannot be read",
+    "baseline SOURCE out --blocks 9": "blocks 9 cannot be pruned: name some of 0 to 5",
+    "baseline SOURCE out --blocks 0,1,2,3,4,5": "leaves none",
+    "baseline SOURCE out --blocks 2 --seed 1": "--seed has no effect",
+    "baseline SOURCE out --target-size 1K": "out of reach: the least is",
+    "baseline SOURCE out --blocks 2 --max-shard-size big": "size 'big'",
+    "baseline SOURCE full --blocks 2": "full is not empty: give another folder, or --overwrite",
+    "baseline notokenizer out --blocks 2": "the tokenizer of notokenizer cannot be opened",
+    "baseline COMPACT out --blocks 2": "is a compact model already",
+    "inspect nowhere": "the model nowhere cannot be opened",
+    "inspect mixtral": "mixtral is a mixture of experts",
+    "eval SOURCE --perplexity TEXT --window-length 9999": "window length 9999 does not fit: give 2 to 128",
+    "eval SOURCE --perplexity TEXT --stride 9999": "stride 9999 is outside",
+    "eval SOURCE --perplexity nowhere.txt": "text file nowhere.txt is not there",
+    "generate SOURCE --prompt ''": "--prompt is empty",
+    "generate SOURCE --prompt Hi --top-p 0.5": "--top-p has no effect without --temperature",
+    "generate SOURCE --prompt Hi --max-new-tokens 9999": "exceed the context of 128",
+    "prun SOURCE out": "No such command 'prun'",
+}
+
+
+@pytest.mark.parametrize("command", BAD_INPUT)
+def test_bad_input_is_one_clear_line(
+    run: Run,
+    command: str,
+    tiny_source: Path,
+    compact: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bad_sources(tiny_source, tmp_path)
+    bad_plans(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("Too short.")
+    for folder, name in (("full", "config.json"), ("precious", "diary.txt")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    places = {"SOURCE": tiny_source, "COMPACT": compact, "TEXT": text}
+    code, printed, errors = run(*(places.get(word, word) for word in shlex.split(command)))
+    lines = [
+        line
+        for line in errors.splitlines()
+        if not line.startswith(("reads", "checking", "calibrating", "measuring", "init"))
+    ]
+    assert code == 2
+    assert printed == ""
+    assert len([line for line in lines if line.strip()]) == 1
+    assert lines[-1].startswith("flexigpt: ")
+    assert BAD_INPUT[command] in lines[-1]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_extend_prints_the_plan_and_the_cost(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, printed, _ = run(
+        *("extend", tiny_source, out, "--blocks", "1:3,4:5", "--times", "3", "--pattern", "sequential", "--rank", "2"),
+        *("--perplexity", text, "--window-length", "64"),
+    )
+    assert code == 0
+    record = json.loads((out / "record.json").read_text())
+    assert record["source_blocks"] == [0, 1, 2, 1, 2, 1, 2, 3, 4, 4, 4, 5]
+    for shown in ("source block", "adapters of rank 2, output norms", f"checkpoint written to {out}"):
+        assert shown in printed
+    assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 12
+
+
+def test_overwrite_replaces_a_checkpoint(run: Run, tiny_source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("prune", tiny_source, out, "--rank", "4", "--preset", "paper", "--blocks")
+    assert run(*arguments, "2")[0] == 0
+    assert run(*arguments, "3")[0] == 2
+    assert run(*arguments, "3", "--overwrite")[0] == 0
+    assert json.loads((out / "config.json").read_text())["replicas"][0]["block"] == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert caught
+    return bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing(example: Path, tmp_path: Path, how: signal.Signals) -> None:
+    arguments = ["prune", str(example), str(tmp_path / "out"), "--ratio", "0.3", "--window-length", "256"]
+    texts = ["--calibration", str(example / "calibration.jsonl"), "--windows", "2000"]
+    texts += ["--perplexity", str(example / "validation.jsonl")]
+    with start(*arguments, *texts) as process:
+        while not catches(process.pid, signal.SIGTERM):  # it is past its imports
+            time.sleep(0.05)
+        time.sleep(2)
+        assert process.poll() is None
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.splitlines()[-1] == "flexigpt: interrupted: nothing was written"
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_during_the_imports_is_one_line() -> None:
+    with start("--help") as process:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors == "flexigpt: interrupted: nothing was written\n"
+
+
+def test_a_full_disk_behind_stdout_is_one_line(tiny_source: Path) -> None:
+    command = [sys.executable, "-m", "flexigpt", "inspect", str(tiny_source), "--json"]
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr == "flexigpt: the output cannot be printed: No space left on device\n"
+
+
+def test_every_option_is_a_flag_with_its_fields_help() -> None:
+    commands = typer.main.get_command(app).commands
+    by_command = {"prune": PruneOptions, "extend": ExtendOptions, "eval": EvalOptions, "generate": GenerateOptions}
+    by_command["baseline"] = BaselineOptions
+    for name, options in by_command.items():
+        flags = {parameter.name: parameter for parameter in commands[name].params}
+        described = field_help(options)
+        assert set(described) == set(options.__dataclass_fields__)
+        for field, text in described.items():
+            assert flags[field].help == text
+
+
+def test_help_keeps_square_brackets(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "NAME[:CONFIG][@SPLIT]" in run("prune", "--help")[1]
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == (0, f"flexigpt {version('flexigpt')}\n", "")
+
+
+def test_help_lists_the_commands(run: Run) -> None:
+    code, printed, _ = run("--help")
+    assert code == 0
+    assert all(command in printed for command in ("prune", "baseline", "inspect", "eval", "generate"))

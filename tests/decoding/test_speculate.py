@@ -1,0 +1,324 @@
+"""Speculative decoding against plain `generate`, its parts against separate models, and what it refuses."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    DynamicCache,
+    MaxTimeCriteria,
+    StaticCache,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TextStreamer,
+)
+
+from conftest import Run
+from families import FAMILIES, NUM_BLOCKS, tiny_model, token_ids
+from flexigpt import InputError, Plan, Replica, SpeculateOptions, SpeculateStatistics, speculative_generate
+from flexigpt.decoding.split import SplitDecoder
+from flexigpt.model.build import compact_of
+from flexigpt.replicas.initialization import initialize_replicas
+from flexigpt.weights import load_model, load_tokenizer, remove_blocks
+
+# replica -> base: in the middle, at the first block, at the last, apart and adjacent, all after the first or all before
+# the last.
+PLANS = [
+    {2: 1, 3: 1},
+    {0: 1},
+    {5: 0},
+    {1: 0, 2: 0, 4: 5},
+    {1: 0, 2: 0, 3: 0, 4: 0, 5: 0},
+    {0: 5, 1: 5, 2: 5, 3: 5, 4: 5},
+]
+PROMPT, NEW = 12, 14  # past the tiny families' sliding windows of 16
+
+
+def compact(family: str, bases: dict[int, int], norm: float = 0.1) -> Any:
+    """A tiny compact model; at 0.1 its draft is right about half of the time."""
+    source = tiny_model(family)
+    replicas = tuple(Replica(block=block, base=base, rank=3) for block, base in bases.items())
+    plan = Plan(num_blocks=NUM_BLOCKS, replicas=replicas)
+    model = compact_of(source, plan)
+    initialize_replicas(model, source, plan, adapter_init="svd", norm_init=norm, seed=0)
+    return model.eval()
+
+
+def plain(model: Any, ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+    given = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | settings
+    return model.generate(ids, **given)
+
+
+def speculative(model: Any, ids: torch.Tensor, draft_length: int | None = 3, **settings: Any) -> torch.Tensor:
+    options = {"speculate": SpeculateOptions(draft_length=draft_length), "custom_generate": speculative_generate}
+    return plain(model, ids, **options | settings)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_output_is_plain_decodings(family: str) -> None:
+    accepted = rejected = 0
+    for number, bases in enumerate(PLANS):
+        model, ids = compact(family, bases), token_ids(1, PROMPT, seed=number)
+        expected = plain(model, ids)
+        seen = SpeculateStatistics()
+        assert torch.equal(speculative(model, ids, number + 1, statistics=seen), expected), bases
+        accepted, rejected = accepted + seen.accepted, rejected + seen.drafted - seen.accepted
+    assert accepted > 0
+    assert rejected > 0
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "opt-norm-before", "gpt_neox", "gpt2"])
+def test_a_static_cache_gives_the_same_and_is_left_as_plain_decoding_leaves_it(family: str) -> None:
+    for number, bases in enumerate(PLANS):
+        model, ids = compact(family, bases), token_ids(1, PROMPT, seed=number)
+        caches = [StaticCache(config=model.config.get_text_config(), max_cache_len=PROMPT + NEW) for _ in range(2)]
+        expected = plain(model, ids, past_key_values=caches[0])
+        assert torch.equal(speculative(model, ids, number + 1, past_key_values=caches[1]), expected), bases
+        used = PROMPT + NEW - 1
+        for one, other in zip(*(cache.layers for cache in caches), strict=True):
+            assert int(one.get_seq_length()) == int(other.get_seq_length()) == used
+            torch.testing.assert_close(one.keys[:, :, :used], other.keys[:, :, :used])
+    given = {"cache_implementation": "static"}
+    assert torch.equal(speculative(model, ids, None, **given), plain(model, ids, **given))
+
+
+def test_compiled_blocks_draft_and_verify_in_one_graph_each() -> None:
+    """fullgraph=True raises where a graph would break."""
+    model, ids = compact("llama-gqa", {2: 1}), token_ids(1, PROMPT)
+    expected = plain(model, ids, max_new_tokens=8)
+    for block in model.block_list:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True, backend="eager")
+    seen = SpeculateStatistics()
+    with torch._dynamo.config.patch(recompile_limit=64):  # blocks share their code, and each has some forms
+        assert torch.equal(
+            speculative(model, ids, 2, max_new_tokens=8, cache_implementation="static", statistics=seen), expected
+        )
+    assert seen.accepted > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_draft_and_target_compute_what_two_separate_models_do(family: str) -> None:
+    """Without a cache, whatever was taken back before. (A wrong draft would go unnoticed by what comes out.)"""
+    replicas = (1, 2, 4)
+    target, draft = compact(family, PLANS[3]), remove_blocks(tiny_model(family), replicas)
+    model, ids, end = compact(family, PLANS[3]), token_ids(1, 40), 10
+    cache, positions = DynamicCache(config=model.config), torch.arange(end)[None]
+    decoder = SplitDecoder(model, frozenset(replicas), cache, None, positions)
+
+    def same(logits: torch.Tensor, reference: Any, stop: int) -> None:
+        count = 1 if logits.ndim == 2 else logits.shape[1]
+        expected = reference(input_ids=ids[:, :stop]).logits[:, -count:]
+        torch.testing.assert_close(logits.view_as(expected), expected, rtol=1e-4, atol=1e-4)
+
+    with torch.no_grad(), decoder.running():
+        same(decoder.prompt(ids[:, :end]), target, end)
+        for accepted in (0, 3, 2, 3, 3, 1):
+            for stop in range(end + 1, end + 4):
+                same(decoder.draft(ids[:, stop - 1 : stop]), draft, stop)
+            decoder.first(ids[:, end + 3 : end + 4])
+            same(decoder.verify(), target, end + 4)
+            end += accepted + 1
+            decoder.keep(end)
+            if accepted == 2:
+                same(decoder.target(ids[:, end : end + 3]), target, end + 3)
+                end += 2
+                decoder.keep(end)
+
+
+@pytest.mark.parametrize("draft_length", [*range(1, 9), None])
+def test_every_draft_length_stops_where_plain_decoding_does(draft_length: int | None) -> None:
+    model, ids = compact("llama-gqa", {2: 1, 3: 1}), token_ids(1, PROMPT)
+    for length in (1, 2, 5):
+        expected = plain(model, ids, max_new_tokens=length)
+        assert torch.equal(speculative(model, ids, draft_length, max_new_tokens=length), expected)
+    for end in plain(model, ids)[0, PROMPT::3].unique().tolist():
+        expected = plain(model, ids, eos_token_id=end)
+        assert expected.shape[1] <= PROMPT + NEW
+        assert torch.equal(speculative(model, ids, draft_length, eos_token_id=end), expected)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "mistral", "gemma3_text", "opt-norm-before", "gpt2", "gpt_neo"])
+def test_left_padding_processors_and_lookup_change_nothing(family: str) -> None:
+    model, ids = compact(family, PLANS[3]), token_ids(1, PROMPT)
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0
+    for settings in ({"attention_mask": mask}, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}):
+        expected = plain(model, ids, **settings)
+        assert torch.equal(speculative(model, ids, **settings), expected)
+    assert not torch.equal(plain(model, ids, attention_mask=mask), plain(model, ids))
+    # The text holds what it went on with before, with one token exchanged.
+    told = plain(model, ids)
+    told[0, PROMPT + 9] += 1
+    again = torch.cat((told, ids), 1)
+    seen = SpeculateStatistics()
+    options = SpeculateOptions(draft_length=2, prompt_lookup=4)
+    expected = plain(model, again, max_new_tokens=30)
+    assert torch.equal(speculative(model, again, speculate=options, statistics=seen, max_new_tokens=30), expected)
+    assert seen.looked_up > 0
+
+
+def test_lookup_is_accepted_where_the_text_repeats() -> None:
+    model, ids = compact("gpt2", {2: 1}), token_ids(1, PROMPT)
+    ids = plain(model, ids, max_new_tokens=60)[:, :60]  # tiny models soon repeat themselves
+    seen = SpeculateStatistics()
+    options = SpeculateOptions(draft_length=1, prompt_lookup=6)
+    expected = plain(model, ids, max_new_tokens=24)
+    assert torch.equal(speculative(model, ids, speculate=options, statistics=seen, max_new_tokens=24), expected)
+    assert seen.looked_up_accepted > 6
+    assert seen.block_evaluations < 23 * NUM_BLOCKS
+
+
+def test_more_blocks_can_be_skipped_even_of_a_model_without_replicas() -> None:
+    ids = token_ids(1, PROMPT)
+    for model, blocks in ((compact("llama", {3: 1}), (0, 4)), (tiny_model("llama"), (3,))):
+        seen = SpeculateStatistics()
+        options = SpeculateOptions(draft_length=2, draft_blocks=blocks)
+        assert torch.equal(speculative(model, ids, speculate=options, statistics=seen), plain(model, ids))
+        assert seen.draft_passes > 0
+
+
+def test_block_evaluations_are_counted_exactly() -> None:
+    """A round of k drafted tokens: k (L - n) + f + (L - f) calls of a block; hooks of our own count the same."""
+    model, ids, calls = compact("llama", {2: 1, 3: 1}, norm=1e-6), token_ids(1, PROMPT), [0, 0]
+
+    def count(module: Any, args: Any, kwargs: Any) -> None:
+        calls[0] += 1
+        calls[1] += (args[0] if args else kwargs["x"]).shape[1]
+
+    for block in model.block_list:
+        block.mlp.register_forward_pre_hook(count, with_kwargs=True)
+    seen = SpeculateStatistics()
+    speculative(model, ids, 3, max_new_tokens=9, statistics=seen)
+    rounds = 2  # a fresh gamma is nearly nothing, so all is accepted: 1 + 2 (3 + 1) tokens
+    assert (seen.tokens, seen.target_passes, seen.draft_passes, seen.accepted) == (9, rounds, 6, 6)
+    assert seen.block_evaluations == rounds * (3 * 4 + 6)
+    prompt = (6 + 2, (6 + 2) * PROMPT)  # the target's pass, and the draft's blocks after the first replica
+    assert calls[0] == seen.block_evaluations + prompt[0]
+    # Rows: 3 drafted x 4 blocks, 2 for the last, 4 tokens x 4 blocks; once the draft's last two blocks catch up on one.
+    assert seen.block_rows == rounds * (3 * 4 + 2 + 4 * 4) + 2
+    assert calls[1] == seen.block_rows + prompt[1]
+    assert seen.block_evaluations_per_token == pytest.approx(36 / 8)
+
+
+def test_the_cache_and_the_model_are_left_as_by_plain_decoding() -> None:
+    for family in ("llama-gqa", "mistral"):
+        model, ids = compact(family, {2: 1}), token_ids(1, PROMPT)
+        caches = [DynamicCache(config=model.config), DynamicCache(config=model.config)]
+        expected = plain(model, ids, past_key_values=caches[0])
+        assert torch.equal(speculative(model, ids, 5, past_key_values=caches[1]), expected)
+        for one, other in zip(*(cache.layers for cache in caches), strict=True):
+            torch.testing.assert_close(one.keys, other.keys)
+            torch.testing.assert_close(one.values, other.values)
+            assert one.get_seq_length() == other.get_seq_length()
+            assert getattr(one, "record_past", False) is getattr(other, "record_past", False)
+        assert not any("forward" in block.__dict__ for block in model.block_list)
+
+
+def test_an_exception_leaves_the_model_as_it_was() -> None:
+    model, ids = compact("llama", {2: 1}), token_ids(1, PROMPT)
+    expected = plain(model, ids)
+
+    def fail(ids: torch.Tensor, scores: Any) -> torch.Tensor:
+        if ids.shape[1] > PROMPT + 3:
+            raise RuntimeError("stop")
+        return torch.tensor([False])
+
+    with pytest.raises(RuntimeError, match="stop"):
+        speculative(model, ids, stopping_criteria=StoppingCriteriaList([fail]))
+    assert not any("forward" in block.__dict__ for block in model.block_list)
+    assert torch.equal(plain(model, ids), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 2}, "does not go with num_beams=2"),
+        ({"num_return_sequences": 2, "do_sample": True}, "does not go with num_return_sequences=2"),
+        ({"return_dict_in_generate": True}, "does not go with return_dict_in_generate=True"),
+        ({"prompt_lookup_num_tokens": 3}, "does not go with prompt_lookup_num_tokens=3"),
+        ({"guidance_scale": 1.5}, "does not go with guidance_scale=1.5"),
+        ({"cache_implementation": "offloaded_static"}, "cannot with StaticCache as set up here"),
+        ({"cache_implementation": "offloaded"}, "cannot with DynamicCache as set up here"),
+        ({"use_cache": False}, "cannot with no cache"),
+        ({"inputs_embeds": torch.zeros(1, PROMPT, 32)}, "leave inputs_embeds out"),
+        ({"speculate": SpeculateOptions(draft_blocks=(7,))}, "names block 7, but the model has blocks 0 to 5"),
+        ({"speculate": SpeculateOptions(draft_blocks=(2,))}, "names block 2, a replica"),
+        ({"speculate": SpeculateOptions(draft_blocks=(3, 3))}, "names block 3 more than once"),
+        ({"speculate": SpeculateOptions(draft_blocks=(0, 1, 3, 4, 5))}, "leaves the draft no block"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(settings: dict[str, Any], message: str) -> None:
+    model = compact("llama", {2: 1})
+    with pytest.raises(InputError, match=message):
+        speculative(model, token_ids(1, PROMPT), **settings)
+
+
+def test_several_sequences_a_used_cache_and_a_model_without_draft_are_refused() -> None:
+    model, ids = compact("llama", {2: 1}), token_ids(2, PROMPT)
+    with pytest.raises(InputError, match="takes one sequence at a time, not 2"):
+        speculative(model, ids)
+    cache = DynamicCache(config=model.config)
+    model(ids[:1, :4], past_key_values=cache)
+    with pytest.raises(InputError, match="holds tokens that the draft has not seen"):
+        speculative(model, ids[:1], past_key_values=cache)
+    with pytest.raises(InputError, match="cannot take back tokens of a StaticSlidingWindowLayer"):
+        speculative(compact("gemma2", {2: 1}), ids[:1], cache_implementation="static")
+    with pytest.raises(InputError, match="no replicas to skip"):
+        speculative(tiny_model("llama"), ids[:1])
+    with pytest.raises(InputError, match="--draft-length 0 is too small"):
+        SpeculateOptions(draft_length=0)
+
+
+def test_stop_strings_time_and_streamers(tiny_compact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = load_model(str(tiny_compact)), load_tokenizer(str(tiny_compact))
+    ids = tokenizer("It was a dark", return_tensors="pt").input_ids
+    text = tokenizer.decode(plain(model, ids)[0, ids.shape[1] :])
+    stop = StoppingCriteriaList([StopStringCriteria(tokenizer, text[8:11])])
+    expected = plain(model, ids, stopping_criteria=stop)
+    assert expected.shape[1] < ids.shape[1] + NEW
+    streamer = TextStreamer(tokenizer, skip_prompt=True)
+    generate = partial(speculative_generate, streamer=streamer)
+    found = speculative(model, ids, stopping_criteria=stop, custom_generate=generate, streamer=streamer)
+    assert torch.equal(found, expected)
+    assert capsys.readouterr().out.strip() == tokenizer.decode(expected[0, ids.shape[1] :]).strip()
+    out_of_time = StoppingCriteriaList([MaxTimeCriteria(0.0)])
+    assert speculative(model, ids, stopping_criteria=out_of_time).shape[1] == ids.shape[1] + 1
+
+
+def test_the_command_prints_the_same_text_and_says_what_it_did(run: Run, tiny_compact: Path) -> None:
+    asked = ["generate", tiny_compact, "--prompt", "It was a dark", "--max-new-tokens", 20]
+    expected = run(*asked)
+    assert expected[0] == 0
+    for more in ([], ["--draft-length", 3], ["--draft-blocks", "3,5"], ["--prompt-lookup", 4]):
+        code, out, err = run(*asked, "--speculative", *more)
+        assert (code, out) == (0, expected[1])
+        assert "20 tokens, " in err
+        assert " block evaluations a token instead of 6" in err
+    code, out, err = run(*asked, "--speculative", "--temperature", 0.7, "--seed", 3)
+    assert (code, out) == run(*asked, "--speculative", "--temperature", 0.7, "--seed", 3)[:2]
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--draft-length", 3], "--draft-length has no effect without --speculative"),
+        (["--draft-blocks", "3"], "--draft-blocks has no effect without --speculative"),
+        (["--prompt-lookup", 3], "--prompt-lookup has no effect without --speculative"),
+        (["--speculative", "--draft-length", 0], "--draft-length 0 is too small"),
+        (["--speculative", "--draft-blocks", "a"], "--draft-blocks a cannot be read"),
+        (["--speculative", "--draft-blocks", "2"], "a replica, which the draft skips anyway"),
+    ],
+)
+def test_the_command_refuses_what_has_no_effect(run: Run, tiny_compact: Path, flags: list[Any], message: str) -> None:
+    code, _, err = run("generate", tiny_compact, "--prompt", "It", *flags)
+    assert code == 2
+    assert message in err
+
+
+def test_the_command_says_that_a_model_has_no_replicas(run: Run, tiny_source: Path) -> None:
+    code, _, err = run("generate", tiny_source, "--prompt", "It", "--speculative")
+    assert code == 2
+    assert "the model has no replicas to skip, so it has no draft" in err

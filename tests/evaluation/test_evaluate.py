@@ -1,0 +1,148 @@
+"""Models side by side: what is shown, written and recorded, and fidelity to a source."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import Run
+from flexigpt import EvalOptions, evaluate
+from flexigpt.evaluation.fidelity import measure_fidelity
+from flexigpt.record import evaluation_rows
+from flexigpt.record.tables import merged
+from flexigpt.text import tokenize_text
+
+SAMPLES = Path(__file__).parents[2] / "examples" / "benchmarks"
+
+
+@pytest.fixture
+def compact(tiny_compact: Path, tmp_path: Path) -> Path:
+    """A copy to record in."""
+    return Path(shutil.copytree(tiny_compact, tmp_path / "compact"))
+
+
+def section(card: str) -> list[list[str]]:
+    """The rows of the card's evaluation, each as its cells."""
+    assert card.count("## Evaluation\n") == 1
+    lines = card.partition("## Evaluation\n")[2].partition("\n## ")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+
+
+def test_models_stand_side_by_side_and_each_is_what_it_is_alone(
+    tiny_source: Path, tiny_compact: Path, text: Path
+) -> None:
+    options = EvalOptions(perplexity=str(text), window_length=64)
+    both = evaluate([str(tiny_compact), str(tiny_source)], options)
+    assert [model["name"] for model in both["models"]] == [str(tiny_compact), str(tiny_source)]
+    assert both["models"] == [evaluate(str(m), options)["models"][0] for m in (tiny_compact, tiny_source)]
+    for model, folder in zip(both["models"], (tiny_compact, tiny_source), strict=True):
+        stored = AutoModelForCausalLM.from_pretrained(folder).num_parameters()
+        assert (model["parameters"], model["bytes"]) == (stored, 4 * stored)
+    assert both["dtype"] == "float32"
+    assert set(both["versions"]) == {"flexigpt", "torch", "transformers", "lm_eval", "datasets"}
+    headings, rows = evaluation_rows(both)
+    assert headings == ["", "compact", "source"]
+    shown = {row[0]: row[2] for row in rows}["perplexity"]
+    assert shown == f"{both['models'][1]['perplexity']['perplexity']:.4f}"
+    json.dumps(both)
+
+
+def test_another_model_has_another_revision(tiny_source: Path, tiny_compact: Path, text: Path) -> None:
+    options = EvalOptions(perplexity=str(text), window_length=64)
+    first, second = (model["revision"] for model in evaluate([str(tiny_source), str(tiny_compact)], options)["models"])
+    assert first != second
+    assert evaluate(str(tiny_source), options)["models"][0]["revision"] == first
+
+
+def test_against_measures_fidelity_to_the_source(tiny_source: Path, tiny_compact: Path, text: Path, run: Run) -> None:
+    arguments = (
+        "eval",
+        tiny_compact,
+        tiny_source,
+        "--perplexity",
+        text,
+        "--window-length",
+        "64",
+        "--against",
+        tiny_source,
+    )
+    code, printed, _ = run(*arguments, "--json")
+    assert code == 0
+    compact, source = (model["fidelity"] for model in json.loads(printed)["models"])
+    tokens = tokenize_text(str(text), AutoTokenizer.from_pretrained(tiny_source), column="text", window_length=64)
+    models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (tiny_compact, tiny_source)]
+    expected = measure_fidelity(*models, tokens, window_length=64, against=str(tiny_source))
+    assert compact == json.loads(json.dumps(expected))
+    assert compact["divergence"] > 0
+    assert (source["divergence"], source["agreement"]) == (pytest.approx(0, abs=1e-6), 1)
+    printed = run(*arguments)[1]
+    for shown in (
+        f"{compact['divergence']:.4f}",
+        f"{100 * compact['agreement']:.2f}",
+        "100.00",
+        "divergence from source",
+    ):
+        assert shown in printed
+
+
+def test_the_result_is_written_in_the_form_that_the_file_says(
+    run: Run, tiny_source: Path, text: Path, tmp_path: Path
+) -> None:
+    asked = ("eval", tiny_source, "--perplexity", text, "--window-length", "64")
+    code, printed, _ = run(*asked, "--json", "--output", tmp_path / "new" / "result.md")
+    assert code == 0
+    table = (tmp_path / "new" / "result.md").read_text()
+    assert f"| {json.loads(printed)['models'][0]['perplexity']['perplexity']:.4f} |" in table
+    code, printed, _ = run(*asked, "--markdown", "--output", tmp_path / "new" / "result.json")
+    assert (code, printed) == (0, table)
+    assert json.loads((tmp_path / "new" / "result.json").read_text())["command"].startswith("flexigpt eval ")
+    assert run(*asked, "--output", tmp_path / "new" / "result.md")[0] == 2
+    assert run(*asked, "--output", tmp_path / "new" / "result.md", "--overwrite")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["result.json", "result.md"]
+
+
+def test_what_is_recorded_adds_up_in_the_folder_and_in_the_card(
+    run: Run, compact: Path, tiny_source: Path, text: Path
+) -> None:
+    before = (compact / "README.md").read_text()
+    tasks = ("--include-path", SAMPLES, "--limit", "4", "--tasks")
+    assert run("eval", compact, tiny_source, "--perplexity", text, "--window-length", "64", "--record")[0] == 0
+    assert run("eval", compact, *tasks, "arc_easy_sample", "--record")[0] == 0
+    assert run("eval", compact, *tasks, "piqa_sample", "--record")[0] == 0
+    recorded = json.loads((compact / "evaluation.json").read_text())
+    ours, source = recorded["models"]
+    assert list(ours["tasks"]) == ["arc_easy_sample", "piqa_sample"]
+    assert ours["tasks_mean"] == pytest.approx(sum(task["value"] for task in ours["tasks"].values()) / 2)
+    assert "perplexity" in source
+    assert "tasks" not in source
+    assert len(recorded["command"].splitlines()) == 3
+    card = (compact / "README.md").read_text()
+    rows = {row[0]: row[1:] for row in section(card)}
+    assert rows["perplexity"] == [f"{model['perplexity']['perplexity']:.4f}" for model in (ours, source)]
+    assert rows["mean of the tasks, %"] == [f"{100 * ours['tasks_mean']:.2f}", ""]
+    left = card.partition("## Evaluation\n")
+    assert left[0] + "## Origin" + left[2].partition("## Origin")[2] == before
+    # The same measure again takes the place of the first.
+    assert run("eval", compact, "--perplexity", text, "--window-length", "32", "--record")[0] == 0
+    again = json.loads((compact / "evaluation.json").read_text())["models"][0]
+    assert (again["perplexity"]["window_length"], list(again["tasks"])) == (32, list(ours["tasks"]))
+
+
+def test_what_others_measured_under_other_conditions_does_not_stand_beside(tiny_source: Path, text: Path) -> None:
+    new = evaluate(str(tiny_source), EvalOptions(perplexity=str(text), window_length=64))
+    task = {"metric": "acc", "value": 0.5, "stderr": None, "samples": 4, "num_fewshot": 0, "version": 1, "metrics": {}}
+    model = {**new["models"][0], "tasks": {"piqa": task}}
+    assert merged(new | {"models": [model]}, new)["models"] == [model | {"tasks_mean": 0.5}]
+    assert merged(new | {"models": [model | {"revision": "other"}]}, new)["models"] == new["models"]
+    for changed in ({"dtype": "bfloat16"}, {"device": "another"}, {"versions": {"torch": "1.0"}}):
+        assert merged(new | {"models": [model]} | changed, new)["models"] == new["models"]
+
+
+def test_a_damaged_record_is_told_and_left(run: Run, compact: Path, text: Path) -> None:
+    (compact / "evaluation.json").write_text("{")
+    code, _, errors = run("eval", compact, "--perplexity", text, "--window-length", "64", "--record")
+    assert code == 2
+    assert "evaluation.json cannot be read: remove it, and record anew" in errors
+    assert (compact / "evaluation.json").read_text() == "{"

@@ -1,0 +1,59 @@
+"""Half precision on a CPU: near what float32 gives, rounded as hardware rounds."""
+
+import pytest
+import torch
+
+from families import FAMILIES, tiny_model, token_ids
+from flexigpt.model import fast_half
+from flexigpt.model import run as half_precision
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the CPU, it counts as one without half-precision products."""
+    monkeypatch.setattr(half_precision, "_WITHOUT_KERNELS", torch.backends.cpu.get_cpu_capability())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_product_is_that_of_float32_rounded_once(without_kernels: None, dtype: torch.dtype) -> None:
+    model = tiny_model("llama", dtype)
+    x, weight = (torch.randn(8, 64, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (0, 1))
+    with fast_half(model):
+        found = torch.nn.functional.linear(x, weight)
+    assert found.dtype == dtype
+    assert torch.equal(found, (x.double() @ weight.double().T).float().to(dtype))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_logits_are_as_near_to_float32_as_torchs_own(without_kernels: None, family: str) -> None:
+    model, ids = tiny_model(family, torch.bfloat16), token_ids()
+    exact = tiny_model(family, torch.bfloat16).double()(ids).logits
+    plain = model(ids).logits
+    with fast_half(model):
+        fast = model(ids).logits
+    assert fast.dtype == plain.dtype
+    assert (fast - exact).norm() <= 1.3 * (plain - exact).norm()
+
+
+def test_float32_is_left_alone(without_kernels: None) -> None:
+    model, ids = tiny_model("llama"), token_ids()
+    expected = model(ids).logits
+    with fast_half(model):
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_cpu_with_kernels_computes_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(half_precision, "_WITHOUT_KERNELS", "some other CPU")
+    model, ids = tiny_model("llama", torch.bfloat16), token_ids()
+    expected = model(ids).logits
+    with fast_half(model):
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_gradients_flow(without_kernels: None) -> None:
+    model, ids = tiny_model("llama", torch.bfloat16), token_ids()
+    with fast_half(model):
+        model(ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -1,0 +1,82 @@
+"""What a run takes, told before it starts, against what it then takes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import Run
+from flexigpt import PRESETS, BaselineOptions, InputError, PruneOptions
+from flexigpt.cli.console import tell_estimate
+from flexigpt.pruning import Estimate, expected
+from flexigpt.pruning import expected_removal as expected_of_removal
+
+
+def bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def test_bytes_written_are_those_of_the_checkpoint(
+    tiny_source: Path, text: Path, tmp_path: Path, run: Run, single: Path
+) -> None:
+    """But for the files' headers, and a rank or two that the spread ones leave over."""
+    settings = {"ratio": 0.4, "calibration": str(text), "window_length": 64, "windows": 8}
+    told = expected(str(tiny_source), PruneOptions(rank=3, **settings, **PRESETS["fitted"]))
+    options = ["--ratio", 0.4, "--calibration", text, "--window-length", 64, "--windows", 8]
+    code, _, errors = run("prune", tiny_source, tmp_path / "out", *options, "--rank", 3)
+    assert code == 0
+    assert told.line().split(",")[0] in errors
+    assert -2_000 < bytes_of(tmp_path / "out") - told.written < 20_000
+    removal = expected_of_removal(str(tiny_source), BaselineOptions(**settings))
+    assert run("baseline", tiny_source, tmp_path / "shorter", *options)[0] == 0
+    assert 0 < bytes_of(tmp_path / "shorter") - removal.written < 20_000
+    assert expected(str(tiny_source), PruneOptions(rank=3, **settings), plan_only=True).written == 0
+
+
+def test_more_work_is_told_as_more(tiny_source: Path, text: Path) -> None:
+    def told(**options: object) -> Estimate:
+        return expected(str(tiny_source), PruneOptions(**options))
+
+    calibrated = {"ratio": 0.4, "calibration": str(text), "window_length": 64, "windows": 8}
+    most = told(**calibrated, adapter_init="activation")
+    assert told(blocks=[2]).read < told(**calibrated).read
+    assert told(blocks=[2]).seconds < most.seconds
+    assert told(**calibrated | {"memory": "64KIB"}).scratch >= 8 * 64 * 32 * 4  # hidden states in a file
+    assert "GB of memory" in most.line() or "MB of memory" in most.line()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak where Linux tells it")
+def test_memory_stays_below_what_was_told(example: Path, tmp_path: Path) -> None:
+    """Of a process that prunes the shipped model; most of it is Python and torch."""
+    options = ["--ratio", "0.3", "--calibration", str(example / "calibration.jsonl"), "--windows", "4"]
+    code = (
+        "import sys; from pathlib import Path; from flexigpt.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        # Not ru_maxrss: what the process that forked this one held counts there.
+        "finally: print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0], file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code, "prune", str(example), str(tmp_path / "out"), *options]
+    environment = os.environ | {"FLEXIGPT_CACHE": str(tmp_path / "cache")}
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    peak = 1024 * int(ran.stderr.splitlines()[-1])
+    told = expected(str(example), PruneOptions(ratio=0.3, windows=4)).memory
+    assert 0.3 * told < peak < 1.3 * told
+
+
+@pytest.mark.parametrize(
+    ("needs", "reason"),
+    [({"written": 10**18}, "the checkpoint needs"), ({"scratch": 10**18}, "scratch files in --cache need")],
+)
+def test_a_disk_that_is_too_small_is_told_before_the_work(tmp_path: Path, needs: dict[str, int], reason: str) -> None:
+    estimate = Estimate(**{"read": 1, "written": 1, "scratch": 1, "memory": 1, "seconds": 1.0} | needs)
+    with pytest.raises(InputError, match=reason):
+        tell_estimate(estimate, tmp_path / "out", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(0.2, "1 s,"), (59.4, "59 s,"), (61, "1 min,"), (3600, "1 h 0 min,"), (9000, "2 h 30 min,")]
+)
+def test_times_are_told_as_people_tell_them(seconds: float, told: str) -> None:
+    assert told in Estimate(read=1, written=1, scratch=0, memory=1, seconds=seconds).line()

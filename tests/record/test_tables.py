@@ -1,0 +1,87 @@
+"""Tables and model cards of records that are no pruning's: training, of a compact and of an ordinary model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexigpt import BaselineOptions, PruneOptions, baseline, prune, write_checkpoint
+from flexigpt.record import find_in, notes, plan_rows, result_tables
+from flexigpt.record.tables import cost_rows
+
+SIZE = {"parameters": 2000, "bytes": 8000}
+
+
+def recovered(**more: Any) -> dict[str, Any]:
+    """The least that a record of recovery holds."""
+    return {
+        "source_name": "someone/pruned",
+        "versions": {"flexigpt": "1"},
+        "options": {"data": "novels.jsonl"},
+        "compared": ["before", "after"],
+        "before": SIZE,
+        "after": SIZE,
+        "recovery": {"tokens": 12_345, "steps": 67, "train": "adapters"},
+    } | more
+
+
+PERPLEXITY: dict[str, Any] = {
+    "text": "validation.jsonl",
+    "before": {"perplexity": 40.0, "tokens": 900, "window_length": 64},
+    "after": {"perplexity": 30.0, "tokens": 900, "window_length": 64},
+}
+
+
+def test_the_cost_of_training_stands_between_before_and_after() -> None:
+    headings, rows = cost_rows(recovered(perplexity=PERPLEXITY))
+    assert headings == ["", "before", "after", "of before"]
+    assert rows[0] == ["stored parameters", "2,000", "2,000", "100.0%"]
+    assert rows[-1] == ["perplexity", "40.00", "30.00", "75.0%"]
+    assert len(cost_rows(recovered())[1]) == 2
+
+
+def test_a_trained_models_notes_say_on_what_and_claim_no_lack_of_training() -> None:
+    trained, measured = notes(recovered(perplexity=PERPLEXITY))
+    assert trained == "trained (adapters) on 12,345 tokens of novels.jsonl in 67 steps"
+    assert measured == "perplexity per token on 900 tokens of validation.jsonl, windows of 64 without overlap"
+
+
+@pytest.mark.parametrize("output_norm", [True, False])
+def test_a_trained_compact_model_has_a_card_with_its_plan(tiny_source: Path, tmp_path: Path, output_norm: bool) -> None:
+    model, _, _ = prune(str(tiny_source), PruneOptions(blocks=[2], rank=4, output_norm=output_norm))
+    write_checkpoint(tmp_path / "out", model, recovered(perplexity=PERPLEXITY), source=str(tiny_source))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# pruned, compact" in card
+    assert "base_model: someone/pruned" in card
+    assert "1 of 6 blocks are replicas" in card
+    assert f"adapters of rank 4{', output norms' if output_norm else ''} |" in card
+    assert ("output norm" in card) == output_norm
+    assert card.count("\nTrained (adapters) on 12,345 tokens of novels.jsonl in 67 steps.\n") == 1
+    assert len(result_tables(model.config, recovered())) == 2
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_trained_ordinary_model_has_a_card_without_one(tiny_source: Path, tmp_path: Path, told: bool) -> None:
+    model, _, removal = baseline(str(tiny_source), BaselineOptions(blocks=[2]))
+    record = recovered(**({"origin": removal} if told else {}))
+    write_checkpoint(tmp_path / "out", model, record, source=str(tiny_source))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("# pruned, shorter" if told else "# pruned, trained") in card
+    assert ("Removed: 2 of the 6 blocks of source." in card) == told
+    assert ("## Blocks" in card) == told
+    assert "Trained (adapters) on 12,345 tokens" in card
+    assert "trust_remote_code" not in card
+    assert "replica" not in card
+    assert len(result_tables(model.config, record)) == 1 + told
+
+
+def test_what_the_origins_origin_tells_is_found(tiny_source: Path, text: Path) -> None:
+    """Training twice does not lose the scores by which the plan was made."""
+    options = PruneOptions(ratio=0.4, rank=4, calibration=str(text), window_length=64, windows=4)
+    _, plan, pruning = prune(str(tiny_source), options)
+    record = recovered(origin=recovered(origin=pruning))
+    assert plan_rows(plan, record) == plan_rows(plan, pruning)
+    assert "influence" in plan_rows(plan, record)[0]
+    assert notes(record)[0] == f"influence on 4 windows of 64 tokens of {text}"
+    assert find_in(record, "compared") == ["before", "after"]
+    assert find_in(record, "removed") is None

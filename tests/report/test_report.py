@@ -1,0 +1,297 @@
+"""Reports as a reader meets them: what they show is what was recorded, and nothing else is touched."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+
+from conftest import Run
+from flexigpt import (
+    BaselineOptions,
+    EvalOptions,
+    InputError,
+    PruneOptions,
+    RecoverOptions,
+    baseline,
+    evaluate,
+    plan_only,
+    prune,
+    recover,
+    report,
+    write_checkpoint,
+)
+from flexigpt.record import record_evaluation, write_plan
+from web_page import Page
+
+CHOOSING: dict[str, Any] = {"ratio": 0.4, "windows": 4, "window_length": 64}
+COMMAND = "flexigpt prune '<script>alert(1)</script>' out"
+
+
+@pytest.fixture(scope="module")
+def made(tiny_source: Path, text: Path, single: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Real checkpoints: pruned with all distances, that one recovered and evaluated, and plain removal recovered."""
+    folder = tmp_path_factory.mktemp("made")
+    out = {name: folder / name for name in ("pruned", "recovered", "shorter", "shorter-recovered", "planned")}
+    texts = CHOOSING | {"calibration": str(text), "perplexity": str(single)}
+    more: dict[str, Any] = {"rank": 4, "compare_distances": ("full-rank", "frobenius")}
+    model, _, record = prune(str(tiny_source), PruneOptions(**texts, **more))
+    write_checkpoint(out["pruned"], model, record | {"command": COMMAND}, source=str(tiny_source))
+    shorter, _, record = baseline(str(tiny_source), BaselineOptions(**texts))
+    write_checkpoint(out["shorter"], shorter, record, source=str(tiny_source))
+    plan, record = plan_only(str(tiny_source), PruneOptions(**CHOOSING, calibration=str(text), rank=4))
+    write_plan(out["planned"], plan, record)
+    training = RecoverOptions(
+        data=str(text), tokens="1536", window_length=64, batch_tokens=128, perplexity=str(single), eval_every=4
+    )
+    for source, target in (("pruned", "recovered"), ("shorter", "shorter-recovered")):
+        recover(str(out[source]), out[target], training)
+    names = [str(tiny_source), str(out["recovered"])]
+    options = EvalOptions(perplexity=str(single), window_length=64, against=str(tiny_source))
+    record_evaluation(out["recovered"], evaluate(names, options))
+    return out
+
+
+def read(folder: Path, name: str = "record.json") -> Any:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def recovered_page(made: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return Page(report([made["recovered"]], tmp_path_factory.mktemp("report")).read_text(encoding="utf-8"))
+
+
+def shown(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def test_the_page_is_whole_and_loads_nothing(recovered_page: Page, made: dict[str, Path]) -> None:
+    page = recovered_page
+    assert page.text.startswith("<!DOCTYPE html>")
+    assert {"script", "link", "iframe", "img", "object", "image", "use"} & set(page.tags) <= {"use"}
+    assert page.references
+    inside = {f"#{name}" for name in page.ids}
+    assert set(page.references) <= inside
+    assert not re.search(r"@import|@font-face|\burl\((?!#)", page.text)
+    assert all(place in page.ids for place in re.findall(r"url\(#([^)]+)\)", page.text))
+    assert set(re.findall(r"https?://[\w./]+", page.text)) == {"http://www.w3.org/2000/svg"}
+    assert "default-src 'none'" in page.text
+    assert "prefers-color-scheme: dark" in page.text
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    assert len(page.figures) == 8
+    for figure in page.figures:
+        assert figure.get("role") == "img"
+        assert figure.get("aria-label")
+        assert not re.search(r"#[0-9a-f]{6}\b", "".join(figure.itertext()) + str([e.attrib for e in figure.iter()]))
+
+
+def test_the_tables_hold_what_was_recorded(recovered_page: Page, made: dict[str, Path]) -> None:
+    page, record = recovered_page, read(made["recovered"])
+    origin = record["origin"]
+    gone = [row["block"] for row in read(made["recovered"], "config.json")["replicas"]]
+    bases = {str(row["block"]): str(row["base"]) for row in read(made["recovered"], "config.json")["replicas"]}
+    assert page.column("influence of each block", "influence") == [shown(score) for score in origin["scores"]]
+    assert page.column("influence of each block", "became") == [
+        "pruned" if block in gone else "kept" for block in range(6)
+    ]
+    measured = {"low-rank": origin["distances"]} | origin["compared_distances"]
+    assert list(measured) == ["low-rank", "full-rank", "frobenius"]
+    for name, rows in measured.items():
+        headings, *cells = page.tables[f"{name} distance, the base marked"]
+        assert {row[0]: dict(zip(headings[1:], row[1:], strict=True)) for row in cells} == {
+            block: {candidate: shown(value) for candidate, value in row.items()} for block, row in rows.items()
+        }
+    marked = re.findall(r'<th scope="row">(\d)</th>((?:(?!</tr>).)*)', page.text)
+    assert sum('class="least"' in row for _, row in marked) == 3 * len(gone)
+    assert [row[:1] + row[2:3] for row in page.tables["What became of each block"][1:] if row[2]] == [
+        [block, base] for block, base in bases.items()
+    ]
+    for row in page.tables["Share mended by rank"][1:]:
+        spectrum = origin["adapter_spectra"][row[0]][row[1]]
+        assert row[2:] == [f"{r}: {s:.1%}" for r, s in zip(spectrum["ranks"], spectrum["mended"], strict=True)]
+    assert page.column("Stored MB by part", "recovered")[-1] == f"{record['after']['parameters']:,}"
+    assert page.column("Stored MB by part", "source")[-2] == f"{origin['source']['bytes'] / 1e6:.2f}"
+    (row,) = page.tables["Recovery training"][1:]
+    before, after = (f"{record['perplexity'][name]['perplexity']:.2f}" for name in ("before", "after"))
+    assert row[:6] == ["recovered", "replicas+kept", "1,536", "12", before, after]
+    assert page.column("Options of the recovery", "option") == list(record["options"])
+    assert page.column("Options of the pruning or extension", "value")[0] == str(origin["options"]["ratio"])
+    assert str(origin["calibration"]["text"]) in page.prose
+
+
+def test_the_evaluation_is_a_table_side_by_side(recovered_page: Page, made: dict[str, Path]) -> None:
+    models = read(made["recovered"], "evaluation.json")["models"]
+    headings, *rows = recovered_page.tables["Models side by side"]
+    assert headings == ["", "source", "recovered"]
+    cells = {row[0]: row[1:] for row in rows}
+    assert cells["perplexity"] == [f"{model['perplexity']['perplexity']:.4f}" for model in models]
+    assert cells["divergence"][-1] == f"{models[1]['fidelity']['divergence']:.4f}"
+
+
+def test_the_head_says_what_it_is_and_what_it_cost(recovered_page: Page, made: dict[str, Path]) -> None:
+    record = read(made["recovered"])
+    assert "source, compact: 2 of 6 blocks are replicas of kept ones, after recovery training." in recovered_page.prose
+    assert f"{record['after']['bytes'] / 1e6:.2f} MB" in recovered_page.prose
+    assert f"{record['perplexity']['after']['perplexity']:.2f}" in recovered_page.prose
+    assert f"{record['origin']['perplexity']['source']['perplexity']:.2f} source" in recovered_page.prose
+    assert f"torch {record['versions']['torch']}" in recovered_page.prose
+
+
+def test_the_same_records_give_the_same_bytes_whatever_matplotlib_is_set_to(
+    made: dict[str, Path], tmp_path: Path
+) -> None:
+    first = report([made["planned"]], tmp_path / "first")
+    before = dict(matplotlib.rcParams)
+    with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "text.usetex": True, "svg.hashsalt": "other"}):
+        second = report([made["planned"]], tmp_path / "second")
+    assert dict(matplotlib.rcParams) == before
+    assert first.read_bytes() == second.read_bytes()
+    pictures = sorted((tmp_path / "first" / "figures").iterdir())
+    assert [path.name for path in pictures] == [f"{name}.png" for name in ("distances", "influence", "plan")]
+    for picture in pictures:
+        assert picture.read_bytes() == (tmp_path / "second" / "figures" / picture.name).read_bytes()
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_are_text_and_never_markup(made: dict[str, Path], tmp_path: Path) -> None:
+    hostile = '<img src=x onerror="alert(1)">&amp; $x_1$ _模'
+    folder = tmp_path / hostile
+    folder.mkdir()
+    record = read(made["recovered"])
+    record["command"] = record["origin"]["command"] = COMMAND
+    record["origin"]["calibration"]["text"] = record["source_name"] = record["origin"]["source_name"] = hostile
+    record["versions"][hostile] = record["options"][hostile] = hostile
+    record["origin"]["adapter_spectra"]["9"] = {hostile: {"ranks": [1], "mended": [0.5]}}
+    (folder / "record.json").write_text(json.dumps(record))
+    evaluation = read(made["recovered"], "evaluation.json")
+    evaluation["models"][1]["name"] = evaluation["models"][1]["fidelity"]["against"] = hostile
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    page = Page(report([folder, made["planned"]], tmp_path / "out").read_text(encoding="utf-8"))
+    assert not {"script", "img"} & set(page.tags)
+    assert page.prose.count(hostile) > 8
+    assert COMMAND in page.prose
+    assert sum(hostile in "".join(figure.itertext()) for figure in page.figures) >= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("planned", ["No sizes were recorded: --plan-only makes no model", "--compare-distances full-rank,frobenius"]),
+        ("pruned", ["flexigpt recover trains a model back", "flexigpt eval --record writes one"]),
+        ("shorter", ["Plain removal needs no base", "Plain removal has no adapters", "Nothing stands in for"]),
+    ],
+)
+def test_what_is_not_there_is_said_with_what_records_it(
+    made: dict[str, Path], tmp_path: Path, name: str, said: list[str]
+) -> None:
+    page = Page(report([made[name]], tmp_path).read_text(encoding="utf-8"))
+    for line in said:
+        assert line in page.prose
+
+
+def test_a_model_whose_blocks_were_given_has_a_page(tiny_compact: Path, run: Run, tmp_path: Path) -> None:
+    code, printed, errors = run("report", tiny_compact, "--out", tmp_path / "page.html")
+    assert (code, errors) == (0, "")
+    assert printed == f"report written to {tmp_path / 'page.html'}, its figures to {tmp_path / 'figures'}\n"
+    assert "No block score was recorded" in Page((tmp_path / "page.html").read_text(encoding="utf-8")).prose
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures", "page.html"]
+
+
+def test_several_models_stand_side_by_side(made: dict[str, Path], tmp_path: Path) -> None:
+    page = Page(report([made["recovered"], made["shorter-recovered"]], tmp_path).read_text(encoding="utf-8"))
+    assert [row[0] for row in page.tables["Recovery training"][1:]] == ["recovered", "shorter-recovered"]
+    names = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert "recovery.png" in names
+    assert "1-recovered-plan.png" in names
+    assert "2-shorter-recovered-influence.png" in names
+
+
+def test_a_report_replaces_an_earlier_one_with_all_its_figures(made: dict[str, Path], tmp_path: Path) -> None:
+    page = report([made["planned"]], tmp_path)
+    stale = tmp_path / "figures" / "stale.png"
+    stale.write_bytes((tmp_path / "figures" / "plan.png").read_bytes())
+    page.write_text(page.read_text(encoding="utf-8").replace("<h1>", "<h1>old "), encoding="utf-8")
+    report([made["planned"]], tmp_path)
+    assert not stale.exists()
+    assert "<h1>old" not in page.read_text(encoding="utf-8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures", "report.html"]
+
+
+def spoil(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        record = read(folder)
+        edit(record)
+        (folder / "record.json").write_text(json.dumps(record))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda folder: (folder / "record.json").unlink(), "holds no record.json: give a checkpoint or plan folder"),
+        (lambda folder: (folder / "record.json").write_text("{"), "record.json is not JSON"),
+        (lambda folder: (folder / "record.json").write_text("[" * 100_000), "record.json is not JSON"),
+        (lambda folder: (folder / "record.json").write_bytes(b"\xff"), "record.json is not JSON"),
+        (lambda folder: (folder / "record.json").write_text("[]"), r"record.json is \[\], not a mapping"),
+        (spoil(lambda record: record.update(format=2)), "record.json has format 2, this flexigpt reads 1: upgrade"),
+        (spoil(lambda record: record.update(scores="low")), "record.json: scores is 'low', not a list"),
+        (spoil(lambda record: record["scores"].append("x")), "record.json: scores.6 is 'x', not a number"),
+        (spoil(lambda record: record["scores"].append(True)), "scores.6 is True, not a number"),
+        (spoil(lambda record: record.pop("versions")), "record.json: versions is not there"),
+        (spoil(lambda record: record["distances"].update(x={})), "distances.'x' is not the number of a block"),
+        (spoil(lambda record: record["distances"].update({"77": {}})), "a block that is not there"),
+        (spoil(lambda record: record.pop("base_distance")), "has distances but no base_distance"),
+        (spoil(lambda record: record.pop("compact")), "record.json: compact is None, not a mapping"),
+        (spoil(lambda record: record["perplexity"].pop("source")), "perplexity.source is None, not a mapping"),
+        (spoil(lambda record: record.update(origin={"format": 9})), "record.json: origin has format 9"),
+        (lambda folder: (folder / "evaluation.json").write_text('{"format": 1}'), "evaluation.json: versions is not"),
+        (lambda folder: (folder / "evaluation.json").write_text('{"format": 2}'), "evaluation.json has format 2"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot be opened"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_one_line(
+    made: dict[str, Path], run: Run, tmp_path: Path, change: Callable[[Path], object], reason: str
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("record.json", "config.json"):
+        (folder / name).write_bytes((made["pruned"] / name).read_bytes())
+    change(folder)
+    before = sorted(tmp_path.rglob("*"))
+    code, printed, errors = run("report", folder)
+    assert (code, printed) == (2, "")
+    assert re.fullmatch(rf"flexigpt: .*{reason}.*\n", errors), errors
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_places_that_cannot_be_written_to_or_hold_something_else_are_refused(
+    made: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = made["pruned"]
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "a" / "figures").mkdir(parents=True)
+    (tmp_path / "a" / "figures" / "holiday.png").write_bytes(b"\x89PNG mine")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "report.html").write_text("<html>mine</html>")
+    (tmp_path / "c.html").mkdir()
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    for out, reason in (
+        (tmp_path / "file", "file is no folder that can be written to"),
+        (tmp_path / "a", "holiday.png was not written by flexigpt report"),
+        (tmp_path / "b", "report.html was not written by flexigpt report"),
+        (tmp_path / "c.html", "c.html was not written by flexigpt report"),
+        (tmp_path / "file" / "page.html", "file is no folder that can be written to"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            report([folder], out)
+    with pytest.raises(InputError, match="--out"):
+        report([folder, made["shorter"]])
+    with pytest.raises(InputError, match="names a folder twice"):
+        report([folder, folder], tmp_path / "d")
+    with pytest.raises(InputError, match="nowhere is no folder"):
+        report([tmp_path / "nowhere"])
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before

@@ -1,0 +1,387 @@
+"""The compact checkpoint on disk: who can open it, what it holds, and what happens when writing fails."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from families import tiny_model, token_ids
+from flexigpt import FlexiGPTForCausalLM, InputError, Plan, PruneOptions, Replica, prune, write_checkpoint
+from flexigpt.model.build import compact_of
+from flexigpt.replicas.initialization import initialize_replicas
+from flexigpt.runtime import check_output, check_space, find_device, replaced_folder
+from flexigpt.weights import StreamedModel, check_finite, load_model, load_tokenizer, open_empty, read_config
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model, _, record = prune(str(tiny_source), PruneOptions(blocks=(2, 4), rank=4))
+    out = tmp_path_factory.mktemp("checkpoint") / "out"
+    write_checkpoint(out, model, record, source=str(tiny_source))
+    return out
+
+
+def run_python(code: str, *arguments: str, modules: Path) -> subprocess.CompletedProcess[str]:
+    """A fresh process in which flexigpt cannot be imported."""
+    blocked = f"import sys; sys.modules['flexigpt'] = None\n{code}"
+    environment = os.environ | {"HF_MODULES_CACHE": str(modules)}
+    command = [sys.executable, "-c", blocked, *arguments]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+    )
+
+
+def test_it_holds_what_a_hugging_face_folder_holds(checkpoint: Path) -> None:
+    assert {file.name for file in checkpoint.iterdir()} == {
+        "config.json",
+        "configuration_flexigpt.py",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_flexigpt.py",
+        "plan.png",
+        "README.md",
+        "record.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    modes = {file.stat().st_mode & 0o777 for file in checkpoint.iterdir()}
+    assert len(modes) == 1
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert config["model_type"] == "flexigpt"
+    assert config["format_version"] == 1
+    assert [row["block"] for row in config["replicas"]] == [2, 4]
+    assert str(Path.home()) not in json.dumps(config)
+    assert "/tmp" not in json.dumps(config)
+
+
+def test_each_tensor_is_stored_once(checkpoint: Path) -> None:
+    with safe_open(checkpoint / "model.safetensors", "pt") as file:
+        sizes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    loaded = load_model(str(checkpoint))
+    assert sum(torch.Size(size).numel() for size in sizes.values()) == loaded.num_parameters()
+    assert not [name for name in sizes if ".layers.2." in name and name.endswith("q_proj.weight")]
+
+
+def test_a_fresh_process_without_flexigpt_opens_it(checkpoint: Path, tmp_path: Path) -> None:
+    ids = token_ids()
+    expected = load_model(str(checkpoint))(ids).logits
+    torch.save(ids, tmp_path / "ids.pt")
+    code = """
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+AutoTokenizer.from_pretrained(sys.argv[1])
+ids = torch.load(sys.argv[2] + "/ids.pt")
+torch.save((model(ids).logits, model.generate(ids[:1], max_new_tokens=4, do_sample=False)), sys.argv[2] + "/out.pt")
+model.save_pretrained(sys.argv[2] + "/again")
+"""
+    ran = run_python(code, str(checkpoint), str(tmp_path), modules=tmp_path / "modules")
+    assert ran.returncode == 0, ran.stderr
+    logits, generated = torch.load(tmp_path / "out.pt")
+    assert torch.equal(logits, expected)
+    assert generated.shape == (1, ids.shape[1] + 4)
+    again = load_model(str(tmp_path / "again"))  # saved by the remote code, opened by the package
+    assert torch.equal(again(ids).logits, expected)
+
+
+def test_without_trust_it_is_a_loud_error(checkpoint: Path, tmp_path: Path) -> None:
+    code = "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    ran = run_python(code, str(checkpoint), modules=tmp_path / "modules")
+    assert ran.returncode != 0
+    assert "trust_remote_code" in ran.stderr
+
+
+def test_after_importing_flexigpt_it_opens_by_itself(checkpoint: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert isinstance(model, FlexiGPTForCausalLM)
+    assert model.config.vocab_size == 4096
+    assert model.config.hidden_size == 32
+    assert model.config.get_text_config().num_hidden_layers == 6
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = model.config.nonsense
+
+
+def test_large_checkpoints_are_sharded(tiny_source: Path, checkpoint: Path, tmp_path: Path) -> None:
+    model, _, record = prune(str(tiny_source), PruneOptions(blocks=(2, 4), rank=4))
+    write_checkpoint(tmp_path / "out", model, record, max_shard_size="300KB")
+    shards = sorted(tmp_path.glob("out/model-*.safetensors"))
+    assert len(shards) > 1
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+    names = [name for shard in shards for name in load_file(shard)]
+    assert len(names) == len(set(names))
+    assert torch.equal(load_model(str(tmp_path / "out"))(token_ids()).logits, model(token_ids()).logits)
+
+
+def test_a_newer_format_version_is_refused_politely(checkpoint: Path, tmp_path: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text()) | {"format_version": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"format version 4, this flexigpt reads versions up to 3: upgrade flexigpt"):
+        read_config(str(tmp_path))
+
+
+def copy_with(source: Path, folder: Path, weights: dict[str, torch.Tensor]) -> str:
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_a_truncated_file_is_named(tiny_source: Path, tmp_path: Path) -> None:
+    broken = copy_with(tiny_source, tmp_path / "broken", load_file(tiny_source / "model.safetensors"))
+    file = Path(broken) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(InputError, match=r"the weights of .*broken are damaged"):
+        load_model(broken)
+
+
+def test_missing_tensors_are_not_made_up(tiny_source: Path, tmp_path: Path) -> None:
+    weights = load_file(tiny_source / "model.safetensors")
+    del weights["model.layers.3.mlp.up_proj.weight"]
+    with pytest.raises(InputError, match=r"lack 1 tensors, model\.layers\.3\.mlp\.up_proj\.weight"):
+        load_model(copy_with(tiny_source, tmp_path / "broken", weights))
+
+
+def test_tensors_without_a_place_are_not_dropped(tiny_source: Path, tmp_path: Path) -> None:
+    """A configuration with fewer blocks than the weights have would prune another model."""
+    broken = copy_with(tiny_source, tmp_path / "broken", load_file(tiny_source / "model.safetensors"))
+    config = json.loads((Path(broken) / "config.json").read_text()) | {"num_hidden_layers": 4}
+    (Path(broken) / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"no place for 14 tensors of the weights, model\.layers\.4\.mlp\.down_proj"):
+        load_model(broken)
+
+
+def test_tensors_of_another_shape_are_refused(tiny_source: Path, tmp_path: Path) -> None:
+    weights = load_file(tiny_source / "model.safetensors")
+    weights["model.layers.3.mlp.up_proj.weight"] = torch.zeros(7, 32)
+    with pytest.raises(InputError, match=r"do not fit: .*layers\.3\.mlp\.up_proj\.weight is \(7, 32\) in the file"):
+        load_model(copy_with(tiny_source, tmp_path / "broken", weights))
+
+
+def test_a_head_that_the_configuration_would_tie_away_is_refused(tiny_source: Path, tmp_path: Path) -> None:
+    broken = copy_with(tiny_source, tmp_path / "broken", load_file(tiny_source / "model.safetensors"))
+    config = json.loads((Path(broken) / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (Path(broken) / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="set tie_word_embeddings to false"):
+        load_model(broken)
+
+
+def test_the_dtype_is_read_off_the_weights_where_config_json_names_none(tiny_source: Path, tmp_path: Path) -> None:
+    weights = {name: t.to(torch.float16) for name, t in load_file(tiny_source / "model.safetensors").items()}
+    half = copy_with(tiny_source, tmp_path / "half", weights)
+    config = json.loads((Path(half) / "config.json").read_text())
+    del config["dtype"]
+    (Path(half) / "config.json").write_text(json.dumps(config))
+    assert open_empty(half).dtype == load_model(half).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("model.layers.3.mlp.up_proj.weight", "in block 3"), ("model.embed_tokens.weight", "outside the blocks")],
+)
+def test_weights_that_are_not_finite_name_the_block(name: str, where: str) -> None:
+    source = tiny_model("llama-gqa")
+    with torch.no_grad():
+        source.get_parameter(name)[0, 0] = float("nan")
+    with pytest.raises(InputError, match=f"NaN or infinity {where}"):
+        check_finite(StreamedModel(source))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (None, "config.json is not there"),
+        ("{", "cannot be opened"),
+        ('{"model_type": "nonsense"}', "nonsense"),
+        ("null", "cannot be opened"),
+        ('{"model_type": "llama", "hidden_size": "abc"}', "cannot be opened"),
+        ('{"model_type": "llama", "num_hidden_layers": 0}', "no blocks"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "cannot be"),
+        ('{"model_type": "llama", "hidden_act": "nope", "num_hidden_layers": 1}', "cannot be built"),
+        ('{"model_type": "llama", "dtype": "float99"}', "cannot be"),
+        ('{"model_type": "flexigpt"}', "cannot be"),
+        ('{"model_type": "flexigpt", "format_version": "2"}', "cannot be"),
+        (
+            '{"model_type": "flexigpt", "text_config": {"model_type": "llama", "num_hidden_layers": 2},'
+            ' "replicas": [{"block": 9, "base": 0, "rank": 1}]}',
+            "names block 9",
+        ),
+    ],
+)
+def test_folders_without_a_model_are_refused(tmp_path: Path, config: str | None, reason: str) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(InputError, match=reason) as raised:
+        open_empty(str(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_hub_model_that_cannot_be_reached_is_one_clear_line() -> None:
+    with pytest.raises(InputError, match="nobody/nothing cannot be opened") as raised:
+        read_config("nobody/nothing")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_tokenizer_is_one_clear_line(tiny_source: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_source / "config.json").read_bytes())
+    with pytest.raises(InputError, match=r"the tokenizer of .* cannot be opened"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99", "meta", ""])
+def test_devices_that_are_not_there_are_refused(device: str) -> None:
+    with pytest.raises(InputError, match="cannot be used here"):
+        find_device(device)
+
+
+def test_the_output_is_checked_before_the_work(tmp_path: Path) -> None:
+    source, full = tmp_path / "source", tmp_path / "full"
+    for folder in (source, full):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    inputs = (str(source), None, "a/hub-name")
+    check_output(tmp_path / "new" / "deep", inputs, overwrite=False)
+    (tmp_path / "empty").mkdir()
+    check_output(tmp_path / "empty", inputs, overwrite=False)
+    with pytest.raises(InputError, match="is not empty: give another folder, or --overwrite"):
+        check_output(full, inputs, overwrite=False)
+    with pytest.raises(InputError, match="was not written by flexigpt"):
+        check_output(full, inputs, overwrite=True)
+    (full / "record.json").write_text("{}")
+    check_output(full, inputs, overwrite=True)
+    for out, read in ((source, source), (tmp_path, source), (full, full / "plan.json")):
+        read.touch()
+        with pytest.raises(InputError, match=r"lies in .*, which is to be replaced"):
+            check_output(out, (str(source), read), overwrite=True)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for out, reason in (
+        (full / "config.json", "is a file"),
+        (full / "config.json" / "out", "is no folder"),
+        (tmp_path / "link", "a link to nowhere"),
+        (Path("/"), "cannot be replaced"),
+        (Path.cwd(), "cannot be replaced"),
+        (tmp_path / ("long" * 100), "cannot be written to"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            check_output(out, inputs, overwrite=True)
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with replaced_folder(out) as folder:
+        (folder / "a").write_text("first")
+    with replaced_folder(out) as folder:
+        (folder / "b").write_text("second")
+    assert [file.name for file in out.iterdir()] == ["b"]
+
+    def write_half(error: BaseException) -> None:
+        with replaced_folder(out) as folder:
+            (folder / "c").write_text("half")
+            raise error
+
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error):
+            write_half(error())
+    assert [file.name for file in out.iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_error_between_the_two_renames_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), replaced_folder(out):
+        pass
+    assert [file.name for file in out.iterdir()] == ["old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_to_a_folder_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with replaced_folder(tmp_path / "link") as folder:
+        (folder / "a").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert [file.name for file in (tmp_path / "real").iterdir()] == ["a"]
+
+
+def test_a_disk_that_is_too_small_is_told_before_writing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"MB free, the checkpoint needs 1,000,000,000,000 MB"):
+        check_space(tmp_path / "out", 10**18)
+
+
+def test_a_disk_that_fills_leaves_the_previous_checkpoint(tiny_source: Path, tmp_path: Path) -> None:
+    """A real write that fails half-way: the process may not write files above 100 KB."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "record.json").write_text("previous")
+    code = """
+import resource, sys
+from flexigpt.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+main(sys.argv[1:])
+"""
+    arguments = [
+        "prune",
+        str(tiny_source),
+        str(out),
+        "--blocks",
+        "2",
+        "--rank",
+        "4",
+        "--overwrite",
+        "--preset",
+        "paper",
+    ]
+    command = [sys.executable, "-c", code, *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr.splitlines()[-1].startswith("flexigpt: the disk of")
+    assert "Traceback" not in ran.stderr
+    assert (out / "record.json").read_text() == "previous"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_tokenizer_travels_along(checkpoint: Path, example: Path) -> None:
+    text = "It was the best of times."
+    assert AutoTokenizer.from_pretrained(checkpoint)(text) == AutoTokenizer.from_pretrained(example)(text)
+
+
+def test_the_model_card_states_plan_and_numbers(checkpoint: Path) -> None:
+    card = (checkpoint / "README.md").read_text()
+    record = json.loads((checkpoint / "record.json").read_text())
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert f"{record['compact']['parameters']:,}" in card
+    assert record["versions"]["torch"] == torch.__version__
+    assert card.count("adapters of rank 4, output norms") == 2
+
+
+def test_the_file_is_as_large_as_its_parameters(tmp_path: Path) -> None:
+    """Within 0.1 %, at the sizes where a header of some 120 bytes a tensor does not count."""
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8
+    )
+    source = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plan = Plan(num_blocks=8, replicas=(Replica(block=3, base=2, rank=32), Replica(block=5, base=2, rank=32)))
+    model = compact_of(source, plan)
+    initialize_replicas(model, source, plan, adapter_init="zero", norm_init=0.05, seed=0)
+    model.save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert 1 < size / (2 * model.num_parameters()) < 1.001
