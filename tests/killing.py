@@ -1,5 +1,6 @@
 """Commands started to be killed, and work that is killed in this process."""
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
