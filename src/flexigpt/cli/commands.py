@@ -1,6 +1,5 @@
 """Commands of baselines and training: functions that `cli.py` registers; no logic."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +7,7 @@ import typer
 
 from flexigpt.cli.console import MAX_SHARD_SIZE, OVERWRITE, Bars, print_json, stdout, tell_estimate, write_and_show
 from flexigpt.cli.options import block_numbers, field_help, parse_shard_size
-from flexigpt.decoding import BenchmarkOptions, benchmark, benchmark_markdown, benchmark_notes, benchmark_tables
+from flexigpt.decoding import BenchmarkOptions, benchmark, benchmark_notes, benchmark_tables
 from flexigpt.evaluation import EvalOptions, Evaluation, evaluate
 from flexigpt.pruning import BLOCK_SCORES, REMOVAL_SCORE, BaselineOptions, assemble_baseline, expected_removal
 from flexigpt.record import (
@@ -26,7 +25,7 @@ from flexigpt.record import (
 )
 from flexigpt.recovery import PRECISIONS, TRAIN, RecoverOptions, recover
 from flexigpt.report import FIGURES, report
-from flexigpt.runtime import InputError, check_output, launched_rank, replace_file
+from flexigpt.runtime import InputError, check_output, launched_rank
 from flexigpt.weights import load_tokenizer
 
 _BASELINE, _RECOVER = field_help(BaselineOptions), field_help(RecoverOptions)
@@ -178,48 +177,16 @@ _SIZES = ",".join(map(str, BenchmarkOptions.batch_sizes))
 def benchmark_command(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or hub name of a compact model.")],
-    against: Annotated[str, typer.Option(help=_BENCHMARK["against"], metavar="SOURCE")],
-    removal: Annotated[str | None, typer.Option(help=_BENCHMARK["removal"], metavar="DIR")] = None,
-    speculative: Annotated[bool, typer.Option("--speculative", help=_BENCHMARK["speculative"])] = False,
+    against: Annotated[str | None, typer.Option(help=_BENCHMARK["against"], metavar="SOURCE")] = None,
     batch_sizes: Annotated[str, typer.Option(help=_BENCHMARK["batch_sizes"], metavar="1,8,...")] = _SIZES,
-    prompt_tokens: Annotated[int, typer.Option(help=_BENCHMARK["prompt_tokens"])] = BenchmarkOptions.prompt_tokens,
-    new_tokens: Annotated[int, typer.Option(help=_BENCHMARK["new_tokens"])] = BenchmarkOptions.new_tokens,
-    repeats: Annotated[int, typer.Option(help=_BENCHMARK["repeats"])] = BenchmarkOptions.repeats,
-    prompt: Annotated[str | None, typer.Option(help=_BENCHMARK["prompt"], metavar="FILE")] = None,
-    cpu_time: Annotated[bool, typer.Option("--cpu-time", help=_BENCHMARK["cpu_time"])] = False,
     dtype: Annotated[str, typer.Option(help=_BENCHMARK["dtype"])] = BenchmarkOptions.dtype,
     device: Annotated[str, typer.Option(help=_BENCHMARK["device"])] = BenchmarkOptions.device,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="File to write the result to as well, by its suffix.", metavar="FILE.json|FILE.md"),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Time a compact model and its variants against its source: prefill, decoding, throughput, memory, storage."""
-    options = BenchmarkOptions(
-        against=against,
-        removal=removal,
-        speculative=speculative,
-        batch_sizes=_numbers(batch_sizes),
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        repeats=repeats,
-        prompt=prompt,
-        cpu_time=cpu_time,
-        dtype=dtype,
-        device=device,
-    )
-    if output is None and overwrite:
-        raise InputError("--overwrite has no effect without --output: leave it out")
-    if output is not None:
-        check_evaluation_file(output, overwrite)
+    """Time a model and its variants, against its source where one is given: prefill, decoding, memory, storage."""
+    options = BenchmarkOptions(against=against, batch_sizes=_numbers(batch_sizes), dtype=dtype, device=device)
     with Bars() as track:
         result = benchmark(model, options, track) | {"command": context.obj}
-    if output is not None:
-        replace_file(
-            output, benchmark_markdown(result) if output.suffix == ".md" else json.dumps(result, indent=2) + "\n"
-        )
     if as_json:
         print_json(result)
         return
