@@ -70,6 +70,32 @@ def tiny_compact(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
+Hooked = Callable[[str, str, str], dict[str, str]]
+HOOK = """
+import fnmatch, os, resource, signal, sys
+
+def hook(event, arguments):
+    names = [os.fspath(argument) for argument in arguments if isinstance(argument, str | os.PathLike)]
+    if event == {event!r} and any(fnmatch.fnmatch(name, {pattern!r}) for name in names):
+        {action}
+
+sys.addaudithook(hook)
+"""
+
+
+@pytest.fixture
+def hooked(tmp_path_factory: pytest.TempPathFactory) -> Hooked:
+    """The environment of a command to which something happens at an audit event that names something."""
+
+    def environment(event: str, pattern: str, action: str) -> dict[str, str]:
+        folder = tmp_path_factory.mktemp("hooked")
+        (folder / "sitecustomize.py").write_text(HOOK.format(event=event, pattern=pattern, action=action))
+        path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+
+    return environment
+
+
 Run = Callable[..., tuple[int, str, str]]
 
 

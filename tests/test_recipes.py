@@ -1,21 +1,17 @@
 """Recipes: the shipped ones fit the commands; a small one of our own is cached, resumed, and told what is wrong."""
 
 import json
-import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
-import threading
-import time
 from pathlib import Path
 
 import pytest
 import typer
 
-from conftest import Run
+from conftest import Hooked, Run
 from flexigpt.cli import app
 from flexigpt.errors import InputError
 from flexigpt.reproduce import ReproduceOptions, planned, reproduce
@@ -101,7 +97,9 @@ def ran(told: list[str]) -> list[str]:
     return [line.split()[1].rstrip(":") for line in told if "took" in line]
 
 
-def test_stages_run_once_for_what_they_depend_on_and_go_on_after_a_kill(mini: Path, tmp_path: Path) -> None:
+def test_stages_run_once_for_what_they_depend_on_and_go_on_after_a_kill(
+    mini: Path, tmp_path: Path, hooked: Hooked
+) -> None:
     work, killed = tmp_path / "work", tmp_path / "killed"
     told: list[str] = []
     found, folder = reproduce(mini, ReproduceOptions(work=work), told.append)
@@ -124,20 +122,14 @@ def test_stages_run_once_for_what_they_depend_on_and_go_on_after_a_kill(mini: Pa
     assert ran(told) == ["shown"]
     assert changed["rows"][1]["measured"]["times"] == 10 * loss
 
-    # The same recovery, killed as a whole after its first checkpoint; the pruned model is there already.
+    # The same recovery, killed as a whole before its second checkpoint; the pruned model is there already.
     killed.mkdir()
     for pruned in work.glob("pruned-*"):
         if pruned.is_dir():
             shutil.copytree(pruned, killed / pruned.name)
     command = [sys.executable, "-m", "flexigpt", "reproduce", str(mini), "--work", str(killed)]
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(killed.glob("recovered-*.recovery/checkpoint-*[0-9]")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    environment = hooked("os.rename", "*/checkpoint-2", "os.killpg(0, signal.SIGKILL)")
+    subprocess.run(command, env=environment, start_new_session=True, capture_output=True, check=False, timeout=300)
     assert not list(killed.glob("recovered-*/record.json"))
     told.clear()
     resumed, _ = reproduce(mini, ReproduceOptions(work=killed), told.append)
@@ -238,23 +230,19 @@ def test_a_stage_that_fails_is_told_with_its_command_its_last_line_and_its_log(
 
 
 def test_a_sigterm_reaches_the_stage(tmp_path: Path) -> None:
-    script, started, saved = tmp_path / "waits.py", tmp_path / "started", tmp_path / "saved"
+    script, saved = tmp_path / "waits.py", tmp_path / "saved"
     script.write_text(
-        "import pathlib, signal, sys, time\n"
-        f"signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path({str(saved)!r}).touch(), sys.exit(2)))\n"
-        f"pathlib.Path({str(started)!r}).touch()\n"
-        "time.sleep(60)\n"
+        "import os, pathlib, signal, sys\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])\n"
+        "print('.' * 1_000_000, file=sys.stderr)\n"  # more than a pipe holds: who reads it hears signals by then
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "signal.sigwait([signal.SIGTERM])\n"
+        f"pathlib.Path({str(saved)!r}).touch()\n"
+        "sys.exit(2)\n"
     )
     recipe = write(
         tmp_path / "shown.yaml", shown(script, "  - {label: a, stage: half}\n  - {label: b, stage: quarter}")
     )
-
-    def terminate() -> None:
-        while not started.exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=terminate, daemon=True).start()
     with pytest.raises(InputError, match="interrupted: the same command goes on from here"):
         reproduce(recipe, ReproduceOptions(work=tmp_path / "work"), print)
     assert saved.exists()
