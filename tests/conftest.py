@@ -6,7 +6,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +17,13 @@ from families import tiny_config
 from flexigpt import PruneOptions, prune, write_checkpoint
 from flexigpt.cli import main
 
-# What the tests measure is kept among themselves.
-os.environ["FLEXIGPT_CACHE"] = tempfile.mkdtemp(prefix="flexigpt-tests-")
-
 EXAMPLE = Path(__file__).parents[1] / "examples" / "novel16"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the tests measure is kept among themselves."""
+    os.environ["FLEXIGPT_CACHE"] = str(tmp_path_factory.mktemp("own-cache"))
 
 
 @pytest.fixture(scope="session")
