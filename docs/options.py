@@ -1,6 +1,6 @@
 """Writes the tables of options into the pages: between `<!-- options: COMMAND -->` and `<!-- end -->`.
 
-    python docs/options.py
+python docs/options.py
 """
 
 import dataclasses

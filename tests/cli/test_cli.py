@@ -1,13 +1,11 @@
 """The commands as a user meets them: output, exit codes, one clear line for bad input, nothing half-written."""
 
 import json
-import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import Run
+from conftest import Hooked, Run
 from flexigpt import EvalOptions, evaluate
 from flexigpt.cli.main import main
-from killing import start
+from killing import run_apart
 
 
 @pytest.fixture(scope="module")
@@ -285,39 +283,31 @@ def test_overwrite_replaces_a_checkpoint(run: Run, tiny_source: Path, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def catches(pid: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler for a signal."""
-    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    assert caught
-    return bool(int(caught[1], 16) >> (number - 1) & 1)
+@pytest.mark.parametrize(
+    ("event", "name", "how"), [("os.rename", "cache/scores-*", signal.SIGINT), ("open", "made/.out*/*", signal.SIGTERM)]
+)
+def test_an_interrupted_run_leaves_nothing(
+    hooked: Hooked, tiny_source: Path, text: Path, tmp_path: Path, event: str, name: str, how: signal.Signals
+) -> None:
+    """At the end of calibration, and where the first file of the checkpoint is opened."""
+    (tmp_path / "made").mkdir()
+    arguments = ["prune", tiny_source, tmp_path / "made" / "out", "--ratio", "0.4", "--rank", "4"]
+    arguments += ["--calibration", text, "--window-length", "64", "--windows", "4"]
+    environment = hooked(event, str(tmp_path / name), f"os.kill(os.getpid(), {how.value})") | {
+        "FLEXIGPT_CACHE": str(tmp_path / "cache")
+    }
+    ran = run_apart(environment, *arguments)
+    assert ran.returncode == 2
+    assert ran.stderr.splitlines()[-1] == "flexigpt: interrupted: nothing was written"
+    assert "Traceback" not in ran.stderr
+    assert list((tmp_path / "made").iterdir()) == []
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_nothing(example: Path, tmp_path: Path, how: signal.Signals) -> None:
-    arguments = ["prune", str(example), str(tmp_path / "out"), "--ratio", "0.3", "--window-length", "256"]
-    texts = ["--calibration", str(example / "calibration.jsonl"), "--windows", "2000"]
-    texts += ["--perplexity", str(example / "validation.jsonl")]
-    with start(*arguments, *texts) as process:
-        while not catches(process.pid, signal.SIGTERM):  # it is past its imports
-            time.sleep(0.05)
-        time.sleep(2)
-        assert process.poll() is None
-        process.send_signal(how)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert errors.splitlines()[-1] == "flexigpt: interrupted: nothing was written"
-    assert "Traceback" not in errors
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_ctrl_c_during_the_imports_is_one_line() -> None:
-    with start("inspect", "nowhere") as process:
-        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert errors == "flexigpt: interrupted: nothing was written\n"
+def test_ctrl_c_during_the_imports_is_one_line(hooked: Hooked, tiny_source: Path) -> None:
+    environment = hooked("import", "transformers", f"os.kill(os.getpid(), {signal.SIGINT.value})")
+    ran = run_apart(environment, "inspect", tiny_source)
+    assert ran.returncode == 2
+    assert ran.stderr == "flexigpt: interrupted: nothing was written\n"
 
 
 def test_a_full_disk_behind_stdout_is_one_line(tiny_source: Path) -> None:

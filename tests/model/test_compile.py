@@ -12,6 +12,12 @@ from flexigpt.replicas.initialization import initialize_replicas
 PROMPT, NEW = 9, 5
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """torch keeps what it compiled of a function, and refuses more than eight forms of it."""
+    torch._dynamo.reset()
+
+
 def compact(family: str) -> FlexiGPTForCausalLM:
     source = tiny_model(family)
     replicas = (Replica(block=2, base=1, rank=4), Replica(block=4, base=1, rank=4))
