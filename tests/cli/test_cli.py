@@ -287,7 +287,14 @@ def test_overwrite_replaces_a_checkpoint(run: Run, tiny_source: Path, tmp_path: 
     ("event", "name", "how"), [("os.rename", "cache/scores-*", signal.SIGINT), ("open", "made/.out*/*", signal.SIGTERM)]
 )
 def test_an_interrupted_run_leaves_nothing(
-    hooked: Hooked, tiny_source: Path, text: Path, tmp_path: Path, event: str, name: str, how: signal.Signals
+    hooked: Hooked,
+    tiny_source: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    event: str,
+    name: str,
+    how: signal.Signals,
 ) -> None:
     """At the end of calibration, and where the first file of the checkpoint is opened."""
     (tmp_path / "made").mkdir()
