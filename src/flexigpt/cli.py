@@ -15,7 +15,6 @@ from transformers.utils import logging as transformers_logging
 
 from flexigpt.checkpoint import load_tokenizer
 from flexigpt.cli_decoding import benchmark_command
-from flexigpt.cli_reproduce import reproduce_command
 from flexigpt.cli_results import eval_command, inspect_command, report_command
 from flexigpt.cli_training import baseline_command, recover_command
 from flexigpt.console import (
@@ -269,7 +268,6 @@ app.command("inspect")(inspect_command)
 app.command("eval")(eval_command)
 app.command("benchmark")(benchmark_command)
 app.command("report")(report_command)
-app.command("reproduce")(reproduce_command)
 
 
 @app.command("generate")

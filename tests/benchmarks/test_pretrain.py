@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "pretrain.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "pretrain.py"
 TINY = ("--blocks", "2", "--hidden-size", "64", "--intermediate-size", "64", "--window-length", "32")
 # Short enough to be quick, long enough to be killed in the third epoch.
 RUN = (
