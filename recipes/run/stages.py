@@ -91,9 +91,10 @@ def stages_of(recipe: Recipe, work: Path) -> dict[str, Stage]:
     """
     keys, folders = {"out": "{out}"}, {"out": "{out}"}
     stages: dict[str, Stage] = {}
+    content = cache(_content)  # the same files are named again and again
     for name in recipe.order():
         words = recipe.command(name, keys)
-        identity = [version("flexigpt"), words, [_content(word) for word in words[1:]]]
+        identity = [version("flexigpt"), words, [content(word) for word in words[1:]]]
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
         folder = work / f"{name}-{key}"
         command = recipe.command(name, folders | {"out": str(folder)})
@@ -104,7 +105,6 @@ def stages_of(recipe: Recipe, work: Path) -> dict[str, Stage]:
     return stages
 
 
-@cache
 def _content(word: str) -> str:
     """A hash of the file, folder or files that a word of a command names; "": it names none."""
     name = word.partition("#")[0]

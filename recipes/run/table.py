@@ -26,34 +26,40 @@ def table(recipe: Recipe, results: Results) -> Iterator[str]:
             yield f"- {column.title}: {kept} of {len(pairs)} pairs of rows stand in the paper's order"
     if recipe.distances:
         headings = ["pruned block", *(f"nearest base, {stage}" for stage in recipe.distances)]
-        yield from _lines(headings, _bases([results[stage]["distances"] for stage in recipe.distances]))
+        yield from _lines(headings, _bases([_find(results, f"{stage}.distances") for stage in recipe.distances]))
 
 
 def _measured(recipe: Recipe, row: Row, results: Results) -> dict[str, float]:
     if row.stage is None:
         return {}
-    paths = {name: row.values.get(name, column.value) for name, column in recipe.columns.items()}
-    return {name: _look_up(results, f"{row.stage}.{recipe.fill(path)}") for name, path in paths.items()}
+    measured = {}
+    for name, column in recipe.columns.items():
+        path = f"{row.stage}.{recipe.fill(row.values.get(name, column.value))}"
+        figure = _find(results, path)
+        if not isinstance(figure, int | float):
+            raise RecipeError(f"{path} is no number")
+        measured[name] = figure * column.scale
+    return measured
 
 
-def _look_up(measured: Any, path: str) -> float:
-    """The number at a path of keys with dots between; `batch_size=8` picks the entry of a list that has it so."""
+def _find(measured: Any, path: str) -> Any:
+    """What stands at a path of keys with dots between; in a list, 0 is the first entry, `batch_size=8` that with it."""
     for key in path.split("."):
         name, equals, value = key.partition("=")
         try:
-            measured = next(entry for entry in measured if str(entry[name]) == value) if equals else measured[key]
-        except (KeyError, TypeError, StopIteration):
+            if equals:
+                measured = next(entry for entry in measured if str(entry[name]) == value)
+            else:
+                measured = measured[int(key) if isinstance(measured, list) else key]
+        except (LookupError, TypeError, ValueError, StopIteration):
             raise RecipeError(f"{path} was not measured: there is no {key}") from None
-    if not isinstance(measured, int | float):
-        raise RecipeError(f"{path} is no number")
-    return float(measured)
+    return measured
 
 
 def _figures(recipe: Recipe, rows: list[tuple[Row, dict[str, float]]]) -> Iterator[list[str]]:
     for row, measured in rows:
         label = row.label
-        scaled = {name: figure * recipe.columns[name].scale for name, figure in measured.items()}
-        for side, figures in (("paper", row.paper), ("here", scaled)):
+        for side, figures in (("paper", row.paper), ("here", measured)):
             if figures:
                 yield [label, side, *(f"{figures[name]:,.2f}" if name in figures else "" for name in recipe.columns)]
                 label = ""
