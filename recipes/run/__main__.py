@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from recipe import Recipe, find_recipe, read_recipe
-from stages import Stage, stages_of
+from stages import Stage, stages_of, write
 from table import table
 
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
             return
         page = make(recipe, stages, shlex.join(["python", "recipes/run", *arguments]))
         written = given.work / f"{path.stem}{'-small' if given.small else ''}.md"
-        written.write_text(page, encoding="utf-8")
+        write(written, page)
         print(f"table written to {written}")
     except (OSError, ValueError) as error:
         print(f"recipes: {error}", file=sys.stderr)

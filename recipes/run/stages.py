@@ -65,12 +65,12 @@ class Stage:
             last = said[-1].removeprefix("flexigpt: ") if said else f"exit code {code}"
             raise RecipeError(f"stage {self.name} failed: {shlex.join(self.command)}: {last} (all of it: {log})")
         if not self.writes:
+            if not printed.lstrip().startswith("{"):
+                raise RecipeError(f"stage {self.name} has no {{out}} and printed no JSON: see {log}")
             self.folder.mkdir()
-            part = self.folder / f"{_PRINTED}.part"
-            part.write_text(printed, encoding="utf-8")
-            os.replace(part, self.folder / _PRINTED)
+            write(self.folder / _PRINTED, printed)
         if self.measured() is None:
-            raise RecipeError(f"stage {self.name} left no result in {self.folder}, or a training that fell apart")
+            raise RecipeError(f"stage {self.name} wrote no result, or its training fell apart: see {log}")
 
     def _resuming(self) -> list[str]:
         begun = self.folder.with_suffix(".recovery")
@@ -99,10 +99,17 @@ def stages_of(recipe: Recipe, work: Path) -> dict[str, Stage]:
         folder = work / f"{name}-{key}"
         command = recipe.command(name, folders | {"out": str(folder)})
         same = [stages[other.removeprefix("stage:")] for other in keys if keys[other] == key]
-        writes = "{out}" in recipe.stages[name]
+        writes = "{out}" in recipe.fill(recipe.stages[name])
         stages[name] = same[0] if same else Stage(name=name, command=command, folder=folder, writes=writes)
         keys[f"stage:{name}"], folders[f"stage:{name}"] = key, str(stages[name].folder)
     return stages
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file that is complete or not there."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def _content(word: str) -> str:

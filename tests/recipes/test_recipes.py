@@ -199,6 +199,15 @@ def test_a_stage_that_fails_says_its_command_its_last_line_and_its_log(
     assert not list((tmp_path / "work").glob("half-*/"))
 
 
+def test_a_stage_that_prints_no_json_fails_each_time(shown: Path, figures: Path, recipes: Run, tmp_path: Path) -> None:
+    figures.write_text("print('half done')\n")
+    for _ in range(2):
+        code, _, complaint = recipes(shown, "--work", tmp_path / "work")
+        (log,) = (tmp_path / "work").glob("half-*.log")
+        assert (code, complaint) == (2, f"recipes: stage half has no {{out}} and printed no JSON: see {log}\n")
+        assert log.read_text() == "half done\n"
+
+
 def test_a_sigterm_reaches_the_stage(shown: Path, figures: Path, tmp_path: Path) -> None:
     started, saved = tmp_path / "started", tmp_path / "saved"
     figures.write_text(
