@@ -34,14 +34,11 @@ def make(recipe: Recipe, stages: dict[str, Stage], command: str) -> str:
     """Runs what has not been run yet and prints the table. Returns it as a page of Markdown."""
     results = {}
     for number, (name, stage) in enumerate(stages.items(), 1):
-        place = f"[{number}/{len(stages)}] {name}:"
-        if stage.measured() is None:
-            print(place, shlex.join(stage.command), flush=True)
-            started = time.monotonic()
+        new, started = stage.measured() is None, time.monotonic()
+        print(f"[{number}/{len(stages)}] {name}: {shlex.join(stage.command) if new else 'there already'}", flush=True)
+        if new:
             stage.run()
-            print(place, f"took {time.monotonic() - started:.0f} s", flush=True)
-        else:
-            print(place, "there already", flush=True)
+            print(f"took {time.monotonic() - started:.0f} s", flush=True)
         results[name] = stage.measured() or {}
     shown = "\n".join([f"# {recipe.title}", "", recipe.note, "", *table(recipe, results)])
     Console().print(Markdown(shown))
@@ -62,9 +59,8 @@ def main(arguments: Sequence[str]) -> None:
         stages = stages_of(recipe, given.work)
         if given.dry_run:
             for name, stage in stages.items():
-                if stage.name == name:  # or else it is one of those above
-                    print(f"# {name}: {'to be run' if stage.measured() is None else 'there already'}")
-                    print(shlex.join(stage.command))
+                state = "to be run" if stage.measured() is None else "there already"
+                print(f"# {name}: {state}\n{shlex.join(stage.command)}")
             return
         page = make(recipe, stages, shlex.join(["python", "recipes/run", *arguments]))
         written = given.work / f"{path.stem}{'-small' if given.small else ''}.md"

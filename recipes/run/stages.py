@@ -81,7 +81,7 @@ class Stage:
 
 
 def stages_of(recipe: Recipe, work: Path) -> dict[str, Stage]:
-    """The stages by name, in order. Those that are the same command are one stage, the first.
+    """The stages by name, in order. Those that are the same command share the folder of the first.
 
     A folder's name has a hash of all that its content depends on: the command, the content of the files that it names,
     the stages that it uses, and flexigpt's version. Models and data sets on the hub count by their names.
@@ -89,19 +89,18 @@ def stages_of(recipe: Recipe, work: Path) -> dict[str, Stage]:
     Raises:
         RecipeError: a file that is not there.
     """
-    keys, folders = {"out": "{out}"}, {"out": "{out}"}
     stages: dict[str, Stage] = {}
+    folders = {"out": "{out}"}
     content = cache(_content)  # the same files are named again and again
     for name in recipe.order():
-        words = recipe.command(name, keys)
+        words = recipe.command(name, folders)
         identity = [version("flexigpt"), words, [content(word) for word in words[1:]]]
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-        folder = work / f"{name}-{key}"
-        command = recipe.command(name, folders | {"out": str(folder)})
-        same = [stages[other.removeprefix("stage:")] for other in keys if keys[other] == key]
+        own = next((folder for folder in folders.values() if folder.endswith(key)), f"{name}-{key}")
+        folders[f"stage:{name}"] = own
+        places = {place: str(work / folder) for place, folder in folders.items()} | {"out": str(work / own)}
         writes = "{out}" in recipe.fill(recipe.stages[name])
-        stages[name] = same[0] if same else Stage(name=name, command=command, folder=folder, writes=writes)
-        keys[f"stage:{name}"], folders[f"stage:{name}"] = key, str(stages[name].folder)
+        stages[name] = Stage(name=name, command=recipe.command(name, places), folder=work / own, writes=writes)
     return stages
 
 
