@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 
 from flexigpt.architecture import find_architecture, replaced_forwards
 from flexigpt.errors import InputError
+from flexigpt.modeling_flexigpt import cache_name
 from flexigpt.trainable import layout_of
 
 
@@ -70,6 +71,7 @@ class SplitDecoder:
         self._mask, self._positions = mask, positions
         _check_cache(cache)
         self._cache = cache
+        self._cache_name = cache_name(model.get_decoder())
         self.work = Work()
         self.length = self.target_length = self.draft_length = 0  # of the first blocks, and of the rest of each
         # Tokens, and what they gave the first skipped block, from the shorter of the two rests on.
@@ -189,7 +191,7 @@ class SplitDecoder:
         mask = self._mask
         if mask is not None:
             mask = torch.cat((mask, mask.new_ones(1, max(end - prompt, 0))), 1)
-        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": view}
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, self._cache_name: view}
         if num_logits:
             logits: torch.Tensor = self._model(**given, use_cache=True, logits_to_keep=num_logits).logits
             return logits
@@ -244,7 +246,7 @@ def _check_cache(cache: Any) -> None:
         kind = type(cache).__name__ if cache is not None else "no cache"
         raise InputError(
             f"speculative decoding takes back rejected tokens, which it cannot with {kind} as set up here: leave out "
-            "past_key_values, cache_implementation and use_cache"
+            "the cache, cache_implementation and use_cache"
         )
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer):
@@ -252,9 +254,7 @@ def _check_cache(cache: Any) -> None:
                 f"speculative decoding cannot take back tokens of a {type(layer).__name__}: decode without it"
             )
     if cache.get_seq_length():
-        raise InputError(
-            "the cache holds tokens that the draft has not seen: give the whole text and no past_key_values"
-        )
+        raise InputError("the cache holds tokens that the draft has not seen: give the whole text and no cache")
 
 
 def _fresh(layer: Any) -> Any:
