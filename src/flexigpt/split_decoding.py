@@ -8,6 +8,7 @@ and positions for every part; blocks that do not belong to it hand their input o
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,6 +126,7 @@ class SplitDecoder:
         self._rollback = [layer for layer in own + self._own_layers if isinstance(layer, DynamicSlidingWindowLayer)]
         for layer in self._rollback:
             layer.activate_past_recording()
+            layer.update = partial(_in_window, layer, layer.update)
         live = own[0] if entry else self._own_layers[0]
         some: Any = self._own_layers[0] if self._own_layers else _fresh(own[entry])
         self._target_rest_view = Cache(layers=[own[entry]] * entry + own[entry:])
@@ -231,6 +233,7 @@ class SplitDecoder:
         self.keep(length)
         for layer in self._rollback:
             layer.record_past = False
+            del layer.update
 
 
 def head_cost(model: PreTrainedModel) -> float:
@@ -264,6 +267,12 @@ def _fresh(layer: Any) -> Any:
     if isinstance(layer, StaticLayer):
         return StaticLayer(max_cache_len=layer.max_cache_len)
     return type(layer)()
+
+
+def _in_window(layer: Any, update: Callable[..., Any], keys: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What the masks are made for: transformers 5.17 gives out all that it keeps for a way back."""
+    visible = layer.sliding_window - 1 + keys.shape[-2]
+    return tuple(kept[:, :, -visible:] for kept in update(keys, *args, **kwargs))
 
 
 def _drop(layer: Any, tokens: int) -> None:
