@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from flexigpt.model.architecture import (
         ARCHITECTURES,
         Roles,
-        block_list,
         find_architecture,
         model_shape,
         num_blocks,
@@ -22,12 +21,11 @@ if TYPE_CHECKING:
         all_tensors,
         check_depth,
         config_dtype,
-        config_with_blocks,
         empty_compact,
         empty_model,
+        empty_of_blocks,
         fill_model,
         materialize,
-        names_of_blocks,
         sharing_copy,
     )
     from flexigpt.model.configuration_flexigpt import FlexiGPTConfig

@@ -8,12 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from flexigpt.model import (
     INNER,
     OUTPUT_NORM,
-    FlexiGPTForCausalLM,
     NormedOutput,
     Plan,
     Replica,
@@ -25,8 +23,8 @@ from flexigpt.replicas.fitting import AdapterFit, Fits, fit_blocks
 from flexigpt.replicas.least_squares import least_squares_scale, low_rank_fit
 from flexigpt.replicas.options import DEFAULT_NORM_INIT, FITTED, ReplicaOptions
 from flexigpt.replicas.svd import truncated_svd
-from flexigpt.runtime import CachedStage, Track, in_parallel, silent, workers_of
-from flexigpt.weights import Assembly, StreamedModel, exchange_parameters
+from flexigpt.runtime import CachedStage, Track, in_parallel, workers_of
+from flexigpt.weights import Assembly, StreamedModel
 
 # Between the seeds of two replicas: any large odd number.
 _SEED_STEP = 0x9E3779B97F4A7C15
@@ -86,37 +84,6 @@ ADAPTER_INITS: dict[str, AdapterInit] = {
     # The same, on what that makes of the block's output.
     "block-output": AdapterInit(zero_adapter, fit=low_rank_fit, weighted=True),
 }
-
-
-@torch.no_grad()
-def initialize_replicas(
-    model: FlexiGPTForCausalLM,
-    source: PreTrainedModel,
-    plan: Plan,
-    *,
-    adapter_init: str,
-    norm_init: float,
-    seed: int,
-    source_blocks: Sequence[int] | None = None,
-    track: Track = silent,
-) -> None:
-    """Fills what is the replicas' own in a compact model in memory: adapters, output norms and bias differences.
-
-    Args:
-        model: the compact model; its replicas' own tensors may still be on the meta device.
-        source: the model that the blocks come from.
-        plan: the model's plan.
-        adapter_init: a key of ADAPTER_INITS.
-        norm_init: the constant that the output norms' gamma starts at.
-        seed: for random adapters.
-        source_blocks: the source's block behind each logical block; None: the same numbering.
-        track: told of each replica.
-    """
-    streamed = StreamedModel(source)
-    start = ReplicaStart(adapter_init=adapter_init, norm_init=norm_init, seed=seed)
-    for replica in track(plan.replicas, "initialising replicas", len(plan.replicas)):
-        block = model.block_list[replica.block]
-        exchange_parameters(block, replica_tensors(block, streamed, replica, start, source_blocks))
 
 
 @dataclass(frozen=True, kw_only=True)
