@@ -27,10 +27,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from flexigpt import Plan, PruneOptions, Replica, SpeculateOptions, SpeculateStatistics, prune, speculative_generate
 from flexigpt.decoding.draft import expected_speedup
 from flexigpt.decoding.split import head_cost
-from flexigpt.model import layout_of
-from flexigpt.model.build import compact_of
-from flexigpt.replicas.initialization import initialize_replicas
-from flexigpt.weights import load_model, load_tokenizer
+from flexigpt.model import empty_compact, layout_of
+from flexigpt.replicas.initialization import ReplicaStart, replica_tensors
+from flexigpt.weights import Assembly, StreamedModel, load_model, load_tokenizer
 
 EXAMPLE = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "novel16"))
 OPTIONS = PruneOptions(
@@ -174,9 +173,13 @@ def large(arguments: argparse.Namespace, ratio: float, gamma: float) -> tuple[An
     plan = Plan(
         num_blocks=layers, replicas=tuple(Replica(block=b, base=0, rank=config.hidden_size // 16) for b in pruned)
     )
-    model = compact_of(source, plan)
-    initialize_replicas(model, source, plan, adapter_init="zero", norm_init=gamma, seed=0)
-    return source, model.eval()
+    streamed = StreamedModel(source)
+    empty, taken = empty_compact(source, plan)
+    assembly = Assembly(empty, streamed, taken)
+    start = ReplicaStart(adapter_init="zero", norm_init=gamma, seed=0)
+    for replica in plan.replicas:
+        assembly.own(replica.block, replica_tensors(assembly.blocks[replica.block], streamed, replica, start))
+    return source, assembly.in_memory()
 
 
 def add_large(parser: argparse.ArgumentParser) -> None:

@@ -16,11 +16,9 @@ from transformers import (
 )
 
 from conftest import Run
-from families import CACHE, FAMILIES, NUM_BLOCKS, tiny_model, token_ids
+from families import CACHE, FAMILIES, NUM_BLOCKS, compact_of, initialize_replicas, tiny_model, token_ids
 from flexigpt import InputError, Plan, Replica, SpeculateOptions, SpeculateStatistics, speculative_generate
 from flexigpt.decoding.split import SplitDecoder
-from flexigpt.model.build import compact_of
-from flexigpt.replicas.initialization import initialize_replicas
 from flexigpt.weights import load_model, load_tokenizer, remove_blocks
 
 # replica -> base: in the middle, at the first block, at the last, apart and adjacent, all after the first or all before
@@ -271,6 +269,6 @@ def test_the_command_prints_the_same_text_and_says_what_it_did(run: Run, tiny_co
 
 
 def test_the_command_says_that_a_model_has_no_replicas(run: Run, tiny_source: Path) -> None:
-    code, _, err = run("generate", tiny_source, "--prompt", "It", "--speculative")
+    code, _, err = run("generate", tiny_source, "--prompt", "It", "--max-new-tokens", 4, "--speculative")
     assert code == 2
     assert "the model has no replicas to skip, so it has no draft" in err

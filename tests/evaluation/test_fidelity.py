@@ -8,12 +8,9 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from families import FAMILIES, NUM_BLOCKS, tiny_model, token_ids
+from families import FAMILIES, NUM_BLOCKS, block_list, compact_of, initialize_replicas, tiny_model, token_ids
 from flexigpt import BaselineOptions, FlexiGPTForCausalLM, InputError, Plan, Replica, baseline
 from flexigpt.evaluation.fidelity import measure_fidelity
-from flexigpt.model import block_list
-from flexigpt.model.build import compact_of
-from flexigpt.replicas.initialization import initialize_replicas
 from flexigpt.text import TokenizedText
 from flexigpt.weights import load_model
 

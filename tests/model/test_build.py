@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from conftest import Run
-from families import FAMILIES, NUM_BLOCKS, tiny_model, token_ids
+from families import FAMILIES, NUM_BLOCKS, compact_of, initialize_replicas, tiny_model, token_ids
 from flexigpt import (
     EvalOptions,
     InputError,
@@ -26,8 +26,6 @@ from flexigpt import (
 )
 from flexigpt.decoding import GenerateOptions, generate
 from flexigpt.model import SharedLinear, empty_model, layout_of, sharing_copy
-from flexigpt.model.build import compact_of
-from flexigpt.replicas.initialization import initialize_replicas
 from flexigpt.weights import load_model
 
 BASES = {1: 0, 2: 0, 4: 5}
@@ -97,7 +95,7 @@ def test_weights_are_the_bases_plus_the_adapters_and_caches_work(family: str) ->
     seen = SpeculateStatistics()
     options = {"custom_generate": speculative_generate, "speculate": SpeculateOptions(draft_length=3)}
     assert torch.equal(out, greedy(model, ids, statistics=seen, **options))
-    assert seen.draft_passes > 0
+    assert seen.drafted > 0
 
 
 def test_half_precision_is_rounded_once() -> None:

@@ -4,12 +4,16 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from families import CACHE, NUM_BLOCKS, tiny_model, token_ids
+from families import CACHE, NUM_BLOCKS, compact_of, initialize_replicas, tiny_model, token_ids
 from flexigpt import FlexiGPTForCausalLM, Plan, Replica, materialize
-from flexigpt.model.build import compact_of
-from flexigpt.replicas.initialization import initialize_replicas
 
 PROMPT, NEW = 9, 5
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """torch keeps what it compiled of a function, and refuses more than eight forms of it."""
+    torch._dynamo.reset()
 
 
 def compact(family: str) -> FlexiGPTForCausalLM:

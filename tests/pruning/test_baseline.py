@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from families import FAMILIES, NUM_BLOCKS, tiny_model, token_ids
+from families import FAMILIES, NUM_BLOCKS, block_list, tiny_model, token_ids
 from flexigpt import BaselineOptions, EvalOptions, InputError, PruneOptions, baseline, evaluate, prune, write_checkpoint
 from flexigpt.cli.main import main
-from flexigpt.model import block_list, find_architecture, stored_bytes
+from flexigpt.model import find_architecture, stored_bytes
 from flexigpt.pruning import BLOCK_SCORES
 from flexigpt.pruning.baseline import expected_bytes
 

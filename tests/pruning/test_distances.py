@@ -9,9 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from conftest import Run
-from families import FAMILIES, NUM_BLOCKS, tiny_model, token_ids
+from families import FAMILIES, NUM_BLOCKS, block_list, tiny_model, token_ids
 from flexigpt import InputError, PruneOptions, plan_only, prune
-from flexigpt.model import block_list, find_architecture, weight_matrix
+from flexigpt.model import find_architecture, weight_matrix
 from flexigpt.pruning import expected
 from flexigpt.pruning.distances import activation_distances, base_distances, choose_bases
 from flexigpt.pruning.source import Opened

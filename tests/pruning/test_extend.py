@@ -6,14 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from families import FAMILIES, NUM_BLOCKS, tiny_model, token_ids
+from families import FAMILIES, NUM_BLOCKS, block_list, compact_of, initialize_replicas, tiny_model, token_ids
 from flexigpt import ExtendOptions, FlexiGPTForCausalLM, Plan, extend, write_checkpoint
-from flexigpt.model import block_list, config_with_blocks, empty_model, model_shape, stored_bytes
-from flexigpt.model.build import compact_config, compact_of
+from flexigpt.model import empty_model, model_shape, stored_bytes
+from flexigpt.model.build import compact_config, config_with_blocks
 from flexigpt.pruning import PATTERNS
 from flexigpt.pruning import extended_bytes as expected_bytes
 from flexigpt.pruning.extend import extension_plan, parse_ranges
-from flexigpt.replicas.initialization import initialize_replicas
 from flexigpt.weights import load_model
 
 

@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from families import NUM_BLOCKS, tiny_model, token_ids
+from families import NUM_BLOCKS, block_list, tiny_model, token_ids
 from flexigpt import InputError
 from flexigpt.calibration import block_means, check_means
-from flexigpt.model import block_list, find_architecture, weight_matrix
+from flexigpt.model import find_architecture, weight_matrix
 from flexigpt.pruning import BASE_DISTANCES, BLOCK_SCORES
 from flexigpt.pruning.distances import base_distances, choose_bases
 from flexigpt.pruning.scores import check_blocks, lowest, num_pruned_at

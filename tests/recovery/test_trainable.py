@@ -12,10 +12,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import textbook
-from families import FAMILIES, NUM_BLOCKS, tiny_model, token_ids
+from families import FAMILIES, NUM_BLOCKS, block_list, compact_of, initialize_replicas, tiny_model, token_ids
 from flexigpt import InputError, Plan, Replica, recover
-from flexigpt.model import SharedLinear, block_list
-from flexigpt.model.build import compact_of
+from flexigpt.model import SharedLinear
 from flexigpt.pruning import BaselineOptions
 from flexigpt.pruning.baseline import baseline
 from flexigpt.record import write_checkpoint
@@ -30,7 +29,6 @@ from flexigpt.recovery.trainable import (
     training_flops,
 )
 from flexigpt.recovery.training import Training
-from flexigpt.replicas.initialization import initialize_replicas
 from flexigpt.runtime import ALONE
 
 BASES = {2: 1, 4: 5, 3: 1}

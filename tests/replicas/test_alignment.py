@@ -11,9 +11,9 @@ import torch
 from scipy.linalg import orthogonal_procrustes
 from torch import Tensor, nn
 
-from families import FAMILIES, FULL_RANK, NUM_BLOCKS, tiny_model, token_ids
+from families import FAMILIES, FULL_RANK, NUM_BLOCKS, block_list, tiny_model, token_ids
 from flexigpt import InputError, PruneOptions, prune
-from flexigpt.model import ARCHITECTURES, block_list, find_architecture
+from flexigpt.model import ARCHITECTURES, find_architecture
 from flexigpt.model.architecture import Architecture
 from flexigpt.replicas.alignment import BlockSymmetries, align, block_symmetries
 from flexigpt.weights import load_model

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from families import FAMILIES, FULL_RANK, NUM_BLOCKS, tiny_model, token_ids
+from families import FAMILIES, FULL_RANK, NUM_BLOCKS, compact_of, initialize_replicas, tiny_model, token_ids
 from flexigpt import (
     BaselineOptions,
     FlexiGPTForCausalLM,
@@ -22,9 +22,7 @@ from flexigpt import (
     prune,
 )
 from flexigpt.model import find_architecture
-from flexigpt.model.build import compact_of
 from flexigpt.replicas import Fits, fit_blocks
-from flexigpt.replicas.initialization import initialize_replicas
 from flexigpt.replicas.least_squares import Moments, low_rank_fit, ridge_fit
 from flexigpt.weights import StreamedModel, remove_blocks
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from families import FAMILIES, tiny_model, token_ids
+from families import FAMILIES, compact_of, initialize_replicas, tiny_model, token_ids
 from flexigpt import (
     PRESETS,
     BaselineOptions,
@@ -29,10 +29,8 @@ from flexigpt import (
 from flexigpt.calibration import HiddenStates, block_means
 from flexigpt.calibration import hidden_states as calibration_module
 from flexigpt.model import Plan
-from flexigpt.model.build import compact_of
 from flexigpt.pruning import BLOCK_SCORES, assemble_baseline, assemble_extended, assemble_pruned
 from flexigpt.record import write_checkpoint
-from flexigpt.replicas.initialization import initialize_replicas
 from flexigpt.runtime import Cache
 from flexigpt.runtime.cache import CACHE_VARIABLE
 from flexigpt.weights import Source, StreamedModel, load_model, remove_blocks

@@ -8,16 +8,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from flexigpt.model import FlexiGPTForCausalLM, NormedOutput, Plan, Replica, SharedLinear
+from flexigpt.model import (
+    INNER,
+    OUTPUT_NORM,
+    NormedOutput,
+    Plan,
+    Replica,
+    SharedLinear,
+    linear_tensors,
+)
 from flexigpt.replicas.alignment import AlignedSource
 from flexigpt.replicas.fitting import AdapterFit, Fits, fit_blocks
 from flexigpt.replicas.least_squares import least_squares_scale, low_rank_fit
 from flexigpt.replicas.options import DEFAULT_NORM_INIT, FITTED, ReplicaOptions
 from flexigpt.replicas.svd import truncated_svd
-from flexigpt.runtime import CachedStage, Track, in_parallel, silent, workers_of
-from flexigpt.weights import Assembly, StreamedModel, exchange_parameters
+from flexigpt.runtime import CachedStage, Track, in_parallel, workers_of
+from flexigpt.weights import Assembly, StreamedModel
 
 # Between the seeds of two replicas: any large odd number.
 _SEED_STEP = 0x9E3779B97F4A7C15
@@ -79,37 +86,6 @@ ADAPTER_INITS: dict[str, AdapterInit] = {
 }
 
 
-@torch.no_grad()
-def initialize_replicas(
-    model: FlexiGPTForCausalLM,
-    source: PreTrainedModel,
-    plan: Plan,
-    *,
-    adapter_init: str,
-    norm_init: float,
-    seed: int,
-    source_blocks: Sequence[int] | None = None,
-    track: Track = silent,
-) -> None:
-    """Fills what is the replicas' own in a compact model in memory: adapters, output norms and bias differences.
-
-    Args:
-        model: the compact model; its replicas' own tensors may still be on the meta device.
-        source: the model that the blocks come from.
-        plan: the model's plan.
-        adapter_init: a key of ADAPTER_INITS.
-        norm_init: the constant that the output norms' gamma starts at.
-        seed: for random adapters.
-        source_blocks: the source's block behind each logical block; None: the same numbering.
-        track: told of each replica.
-    """
-    streamed = StreamedModel(source)
-    start = ReplicaStart(adapter_init=adapter_init, norm_init=norm_init, seed=seed)
-    for replica in track(plan.replicas, "initialising replicas", len(plan.replicas)):
-        block = model.block_list[replica.block]
-        exchange_parameters(block, replica_tensors(block, streamed, replica, start, source_blocks))
-
-
 @dataclass(frozen=True, kw_only=True)
 class ReplicaStart:
     """How what is a replica's own starts.
@@ -148,20 +124,16 @@ def replica_tensors(
     like = next(source.model.get_input_embeddings().parameters())
 
     def filled(path: str, shared: SharedLinear, seed: int) -> dict[str, torch.Tensor]:
-        linear = path.removesuffix(".inner")
+        linear = path.removesuffix(INNER)
         pruned, kept = (source.weight_matrix(i, linear) for i in (own, base))
-        scale = _like(torch.ones(1), like)
-        if scales and shared.base_scale is not None:
+        scale = None if shared.base_scale is None else _like(torch.ones(1), like)
+        if scales and scale is not None:
             scale = _like(least_squares_scale(pruned, kept), like)
             kept = kept.double() * scale.to(kept.device)  # as it is stored: the adapter mends what its rounding leaves
         left, right = init(pruned, kept, replica.rank_of(linear), torch.Generator().manual_seed(seed))
-        found = {"adapter_A": _like(left, like), "adapter_B": _like(right, like)}
-        if shared.base_scale is not None:
-            found["base_scale"] = scale
-        if shared.bias_difference is not None:
-            biases = [source.parameter(i, f"{linear}.bias") for i in (own, base)]
-            found["bias_difference"] = biases[0] - scale.to(biases[1]) * biases[1]
-        return {f"{path}.{name}": values for name, values in found.items()}
+        ends = () if shared.bias_difference is None else (own, base)
+        biases = [source.parameter(i, f"{linear}.bias") for i in ends]
+        return linear_tensors(path, (_like(left, like), _like(right, like)), scale, biases)
 
     tensors: dict[str, torch.Tensor] = {}
     shared = [(path, module) for path, module in block.named_modules() if isinstance(module, SharedLinear)]
@@ -172,7 +144,7 @@ def replica_tensors(
     for path, module in block.named_modules():
         if isinstance(module, NormedOutput):
             shape = module.output_norm.normalized_shape
-            tensors[f"{path}.output_norm.weight"] = _like(torch.full(shape, start.norm_init), like)
+            tensors[f"{path}{OUTPUT_NORM}"] = _like(torch.full(shape, start.norm_init), like)
     return tensors
 
 
@@ -187,15 +159,13 @@ def adapter_spectra(model: StreamedModel, source: StreamedModel, plan: Plan) -> 
     """
     spectra: dict[int, dict[str, Spectrum]] = {replica.block: {} for replica in plan.replicas}
     for replica in plan.replicas:
-        for full, module in model.blocks[replica.block].named_modules():
-            if isinstance(module, SharedLinear):
-                adapter = [model.parameter(replica.block, f"{full}.{name}") for name in ("adapter_A", "adapter_B")]
-                path = full.removesuffix(".inner")
-                own, base = (source.weight_matrix(i, path) for i in (replica.block, replica.base))
-                if module.base_scale is not None:
-                    scale = model.parameter(replica.block, f"{full}.base_scale")
-                    base = base * scale.to(base)
-                spectra[replica.block][path] = _spectrum(adapter[0], adapter[1], own - base)
+        with model.block(replica.block) as block:
+            for full, module in block.named_modules():
+                if isinstance(module, SharedLinear):
+                    path = full.removesuffix(INNER)
+                    own, base = (source.weight_matrix(i, path) for i in (replica.block, replica.base))
+                    base = base if module.base_scale is None else base * module.base_scale.to(base)
+                    spectra[replica.block][path] = _spectrum(module.adapter_A, module.adapter_B, own - base)
     return spectra
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         digest,
         existing_parent,
         fingerprint,
+        local_path,
         replace_file,
         replaced_folder,
     )

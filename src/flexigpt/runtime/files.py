@@ -47,6 +47,24 @@ def digest(windows: torch.Tensor | None) -> str:
     return f"{tuple(windows.shape)} {hashlib.sha256(windows.numpy().tobytes()).hexdigest()}"
 
 
+def local_path(name: str | Path, what: str = "folder") -> Path | None:
+    """The path that a user's name means, `~` expanded; None: nothing here is called so, it may be a name of the hub.
+
+    Raises:
+        InputError: what can only be a path, and is not there: it begins with . / or ~, has more than one slash, or
+            names something in a folder that is there.
+    """
+    path, given, beside = Path(name), str(name).replace(os.sep, "/"), False
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # too long, the ~ of nobody here, a NUL
+        path = path.expanduser()
+        if path.exists():
+            return path
+        beside = "/" in given and path.parent.is_dir()
+    if beside or given.startswith((".", "/", "~")) or path.is_absolute() or given.count("/") > 1:
+        raise InputError(f"no such {what}: {path}")
+    return None
+
+
 RECORD = "record.json"
 
 
@@ -62,7 +80,7 @@ def check_output(out: str | Path, inputs: Iterable[str | Path | None], overwrite
         InputError: a place that cannot be written to; a folder that is not empty (without `overwrite`), that flexigpt
             did not write (with it), or in which an input lies.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     try:
         parent = existing_parent(out)
         if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -75,7 +93,7 @@ def check_output(out: str | Path, inputs: Iterable[str | Path | None], overwrite
             raise InputError(f"{out} cannot be replaced by a new folder: give a folder inside it")
         if not out.is_dir() or not any(out.iterdir()):
             return
-        for path in (Path(name) for name in inputs if name):
+        for path in (Path(name).expanduser() for name in inputs if name):
             if path.exists() and path.resolve().is_relative_to(out.resolve()):
                 raise InputError(f"{path} lies in {out}, which is to be replaced: give another folder to write to")
         if not overwrite:
@@ -97,7 +115,7 @@ def replaced_folder(out: str | Path) -> Iterator[Path]:
     Raises:
         InputError: a disk that is full or cannot be written to.
     """
-    out = Path(out).resolve()
+    out = Path(out).expanduser().resolve()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -135,7 +153,7 @@ def _write_error(out: Path, error: Exception) -> InputError:
 
 def check_space(out: str | Path, num_bytes: int, what: str = "the checkpoint needs") -> None:
     """Raises InputError where the disk that `out` will lie on has less free space than a checkpoint needs."""
-    folder = existing_parent(Path(out))
+    folder = existing_parent(Path(out).expanduser())
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise InputError(
@@ -146,7 +164,7 @@ def check_space(out: str | Path, num_bytes: int, what: str = "the checkpoint nee
 
 def replace_file(path: Path, text: str) -> None:
     """Written beside its place and renamed."""
-    path = path.resolve()
+    path = path.expanduser().resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

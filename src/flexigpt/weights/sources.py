@@ -13,18 +13,9 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from flexigpt.model import (
-    FlexiGPTForCausalLM,
-    all_tensors,
-    config_with_blocks,
-    empty_model,
-    fill_model,
-    find_architecture,
-    names_of_blocks,
-    plan_of,
-)
+from flexigpt.model import all_tensors, empty_of_blocks, fill_model, layout_of
 from flexigpt.runtime import Cache, InputError, Track, check_dtype, find_device, silent
-from flexigpt.weights.files import StoredTensor, WeightFiles, names_in_files, open_weights
+from flexigpt.weights.files import StoredTensor, WeightFiles, located, names_in_files, open_weights
 from flexigpt.weights.open import move, open_empty
 from flexigpt.weights.shards import Piece
 
@@ -41,19 +32,15 @@ class StreamedModel:
 
     Attributes:
         model: as given; outside `block` its blocks' parameters may be on the meta device.
+        layout: where it keeps its blocks.
         prefix: path of the list of blocks.
         blocks: the list.
     """
 
     def __init__(self, model: PreTrainedModel, read: Read | None = None) -> None:
         self.model, self._read = model, read
-        self._bases: dict[int, int] = {}
-        if isinstance(model, FlexiGPTForCausalLM):
-            self.prefix = f"language_model.{model.config.blocks}"
-            self._bases = {replica.block: replica.base for replica in plan_of(model.config).replicas}
-        else:
-            self.prefix = find_architecture(model.config).blocks
-        self.blocks = cast(nn.ModuleList, model.get_submodule(self.prefix))
+        self.layout = layout_of(model)
+        self.prefix, self.blocks = self.layout.prefix, self.layout.blocks
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -102,7 +89,7 @@ class StreamedModel:
         """Within it one block can run; a replica with what it borrows from its base."""
         with ExitStack() as filled:
             if self._read is not None:
-                for number in {index, self._bases.get(index, index)}:
+                for number in {index, self.layout.bases.get(index, index)}:
                     filled.enter_context(self._filled(number))
             yield self.blocks[index]
 
@@ -139,12 +126,13 @@ class Source(StreamedModel):
         files: of its weights.
 
     Raises:
-        InputError: as `checkpoint.open_empty` and `weight_files.open_weights`; an unknown dtype or device.
+        InputError: as `open_empty` and `open_weights`; an unknown dtype or device.
     """
 
     def __init__(self, name: str, dtype: str = "auto", device: str = "auto") -> None:
         check_dtype(dtype)
-        self._name, self._where = name, find_device(device)
+        self._name = name = located(name)
+        self._where = find_device(device)
         self._anywhere = device in ("auto", "cuda")
         model = open_empty(name, dtype)
         self.files: WeightFiles = open_weights(name)
@@ -327,7 +315,5 @@ def without_blocks(source: StreamedModel, blocks: Sequence[int]) -> Assembly:
     strange = sorted(set(blocks) - set(range(depth)))
     if strange or len(set(blocks)) >= depth:
         raise InputError(f"cannot remove blocks {sorted(blocks)} of 0 to {depth - 1}: name some of them, not all")
-    kept = [block for block in range(depth) if block not in blocks]
-    config = config_with_blocks(source.model.config, kept)
-    config.dtype = source.model.dtype
-    return Assembly(empty_model(config), source, names_of_blocks(source.model, kept))
+    empty, taken = empty_of_blocks(source.model, [block for block in range(depth) if block not in blocks])
+    return Assembly(empty, source, taken)
