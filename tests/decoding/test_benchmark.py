@@ -37,6 +37,9 @@ def test_all_variants_are_measured(result: dict[str, Any]) -> None:
         assert [batch["batch_size"] for batch in variant["batches"]] == sizes
         for batch in variant["batches"]:
             assert min(batch[key] for key in ("prefill_seconds", "tokens_per_second", "throughput")) > 0
+            share = batch["throughput_percent"]
+            assert (share == 100) == (name == "source")
+            assert batch["time_percent"] == pytest.approx(1e4 / share)
         peaks = [batch["peak_bytes"] for batch in variant["batches"]]
         assert variant["library_bytes"] < peaks[0]
         assert peaks == sorted(peaks)
@@ -64,7 +67,7 @@ def test_tables_say_what_was_measured(result: dict[str, Any], capsys: pytest.Cap
         rich.print(table)
     shown = capsys.readouterr().out
     assert {variant["variant"] for variant in result["variants"]} <= set(shown.split())
-    assert shown.count("100.0%") == 2  # the source's throughput at each batch size
+    assert shown.count(" 100.0 ") == 2  # the source's throughput at each batch size
     assert "…" not in shown  # what a terminal of 80 columns would cut off
     notes = benchmark_notes(result)
     assert any(note.startswith("speculative: the tokens that compact gives; ") for note in notes)
@@ -128,3 +131,26 @@ def test_a_failure_in_the_process_that_measures_is_reported(tiny_source: Path, t
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(InputError, match=r"^model cannot be measured, .*the weights of .* are damaged"):
         benchmark(str(tmp_path), BenchmarkOptions(batch_sizes=(1,)))
+
+
+def test_the_pages_costs_are_counted() -> None:
+    """LLaMA-2 7B at 30 %, rank 256: weights read for a token."""
+    page = (Path(__file__).parents[2] / "docs" / "decoding.md").read_text(encoding="utf-8")
+    width, mlp, vocabulary, depth, pruned, rank = 4096, 11008, 32000, 32, 9, 256
+    linears, head = 4 * width**2 + 3 * width * mlp, vocabulary * width
+    source, draft = depth * linears + head, (depth - pruned) * linears + head
+    compact = source + pruned * rank * (4 * 2 * width + 3 * (width + mlp))
+
+    def speculative(drafted: int, acceptance: float) -> float:
+        return (drafted * draft + compact) / sum(acceptance**token for token in range(drafted + 1))
+
+    for name, weights in (
+        ("source", source),
+        ("plain removal", draft),
+        ("compact", compact),
+        ("materialised", source),
+        ("speculative, 4 drafted, all accepted", speculative(4, 1.0)),
+        ("speculative, 4 drafted, acceptance 0.8", speculative(4, 0.8)),
+        ("speculative, 1 drafted, acceptance 0.8", speculative(1, 0.8)),
+    ):
+        assert f"| {name} | {weights / 1e9:.3f} B | {weights / source:.1%}".replace("%", " %") in page
