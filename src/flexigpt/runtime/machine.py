@@ -1,6 +1,7 @@
 """The machine: devices, dtypes, memory."""
 
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ def peak_bytes(device: torch.device) -> int:
     """The most memory that this process has held: on its GPU, or, without one, in all."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))):
+        return int(found[1]) * 1024  # Linux, whose `resource` also counts the program that started this one
     process: Any = psutil.Process().memory_info()
     if hasattr(process, "peak_wset"):  # Windows, which has no `resource`
         return int(process.peak_wset)
