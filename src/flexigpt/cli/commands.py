@@ -1,6 +1,5 @@
 """Commands of baselines and training: functions that `cli.py` registers; no logic."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,25 +7,20 @@ import typer
 
 from flexigpt.cli.console import MAX_SHARD_SIZE, OVERWRITE, Bars, print_json, stdout, tell_estimate, write_and_show
 from flexigpt.cli.options import block_numbers, field_help, parse_shard_size
-from flexigpt.decoding import BenchmarkOptions, benchmark, benchmark_markdown, benchmark_notes, benchmark_tables
-from flexigpt.evaluation import EvalOptions, Evaluation, evaluate
+from flexigpt.decoding import BenchmarkOptions, benchmark, benchmark_notes, benchmark_tables
+from flexigpt.evaluation import EvalOptions, evaluate
 from flexigpt.pruning import BLOCK_SCORES, REMOVAL_SCORE, BaselineOptions, assemble_baseline, expected_removal
 from flexigpt.record import (
-    check_evaluation_file,
     check_recordable,
-    cost_table,
-    evaluation_markdown,
-    evaluation_notes,
-    evaluation_table,
+    cost_rows,
+    evaluation_rows,
     inspect_model,
-    inspection_tables,
-    notes,
+    inspection_rows,
     record_evaluation,
-    write_evaluation,
 )
 from flexigpt.recovery import PRECISIONS, TRAIN, RecoverOptions, recover
 from flexigpt.report import FIGURES, report
-from flexigpt.runtime import InputError, check_output, launched_rank, replace_file
+from flexigpt.runtime import InputError, check_output, launched_rank
 from flexigpt.weights import load_tokenizer
 
 _BASELINE, _RECOVER = field_help(BaselineOptions), field_help(RecoverOptions)
@@ -160,9 +154,7 @@ def recover_command(
         )
     if record is None:
         return
-    stdout.print(cost_table(record))
-    for line in notes(record):
-        print(line)
+    stdout.print(cost_rows(record).terminal())
     recovery = record["recovery"]
     print(f"{recovery['trained_parameters']:,} parameters trained at {recovery['tokens_per_second']:,.0f} tokens/s")
     if "stopped" in recovery:
@@ -189,11 +181,6 @@ def benchmark_command(
     cpu_time: Annotated[bool, typer.Option("--cpu-time", help=_BENCHMARK["cpu_time"])] = False,
     dtype: Annotated[str, typer.Option(help=_BENCHMARK["dtype"])] = BenchmarkOptions.dtype,
     device: Annotated[str, typer.Option(help=_BENCHMARK["device"])] = BenchmarkOptions.device,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="File to write the result to as well, by its suffix.", metavar="FILE.json|FILE.md"),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Time a compact model and its variants against its source: prefill, decoding, throughput, memory, storage."""
@@ -210,16 +197,8 @@ def benchmark_command(
         dtype=dtype,
         device=device,
     )
-    if output is None and overwrite:
-        raise InputError("--overwrite has no effect without --output: leave it out")
-    if output is not None:
-        check_evaluation_file(output, overwrite)
     with Bars() as track:
         result = benchmark(model, options, track) | {"command": context.obj}
-    if output is not None:
-        replace_file(
-            output, benchmark_markdown(result) if output.suffix == ".md" else json.dumps(result, indent=2) + "\n"
-        )
     if as_json:
         print_json(result)
         return
@@ -250,8 +229,8 @@ def inspect_command(
     if as_json:
         print_json(inspection)
         return
-    for table in inspection_tables(inspection):
-        stdout.print(table)
+    for rows in inspection_rows(inspection):
+        stdout.print(rows.terminal())
 
 
 def eval_command(
@@ -270,14 +249,8 @@ def eval_command(
     materialize: Annotated[bool, typer.Option("--materialize", help=_EVAL["materialize"])] = False,
     dtype: Annotated[str, typer.Option(help=_EVAL["dtype"])] = EvalOptions.dtype,
     device: Annotated[str, typer.Option(help=_EVAL["device"])] = EvalOptions.device,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="File to write the result to as well, by its suffix.", metavar="FILE.json|FILE.md"),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output.")] = False,
     record: Annotated[bool, typer.Option("--record", help=_RECORD_HELP)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
     """Measure perplexity, benchmark tasks and fidelity to the source, of several models side by side."""
     options = EvalOptions(
@@ -295,21 +268,16 @@ def eval_command(
         dtype=dtype,
         device=device,
     )
-    if as_json and as_markdown:
-        raise InputError("--json and --markdown exclude each other: give one, and --output FILE for the other")
-    if output is None and overwrite:
-        raise InputError("--overwrite has no effect without --output: leave it out")
-    if output is not None:
-        check_evaluation_file(output, overwrite)
     if record:
         check_recordable(models[0])
     with Bars() as track:
         evaluation = evaluate(models, options, track) | {"command": context.obj}
-    if output is not None:
-        write_evaluation(output, evaluation)
     if record:
         record_evaluation(models[0], evaluation)
-    _show(evaluation, as_json, as_markdown)
+    if as_json:
+        print_json(evaluation)
+        return
+    stdout.print(evaluation_rows(evaluation).terminal())
 
 
 def report_command(
@@ -324,14 +292,3 @@ def report_command(
     """Draw what was recorded: one HTML page that needs nothing else, and its figures as PNG files beside it."""
     written = report(folders, out)
     print(f"report written to {written}, its figures to {written.parent / FIGURES}")
-
-
-def _show(evaluation: Evaluation, as_json: bool, as_markdown: bool) -> None:
-    if as_json:
-        print_json(evaluation)
-    elif as_markdown:
-        print(evaluation_markdown(evaluation), end="")
-    else:
-        stdout.print(evaluation_table(evaluation))
-        for note in evaluation_notes(evaluation):
-            print(note)

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flexigpt.cli.options import SHARD_SIZE
 from flexigpt.pruning import Estimate
-from flexigpt.record import Record, notes, result_tables, write_checkpoint
+from flexigpt.record import Record, result_rows, write_checkpoint
 from flexigpt.report import plan_picture
 from flexigpt.runtime import Track, check_space, default_folder
 from flexigpt.weights import Assembly
@@ -95,8 +95,6 @@ def write_and_show(out: Path, source: str, assembly: Assembly, record: Record, s
     """Writes a checkpoint, and prints what became of its blocks, what it cost, and where it lies."""
     extras = plan_picture(assembly.model.config)
     write_checkpoint(out, assembly, record, source=source, max_shard_size=shard_bytes, extras=extras, track=track)
-    for table in result_tables(assembly.model.config, record):
-        stdout.print(table)
-    for note in notes(record):
-        print(note)
+    for rows in result_rows(assembly.model.config, record):
+        stdout.print(rows.terminal())
     print(f"checkpoint written to {out}")

@@ -41,7 +41,7 @@ from flexigpt.pruning import (
     plan_only,
 )
 from flexigpt.pruning import expected as prune_expected
-from flexigpt.record import notes, plan_table, write_plan
+from flexigpt.record import notes, plan_rows, write_plan
 from flexigpt.replicas import ADAPTER_INITS
 from flexigpt.runtime import InputError, check_output, check_space, tells
 from flexigpt.weights import load_tokenizer
@@ -215,7 +215,7 @@ def prune_command(
         with Bars() as track:
             decided, record = plan_only(source, options, track)
         write_plan(out, decided, record | command)
-        stdout.print(plan_table(decided, record))
+        stdout.print(plan_rows(decided, record).terminal())
         for note in notes(record):
             print(note)
         print(f"plan written to {out / 'plan.json'}; apply it with --plan")

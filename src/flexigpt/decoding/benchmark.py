@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from flexigpt.decoding.variants import (
     Clock,
@@ -25,7 +23,7 @@ from flexigpt.decoding.variants import (
     time_generation,
 )
 from flexigpt.model import FlexiGPTConfig, config_dtype, stored_bytes
-from flexigpt.record import Rows, markdown
+from flexigpt.record import Rows
 from flexigpt.runtime import InputError, Track, check_dtype, device_name, find_device, flag, megabytes, silent
 from flexigpt.text import tokenize_text
 from flexigpt.weights import load_tokenizer, read_config
@@ -321,7 +319,7 @@ def cost_rows(result: Benchmark) -> Rows:
         ]
         for variant in result["variants"]
     ]
-    return list(_COST), rows
+    return Rows(_COST, rows)
 
 
 def time_rows(result: Benchmark) -> Rows:
@@ -330,7 +328,7 @@ def time_rows(result: Benchmark) -> Rows:
     for size in result["options"]["batch_sizes"]:
         for variant in result["variants"]:
             rows += [[str(size), variant["variant"], *_times(b)] for b in variant["batches"] if b["batch_size"] == size]
-    return list(_TIME), rows
+    return Rows(_TIME, rows, align="llrrrrrr")
 
 
 def _times(batch: dict[str, Any]) -> list[str]:
@@ -345,18 +343,9 @@ def _times(batch: dict[str, Any]) -> list[str]:
     ]
 
 
-def benchmark_tables(result: Benchmark) -> list[Table]:
+def benchmark_tables(result: Benchmark) -> list[Any]:
     """Costs and times, for a terminal of 80 columns."""
-    tables = []
-    for headings, rows in (cost_rows(result), time_rows(result)):
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-        for heading, cells in zip(headings, zip(*rows, strict=True), strict=True):
-            width = max(len(text) for text in (*heading.split(), *cells))  # or rich would cut off words
-            table.add_column(heading, justify="left" if heading in ("batch", "variant") else "right", min_width=width)
-        for row in rows:
-            table.add_row(*row)
-        tables.append(table)
-    return tables
+    return [cost_rows(result).terminal(), time_rows(result).terminal()]
 
 
 def benchmark_notes(result: Benchmark) -> list[str]:
@@ -400,4 +389,4 @@ def _of_compact(variant: dict[str, Any]) -> list[str]:
 def benchmark_markdown(result: Benchmark) -> str:
     """Tables and notes in Markdown."""
     notes = "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in benchmark_notes(result))
-    return f"{markdown(*cost_rows(result))}\n{markdown(*time_rows(result))}{notes}"
+    return f"{cost_rows(result).markdown()}\n{time_rows(result).markdown()}{notes}"
