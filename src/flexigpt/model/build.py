@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flexigpt.model.architecture import find_architecture, num_blocks
 from flexigpt.model.configuration_flexigpt import FlexiGPTConfig
+from flexigpt.model.layout import layout_of
 from flexigpt.model.modeling_flexigpt import FlexiGPTForCausalLM, SharedLinear, linear_size
 from flexigpt.model.plan import Plan
 from flexigpt.runtime import InputError
@@ -155,12 +156,6 @@ def compact_config(
     )
 
 
-def plan_of(config: PreTrainedConfig) -> Plan:
-    """The plan of a compact model."""
-    assert isinstance(config, FlexiGPTConfig)
-    return Plan.from_dict({"format_version": 1, "num_blocks": config.num_hidden_layers, "replicas": config.replicas})
-
-
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A source or compact model of that configuration with parameters on the meta device: no memory, all shapes."""
     with init_empty_weights(include_buffers=False):
@@ -197,7 +192,7 @@ def names_of_blocks(source: PreTrainedModel, source_blocks: Sequence[int]) -> di
     Returns:
         Name in that model -> name in the source.
     """
-    prefix = find_architecture(source.config).blocks
+    prefix = layout_of(source).prefix
     names: dict[str, str] = {}
     own: dict[int, list[str]] = {}
     for name in all_tensors(source):

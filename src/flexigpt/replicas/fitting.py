@@ -19,12 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 from flexigpt.calibration import HiddenStates, RunningSum, Stream, calibration_batches, output_weights
 from flexigpt.model import (
-    FlexiGPTForCausalLM,
     NormedOutput,
     Seen,
     SharedLinear,
     find_architecture,
-    plan_of,
     watched,
     weight_matrix,
 )
@@ -89,7 +87,7 @@ def fit_blocks(
     """
     theirs = Stream(source.model, calibration_batches(windows), spill)
     ours = theirs.copy(spill)
-    replicas = _replicas(pruned)
+    replicas = pruned.layout.bases
     missing = [i for i, block in enumerate(standing) if block is None or block in replicas]
     last = max(missing, default=-1)
     depth = len(standing) if fits.kept and missing else last + 1
@@ -109,13 +107,6 @@ def fit_blocks(
                         pruned.own(number, fitted)
                     ours.advance(block, index)
         theirs.hidden = behind
-
-
-def _replicas(pruned: StreamedModel) -> dict[int, int]:
-    """Replica -> its base."""
-    if not isinstance(pruned.model, FlexiGPTForCausalLM):
-        return {}
-    return {replica.block: replica.base for replica in plan_of(pruned.model.config).replicas}
 
 
 def _past_removed(
