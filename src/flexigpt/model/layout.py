@@ -1,23 +1,57 @@
 """Where a model, source or compact, keeps its parts, and what it stores: every tensor counted once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexigpt.model.architecture import find_architecture
 from flexigpt.model.configuration_flexigpt import FlexiGPTConfig
 from flexigpt.model.modeling_flexigpt import FlexiGPTForCausalLM
-from flexigpt.model.plan import PLAN_FORMAT_VERSION, Plan
+from flexigpt.model.plan import Plan
+
+# What an output norm is wrapped around lies so within the wrapper, and the norm's weight so.
+INNER, OUTPUT_NORM = ".inner", ".output_norm.weight"
+
+# What is a replica's own and trained: how the names of its tensors end, and the part that tables and figures show.
+REPLICA_PARTS = {
+    ".adapter_A": "replicas, adapters",
+    ".adapter_B": "replicas, adapters",
+    ".base_scale": "replicas, base scales",
+    OUTPUT_NORM: "replicas, output norms",
+}
+
+# Path of the source's own architecture within a compact model.
+SOURCE_PREFIX = "language_model."
+
+
+def linear_tensors(
+    path: str, adapter: tuple[torch.Tensor, torch.Tensor], scale: torch.Tensor | None, biases: Sequence[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What a replica's linear stores, by path within the block.
+
+    Args:
+        path: of the linear.
+        adapter: A, (rank, inputs), and B, (outputs, rank).
+        scale: of the base's output, (1,); None: the linear has none, and it is 1.
+        biases: of the pruned linear and of its base; empty: they have none, or the difference stays as it is.
+    """
+    found = {"adapter_A": adapter[0], "adapter_B": adapter[1]}
+    if scale is not None:
+        found["base_scale"] = scale
+    if biases:
+        own, base = biases
+        found["bias_difference"] = own - (base if scale is None else scale.to(base) * base)
+    return {f"{path}.{name}": values for name, values in found.items()}
 
 
 def plan_of(config: PreTrainedConfig) -> Plan:
     """The plan of a compact model."""
     assert isinstance(config, FlexiGPTConfig)
-    return Plan.from_dict(
-        {"format_version": PLAN_FORMAT_VERSION, "num_blocks": config.num_hidden_layers, "replicas": config.replicas}
-    )
+    return Plan.of_rows(config.num_hidden_layers, config.replicas)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +99,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
     config = model.config
     is_compact = isinstance(model, FlexiGPTForCausalLM)
     architecture = find_architecture(config.text_config if is_compact else config)
-    prefix = f"language_model.{config.blocks}" if is_compact else architecture.blocks
+    prefix = f"{SOURCE_PREFIX}{config.blocks}" if is_compact else architecture.blocks
     replicas = plan_of(config).replicas if is_compact else ()
     return Layout(
         prefix=prefix,
@@ -93,14 +127,9 @@ def count_parts(model: PreTrainedModel) -> dict[str, int]:
             block, _, path = name.removeprefix(f"{layout.prefix}.").partition(".")
             if int(block) not in layout.bases:
                 part = "kept blocks, linears" if path in weights else "kept blocks, norms and biases"
-            elif path.endswith((".adapter_A", ".adapter_B")):
-                part = "replicas, adapters"
-            elif path.endswith(".base_scale"):
-                part = "replicas, base scales"
-            elif path.endswith(".output_norm.weight"):
-                part = "replicas, output norms"
             else:
-                part = "replicas, norms and biases"
+                own = (part for end, part in REPLICA_PARTS.items() if path.endswith(end))
+                part = next(own, "replicas, norms and biases")
         parts[part] = parts.get(part, 0) + parameter.numel()
     return parts
 
