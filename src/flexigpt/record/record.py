@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from flexigpt.evaluation import streamed_perplexity
+from flexigpt.evaluation import perplexity
 from flexigpt.model import FlexiGPTForCausalLM, SharedLinear, config_dtype, count_parts, plan_of, stored_bytes
 from flexigpt.runtime import Cache, Track
 from flexigpt.text import TokenizedText
@@ -65,12 +65,12 @@ def measure_both(
     record["perplexity"] = {"text": name}
     digest = hashlib.sha256(text.ids.numpy().tobytes()).hexdigest()
     for label, model in models.items():
-        measure = partial(streamed_perplexity, model, text, window_length=window_length, spill=spill, track=track)
+        measure = partial(perplexity, model, text, window_length=window_length, spill=spill, track=track)
         if isinstance(model, Source):
             with cache.stage("perplexity", text=digest, window_length=window_length) as stage:
-                record["perplexity"][label] = stage.result or stage.finish(measure().to_dict())
+                record["perplexity"][label] = stage.result or stage.finish(measure())
         else:
-            record["perplexity"][label] = measure().to_dict()
+            record["perplexity"][label] = measure()
     return record
 
 

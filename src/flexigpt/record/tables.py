@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedConfig
 
-from flexigpt.evaluation import Evaluation
+from flexigpt.evaluation import METRICS, Evaluation
 from flexigpt.model import FlexiGPTConfig, Plan, Replica, plan_of
 from flexigpt.record.record import Record, find_in
 from flexigpt.runtime import megabytes
@@ -241,14 +241,6 @@ def inspection_rows(inspection: dict[str, Any]) -> list[Rows]:
 
 _ACCURACY = ("acc", "exact_match")  # what begins so is a share, shown in percent
 
-# heading; where the figure stands; factor and digits of what is shown
-_FIGURES = (
-    ("perplexity", "perplexity", "perplexity", 1, 4),
-    ("bits per byte", "perplexity", "bits_per_byte", 1, 4),
-    ("divergence", "fidelity", "divergence", 1, 4),
-    ("agreement, %", "fidelity", "agreement", 100, 2),
-)
-
 
 def evaluation_rows(evaluation: Evaluation) -> Rows:
     """A measure a row, a model a column, in the order that they were given."""
@@ -257,16 +249,21 @@ def evaluation_rows(evaluation: Evaluation) -> Rows:
         ["stored parameters", *(f"{model['parameters']:,}" for model in models)],
         ["stored MB", *(megabytes(model["bytes"]) for model in models)],
     ]
-    for heading, group, key, scale, digits in _FIGURES:
-        found = [model.get(group) for model in models]
-        rows += _row(heading, ["" if one is None else f"{scale * one[key]:.{digits}f}" for one in found])
+    better: dict[str, list[str]] = {"lower": [], "higher": []}
+    for name, metric in METRICS.items():
+        found = [model.get("fidelity" if metric.against else "perplexity", {}).get(name) for model in models]
+        if metric.heading and any(value is not None for value in found):
+            cells = ["" if value is None else metric.shown(value) for value in found]
+            rows.append([f"{metric.heading}{', %' if metric.percent else ''}", *cells])
+            better[metric.better].append(metric.heading)
     names = list(dict.fromkeys(name for model in models for name in model.get("tasks", {})))
     for name in names:
         tasks = [model.get("tasks", {}).get(name) for model in models]
         rows += _row(_heading(name, models), ["" if task is None else _value(task) for task in tasks])
     means = [model.get("tasks_mean") for model in models] if len(names) > 1 else []
     rows += _row("mean of the tasks, %", ["" if mean is None else f"{100 * mean:.2f}" for mean in means])
-    return Rows(["", *_columns(models)], rows, notes=_evaluation_notes(evaluation))
+    ways = "; ".join(f"{way} is better: {', '.join(names)}" for way, names in better.items() if names)
+    return Rows(["", *_columns(models)], rows, notes=[*([ways] if ways else []), *_evaluation_notes(evaluation)])
 
 
 def _row(heading: str, cells: list[str]) -> list[list[str]]:
