@@ -15,7 +15,7 @@ from typing import Any
 from speculation import EXAMPLE, OPTIONS, add_large, heading, large
 
 from flexigpt import BenchmarkOptions, benchmark, prune, write_checkpoint
-from flexigpt.decoding import benchmark_markdown
+from flexigpt.decoding import benchmark_rows
 
 
 def pruned(folder: Path) -> Path:
@@ -26,7 +26,7 @@ def pruned(folder: Path) -> Path:
 
 
 def say(what: str, result: dict[str, Any]) -> None:
-    print(f"## {what}\n\n{benchmark_markdown(result)}", flush=True)
+    print(f"## {what}\n\n{benchmark_rows(result).markdown()}", flush=True)
 
 
 def main() -> None:

@@ -16,8 +16,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from flexigpt.decoding.draft import SpeculateStatistics
@@ -235,22 +233,12 @@ def benchmark_rows(result: Benchmark) -> Rows:
             rows.append(
                 row | {"peak, MB": megabytes(batch["peak_bytes"]), "stored, MB": megabytes(variant["stored_bytes"])}
             )
-    return list(rows[0]), [list(row.values()) for row in rows]
+    return Rows(
+        list(rows[0]), [list(row.values()) for row in rows], align="rl".ljust(len(rows[0]), "r"), notes=_notes(result)
+    )
 
 
-def benchmark_tables(result: Benchmark) -> list[Table]:
-    """The rows, for a terminal of 80 columns."""
-    headings, rows = benchmark_rows(result)
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for heading, cells in zip(headings, zip(*rows, strict=True), strict=True):
-        width = max(len(text) for text in (*heading.split(), *cells))  # or rich would cut off words
-        table.add_column(heading, justify="left" if heading in ("batch", "variant") else "right", min_width=width)
-    for row in rows:
-        table.add_row(*row)
-    return [table]
-
-
-def benchmark_notes(result: Benchmark) -> list[str]:
+def _notes(result: Benchmark) -> list[str]:
     """What a reader of the rows has to know."""
     libraries, versions = result["variants"][0]["library_bytes"], result["versions"]
     lines = [
