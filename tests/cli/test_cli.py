@@ -174,7 +174,7 @@ BAD_INPUT = {
     "prune SOURCE out --ratio 0.4 --rnk 3": "No such option: --rnk",
     "prune SOURCE out --ratio 0.4 --calibration nowhere.jsonl": "text file nowhere.jsonl is not there",
     "prune SOURCE out --ratio 0.4 --calibration empty.txt": "text file empty.txt is empty",
-    "prune SOURCE out --ratio 0.4 --calibration TEXT --text-column body": "has no column 'body': its columns",
+    "prune SOURCE out --ratio 0.4 --calibration short.txt#body": "has no column 'body': its columns",
     "prune SOURCE out --ratio 0.4 --calibration short.txt --window-length 64": "fewer than one window of 64",
     "prune SOURCE out --ratio 0.4 --calibration TEXT --device cuda:9": "device cuda:9 cannot be used here",
     "prune SOURCE out --plan nowhere.json": "the plan nowhere.json cannot be read",

@@ -181,7 +181,7 @@ def _prompts(model: str, options: BenchmarkOptions) -> torch.Tensor:
     if options.prompt is None:
         vocabulary = read_config(model).get_text_config().vocab_size
         return torch.randint(vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
-    ids = tokenize_text(options.prompt, load_tokenizer(model), column="text", window_length=length).ids
+    ids = tokenize_text(options.prompt, load_tokenizer(model), window_length=length).ids
     if len(ids) < count * length:
         raise InputError(
             f"--prompt {options.prompt} has {len(ids)} tokens, {count} prompts of {length} take {count * length}: give "

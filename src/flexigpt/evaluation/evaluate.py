@@ -206,8 +206,7 @@ def _load_tasks(options: EvalOptions) -> Any:
 def _tokenize(options: EvalOptions, tokenizer: PreTrainedTokenizerBase, window_length: int) -> TokenizedText | None:
     if options.perplexity is None:
         return None
-    column = "text" if options.text_column is None else options.text_column
-    return tokenize_text(options.perplexity, tokenizer, column=column, window_length=window_length)
+    return tokenize_text(options.perplexity, tokenizer, window_length=window_length)
 
 
 def _numbered(track: Track, place: str) -> Track:

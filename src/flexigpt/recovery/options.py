@@ -32,10 +32,10 @@ class RecoverOptions:
 
     Attributes:
         data: text to train on: a .txt, .jsonl, .jsonl.gz or .parquet file, a folder or pattern of such files, or
-            NAME[:CONFIG][@SPLIT] of a data set on the hub, which is streamed.
+            NAME[:CONFIG][@SPLIT] of a data set on the hub, which is streamed; with #COLUMN behind it where the text is
+            not in the column `text`.
         tokens: tokens to train on: 1B, 600M, 100K or a number; rounded down to whole steps.
         epochs: times that the text may be read, each time in another order.
-        text_column: column that holds the text.
         window_length: tokens in a window; default: the model's context, at most 2048.
         batch_tokens: tokens in a step, over all processes; default: 480 windows, as in the paper.
         micro_batch: windows in one forward pass of one process; default: as many as make 8192 tokens on a GPU, 1024 on
@@ -71,7 +71,6 @@ class RecoverOptions:
     data: str = DEFAULT_DATA
     tokens: str = "1B"
     epochs: int = 1
-    text_column: str = "text"
     window_length: int | None = None
     batch_tokens: int | None = None
     micro_batch: int | None = None

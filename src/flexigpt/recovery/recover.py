@@ -148,7 +148,6 @@ class _Run:
         return {
             "model": model_fingerprint(self.model),
             "data": text_fingerprint(options.data),
-            "text_column": options.text_column,
             "window_length": self.window_length,
             "batch_tokens": settings.batch_tokens,
             "steps": settings.steps,
@@ -193,16 +192,13 @@ class _Run:
     def _held_out(self) -> HeldOut | None:
         if self.options.perplexity is None:
             return None
-        text = tokenize_text(
-            self.options.perplexity, self.tokenizer, column=self.options.text_column, window_length=self.window_length
-        )
+        text = tokenize_text(self.options.perplexity, self.tokenizer, window_length=self.window_length)
         return HeldOut(text=text, window_length=self.window_length, draft=self.options.draft_weight is not None)
 
     def _check_enough(self) -> None:
         check_enough(
             self.options.data,
             self.tokenizer,
-            column=self.options.text_column,
             tokens=self.settings.steps * self.settings.batch_tokens,
             epochs=self.options.epochs,
         )
@@ -211,7 +207,6 @@ class _Run:
         return TrainingStream(
             self.options.data,
             self.tokenizer,
-            column=self.options.text_column,
             window_length=self.window_length,
             seed=self.options.seed,
             epochs=self.options.epochs,
