@@ -1,15 +1,18 @@
 """One tiny random model for each row of ARCHITECTURES: the test table that grows with it."""
 
+import inspect
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 NUM_BLOCKS = 6
 VOCABULARY = 96
 # Every linear's smaller side is 32, so that a rank-32 adapter has full rank everywhere.
 FULL_RANK = 32
+# What the installed transformers calls the key/value cache, in `generate` as in `forward`.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 _ROPE: dict[str, Any] = {
     "hidden_size": 32,

@@ -275,7 +275,7 @@ def test_the_next_batch_is_prepared_while_the_caller_computes(
     monkeypatch.setattr(stream, "next_windows", noted)
     running = iterate(stream, 1, 4)
     next(running)
-    assert prepared[1].wait(10)
+    assert prepared[1].wait(60)
     assert not prepared[2].is_set()
     running.close()
     assert not our_threads()

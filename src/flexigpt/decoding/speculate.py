@@ -19,10 +19,11 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 
 from flexigpt.decoding.draft import DraftLength, SpeculateOptions, SpeculateStatistics, expected_speedup, skipped_blocks
 from flexigpt.decoding.split import SplitDecoder
+from flexigpt.model import CACHE_NAMES
 from flexigpt.runtime import InputError
 
 # What `generate` hands on besides ids, and what of it is used here.
-_KNOWN_INPUTS = frozenset(("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"))
+_KNOWN_INPUTS = frozenset(("attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "logits_to_keep"))
 
 # Settings of `generate` that ask for another way of decoding, or for output that this one does not have.
 _REFUSED = (
@@ -66,7 +67,7 @@ def speculative_generate(
             `functools.partial`.
         speculate: how to draft; an argument of `generate`, too.
         statistics: filled in; an argument of `generate`, too.
-        inputs: `attention_mask`, `position_ids` and `past_key_values`, as `generate` prepares them.
+        inputs: `attention_mask`, `position_ids` and the cache, as `generate` prepares them.
 
     Returns:
         (1, prompt + new) ids.
@@ -78,8 +79,8 @@ def speculative_generate(
     options = speculate or SpeculateOptions()
     _check_request(input_ids, generation_config, inputs)
     skipped = skipped_blocks(model, options)
-    positions = inputs["position_ids"]
-    decoder = SplitDecoder(model, skipped, inputs.get("past_key_values"), inputs.get("attention_mask"), positions)
+    cache = next((inputs[name] for name in CACHE_NAMES if name in inputs), None)
+    decoder = SplitDecoder(model, skipped, cache, inputs.get("attention_mask"), inputs["position_ids"])
     chooser = Chooser(logits_processor, bool(generation_config.do_sample))
     statistics = SpeculateStatistics() if statistics is None else statistics
     speculation = Speculation(decoder, chooser, options, statistics)

@@ -8,13 +8,14 @@ and positions for every part; blocks that do not belong to it hand their input o
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from flexigpt.model import find_architecture, layout_of, replaced_forwards
+from flexigpt.model import cache_name, find_architecture, layout_of, replaced_forwards
 from flexigpt.runtime import InputError
 
 
@@ -69,6 +70,7 @@ class SplitDecoder:
         self._mask, self._positions = mask, positions
         _check_cache(cache)
         self._cache = cache
+        self._cache_name = cache_name(model.get_decoder())
         self.work = Work()
         self.length = self.target_length = self.draft_length = 0  # of the first blocks, and of the rest of each
         # Tokens, and what they gave the first skipped block, from the shorter of the two rests on.
@@ -122,6 +124,7 @@ class SplitDecoder:
         self._rollback = [layer for layer in own + self._own_layers if isinstance(layer, DynamicSlidingWindowLayer)]
         for layer in self._rollback:
             layer.activate_past_recording()
+            layer.update = partial(_in_window, layer, layer.update)
         live = own[0] if entry else self._own_layers[0]
         some: Any = self._own_layers[0] if self._own_layers else _fresh(own[entry])
         self._target_rest_view = Cache(layers=[own[entry]] * entry + own[entry:])
@@ -188,7 +191,7 @@ class SplitDecoder:
         mask = self._mask
         if mask is not None:
             mask = torch.cat((mask, mask.new_ones(1, max(end - prompt, 0))), 1)
-        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": view}
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, self._cache_name: view}
         if num_logits:
             logits: torch.Tensor = self._model(**given, use_cache=True, logits_to_keep=num_logits).logits
             return logits
@@ -228,6 +231,7 @@ class SplitDecoder:
         self.keep(length)
         for layer in self._rollback:
             layer.record_past = False
+            del layer.update
 
 
 def head_cost(model: PreTrainedModel) -> float:
@@ -243,7 +247,7 @@ def _check_cache(cache: Any) -> None:
         kind = type(cache).__name__ if cache is not None else "no cache"
         raise InputError(
             f"speculative decoding takes back rejected tokens, which it cannot with {kind} as set up here: leave out "
-            "past_key_values, cache_implementation and use_cache"
+            "the cache, cache_implementation and use_cache"
         )
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer):
@@ -251,9 +255,7 @@ def _check_cache(cache: Any) -> None:
                 f"speculative decoding cannot take back tokens of a {type(layer).__name__}: decode without it"
             )
     if cache.get_seq_length():
-        raise InputError(
-            "the cache holds tokens that the draft has not seen: give the whole text and no past_key_values"
-        )
+        raise InputError("the cache holds tokens that the draft has not seen: give the whole text and no cache")
 
 
 def _fresh(layer: Any) -> Any:
@@ -263,6 +265,12 @@ def _fresh(layer: Any) -> Any:
     if isinstance(layer, StaticLayer):
         return StaticLayer(max_cache_len=layer.max_cache_len)
     return type(layer)()
+
+
+def _in_window(layer: Any, update: Callable[..., Any], keys: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What the masks are made for: transformers 5.17 gives out all that it keeps for a way back."""
+    visible = layer.sliding_window - 1 + keys.shape[-2]
+    return tuple(kept[:, :, -visible:] for kept in update(keys, *args, **kwargs))
 
 
 def _drop(layer: Any, tokens: int) -> None:

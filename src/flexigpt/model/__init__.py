@@ -33,7 +33,14 @@ if TYPE_CHECKING:
     )
     from flexigpt.model.configuration_flexigpt import FlexiGPTConfig
     from flexigpt.model.layout import Layout, count_parts, layout_of, stored_bytes
-    from flexigpt.model.modeling_flexigpt import FlexiGPTForCausalLM, NormedOutput, SharedLinear, linear_size
+    from flexigpt.model.modeling_flexigpt import (
+        CACHE_NAMES,
+        FlexiGPTForCausalLM,
+        NormedOutput,
+        SharedLinear,
+        cache_name,
+        linear_size,
+    )
     from flexigpt.model.plan import ModelShape, Plan, Replica, default_rank, plan_in_words
     from flexigpt.model.run import Seen, block_output, fast_half, replaced_forwards, watched
 else:

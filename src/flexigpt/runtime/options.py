@@ -1,8 +1,8 @@
 """Options classes: what a field says of itself, and the checks that need no more than that. No torch.
 
 The command line is made from the fields: type, default, the description in the class's docstring, and what `option`
-adds. A class of options is a frozen dataclass, keyword-only; each room owns the fields that it reads, and a flow's class
-inherits them, so that its fields are flat: `PruneOptions(ratio=0.3, windows=128)`.
+adds. A class of options is a frozen dataclass, keyword-only; each room owns the fields that it reads, and a flow's
+class inherits them, so that its fields are flat: `PruneOptions(ratio=0.3, windows=128)`.
 """
 
 import dataclasses
