@@ -21,11 +21,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flexigpt.model import (
-    FlexiGPTForCausalLM,
-    block_list,
     block_output,
     fast_half,
-    find_architecture,
+    layout_of,
     replaced_forwards,
     watched,
 )
@@ -238,7 +236,7 @@ def run_through(
 def finished_blocks(model: StreamedModel, stream: Stream) -> Iterator[None]:
     """Within it the model, called with the batches of a stream in order, gives what it makes of the hidden states."""
     finished = iter(stream.hidden)
-    returns_tuple = _returns_tuple(model.model)
+    returns_tuple = model.layout.returns_tuple
 
     def forward_of(index: int, _: Callable[..., Any]) -> Callable[..., Any]:
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -268,22 +266,16 @@ def _enter_blocks(
             seen = arguments.setdefault(hidden_states.shape[:2], [])
             if len(seen) == index:
                 seen.append((args, kwargs))
-            return (hidden_states, None) if returns_tuple else hidden_states
+            return (hidden_states, None) if layout.returns_tuple else hidden_states
 
         return forward
 
-    returns_tuple = _returns_tuple(model)
-    blocks = model.block_list if isinstance(model, FlexiGPTForCausalLM) else block_list(model)
+    layout = layout_of(model)
     decoder = model.get_decoder()
     for batch in batches:
-        with torch.no_grad(), replaced_forwards(blocks, pass_through):
+        with torch.no_grad(), replaced_forwards(layout.blocks, pass_through):
             decoder(input_ids=batch, use_cache=False)
         yield entering.pop()
-
-
-def _returns_tuple(model: PreTrainedModel) -> bool:
-    source = model.language_model if isinstance(model, FlexiGPTForCausalLM) else model
-    return find_architecture(source.config).block_returns_tuple
 
 
 class HiddenStates(Sequence[torch.Tensor]):

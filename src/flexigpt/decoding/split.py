@@ -15,7 +15,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from flexigpt.model import cache_name, find_architecture, layout_of, replaced_forwards
+from flexigpt.model import cache_name, layout_of, replaced_forwards
 from flexigpt.runtime import InputError
 
 
@@ -83,7 +83,7 @@ class SplitDecoder:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Within it the model belongs to this decoder: its blocks run when their part does."""
-        as_tuple = find_architecture(self._model.config.get_text_config()).block_returns_tuple
+        as_tuple = layout_of(self._model).returns_tuple
 
         def switched(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
             def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

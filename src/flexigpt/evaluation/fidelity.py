@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from flexigpt.model import FlexiGPTForCausalLM, block_list, block_output, fast_half, plan_of
+from flexigpt.model import FlexiGPTForCausalLM, block_output, fast_half, layout_of
 from flexigpt.runtime import InputError, Track, silent
 from flexigpt.text import TokenizedText, batch_size_for, window_batches
 
@@ -65,7 +65,7 @@ def measure_fidelity(
             sums.add(theirs, ours, targets)
     measured = {"against": against, **sums.result()}
     if beside:
-        bases = {replica.block: replica.base for replica in plan_of(model.config).replicas}
+        bases = layout_of(model).bases
         measured["blocks"] = {
             block: {"base": bases[block], "output": errors.error()} for block, errors in beside.items()
         }
@@ -132,9 +132,9 @@ def _replicas_beside(model: PreTrainedModel, source: PreTrainedModel) -> Iterato
     beside: dict[int, _Beside] = {}
     with ExitStack() as hooks:
         if isinstance(model, FlexiGPTForCausalLM) and not isinstance(source, FlexiGPTForCausalLM):
-            pruned = plan_of(model.config).pruned if len(model.block_list) == len(block_list(source)) else []
-            for block in pruned:
-                beside[block] = _Beside(model.block_list[block])
-                handle = block_list(source)[block].register_forward_hook(beside[block], with_kwargs=True)
+            ours, theirs = layout_of(model), layout_of(source)
+            for block in ours.bases if len(ours.blocks) == len(theirs.blocks) else ():
+                beside[block] = _Beside(ours.blocks[block])
+                handle = theirs.blocks[block].register_forward_hook(beside[block], with_kwargs=True)
                 hooks.callback(handle.remove)
         yield beside

@@ -28,11 +28,20 @@ if TYPE_CHECKING:
         fill_model,
         materialize,
         names_of_blocks,
-        plan_of,
         sharing_copy,
     )
     from flexigpt.model.configuration_flexigpt import FlexiGPTConfig
-    from flexigpt.model.layout import Layout, count_parts, layout_of, stored_bytes
+    from flexigpt.model.layout import (
+        INNER,
+        OUTPUT_NORM,
+        REPLICA_PARTS,
+        Layout,
+        count_parts,
+        layout_of,
+        linear_tensors,
+        plan_of,
+        stored_bytes,
+    )
     from flexigpt.model.modeling_flexigpt import (
         CACHE_NAMES,
         FlexiGPTForCausalLM,

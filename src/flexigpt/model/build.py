@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flexigpt.model.architecture import find_architecture, num_blocks
 from flexigpt.model.configuration_flexigpt import FlexiGPTConfig
+from flexigpt.model.layout import INNER, SOURCE_PREFIX, layout_of
 from flexigpt.model.modeling_flexigpt import FlexiGPTForCausalLM, SharedLinear, linear_size
 from flexigpt.model.plan import Plan
 from flexigpt.runtime import InputError
@@ -155,12 +156,6 @@ def compact_config(
     )
 
 
-def plan_of(config: PreTrainedConfig) -> Plan:
-    """The plan of a compact model."""
-    assert isinstance(config, FlexiGPTConfig)
-    return Plan.from_dict({"format_version": 1, "num_blocks": config.num_hidden_layers, "replicas": config.replicas})
-
-
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A source or compact model of that configuration with parameters on the meta device: no memory, all shapes."""
     with init_empty_weights(include_buffers=False):
@@ -197,7 +192,7 @@ def names_of_blocks(source: PreTrainedModel, source_blocks: Sequence[int]) -> di
     Returns:
         Name in that model -> name in the source.
     """
-    prefix = find_architecture(source.config).blocks
+    prefix = layout_of(source).prefix
     names: dict[str, str] = {}
     own: dict[int, list[str]] = {}
     for name in all_tensors(source):
@@ -235,14 +230,14 @@ def empty_compact(
     text_config._name_or_path = ""  # where the source lay when it was pruned; the record says so
     text_config.dtype = source.dtype
     model = cast(FlexiGPTForCausalLM, empty_model(compact_config(text_config, plan, output_norm, base_scale)))
-    known = all_tensors(model).keys()
+    names = {f"{SOURCE_PREFIX}{name}": origin for name, origin in names_of_blocks(source, origins).items()}
     taken = {}
-    for name, origin in names_of_blocks(source, origins).items():
+    for name in all_tensors(model):
         # A family's own norm that an output norm follows lies one level deeper in a replica.
-        parent, _, last = f"language_model.{name}".rpartition(".")
-        key = next((key for key in (f"{parent}.inner.{last}", f"{parent}.{last}") if key in known), None)
-        if key is not None:
-            taken[key] = origin
+        parent, _, last = name.rpartition(".")
+        origin = names.get(f"{parent.removesuffix(INNER)}.{last}")
+        if origin is not None:
+            taken[name] = origin
     return model, taken
 
 

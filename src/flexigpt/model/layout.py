@@ -1,63 +1,71 @@
-"""What a model stores: parameters of each part, every tensor counted once."""
+"""Where a model, source or compact, keeps its parts, and what it stores: every tensor counted once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexigpt.model.architecture import block_list, find_architecture
-from flexigpt.model.build import plan_of
+from flexigpt.model.architecture import find_architecture
+from flexigpt.model.configuration_flexigpt import FlexiGPTConfig
 from flexigpt.model.modeling_flexigpt import FlexiGPTForCausalLM
+from flexigpt.model.plan import Plan
+
+# What an output norm is wrapped around lies so within the wrapper, and the norm's weight so.
+INNER, OUTPUT_NORM = ".inner", ".output_norm.weight"
+
+# What is a replica's own and trained: how the names of its tensors end, and the part that tables and figures show.
+REPLICA_PARTS = {
+    ".adapter_A": "replicas, adapters",
+    ".adapter_B": "replicas, adapters",
+    ".base_scale": "replicas, base scales",
+    OUTPUT_NORM: "replicas, output norms",
+}
+
+# Path of the source's own architecture within a compact model.
+SOURCE_PREFIX = "language_model."
 
 
-def count_parts(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters of each part; every parameter is in exactly one."""
-    if isinstance(model, FlexiGPTForCausalLM):
-        blocks, linears = f"language_model.{model.config.blocks}.", model.config.linears
-        pruned = set(plan_of(model.config).pruned)
-    else:
-        architecture = find_architecture(model.config)
-        blocks, linears = f"{architecture.blocks}.", list(architecture.linears)
-        pruned = set()
-    weights = {f"{path}.weight" for path in linears}
-    head = model.get_output_embeddings()
-    outside = {id(p): "output head" for p in (head.parameters() if head else ())}
-    outside |= {id(p): "embeddings" for p in model.get_input_embeddings().parameters()}
-    parts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        if not name.startswith(blocks):
-            part = outside.get(id(parameter), "outside the blocks, other")
-        else:
-            block, _, path = name.removeprefix(blocks).partition(".")
-            if int(block) not in pruned:
-                part = "kept blocks, linears" if path in weights else "kept blocks, norms and biases"
-            elif path.endswith((".adapter_A", ".adapter_B")):
-                part = "replicas, adapters"
-            elif path.endswith(".base_scale"):
-                part = "replicas, base scales"
-            elif path.endswith(".output_norm.weight"):
-                part = "replicas, output norms"
-            else:
-                part = "replicas, norms and biases"
-        parts[part] = parts.get(part, 0) + parameter.numel()
-    return parts
+def linear_tensors(
+    path: str, adapter: tuple[torch.Tensor, torch.Tensor], scale: torch.Tensor | None, biases: Sequence[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What a replica's linear stores, by path within the block.
+
+    Args:
+        path: of the linear.
+        adapter: A, (rank, inputs), and B, (outputs, rank).
+        scale: of the base's output, (1,); None: the linear has none, and it is 1.
+        biases: of the pruned linear and of its base; empty: they have none, or the difference stays as it is.
+    """
+    found = {"adapter_A": adapter[0], "adapter_B": adapter[1]}
+    if scale is not None:
+        found["base_scale"] = scale
+    if biases:
+        own, base = biases
+        found["bias_difference"] = own - (base if scale is None else scale.to(base) * base)
+    return {f"{path}.{name}": values for name, values in found.items()}
 
 
-def stored_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the stored parameters, each counted once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+def plan_of(config: PreTrainedConfig) -> Plan:
+    """The plan of a compact model."""
+    assert isinstance(config, FlexiGPTConfig)
+    return Plan.of_rows(config.num_hidden_layers, config.replicas)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where a model of either kind, compact or ordinary, keeps what recovery trains.
+    """Where a model keeps its blocks and their linears, and which blocks are replicas of which.
 
     Attributes:
-        prefix: path of the list of blocks.
+        prefix: path of the list of blocks within the model.
         blocks: the logical blocks, in order.
         linears: paths of a block's linears within the block.
-        bases: replica -> its base.
+        bases: replica -> its base; empty for a source.
         ranks: replica -> rank of its adapters.
+        returns_tuple: whether a block returns (hidden states, ...) instead of the hidden states alone.
+        is_compact: whether it is a compact model, with or without replicas.
     """
 
     prefix: str
@@ -65,6 +73,8 @@ class Layout:
     linears: tuple[str, ...]
     bases: dict[int, int]
     ranks: dict[int, int]
+    returns_tuple: bool
+    is_compact: bool
 
     @property
     def kept(self) -> list[int]:
@@ -81,17 +91,49 @@ class Layout:
 
 
 def layout_of(model: PreTrainedModel) -> Layout:
-    """The layout of a compact or an ordinary model."""
-    if isinstance(model, FlexiGPTForCausalLM):
-        plan = plan_of(model.config)
-        return Layout(
-            prefix=f"language_model.{model.config.blocks}",
-            blocks=model.block_list,
-            linears=tuple(model.config.linears),
-            bases={replica.block: replica.base for replica in plan.replicas},
-            ranks={replica.block: replica.rank for replica in plan.replicas},
-        )
-    architecture = find_architecture(model.config)
+    """The layout of a source or compact model; the meta device will do.
+
+    Raises:
+        InputError: a source of a family that is not supported.
+    """
+    config = model.config
+    is_compact = isinstance(model, FlexiGPTForCausalLM)
+    architecture = find_architecture(config.text_config if is_compact else config)
+    prefix = f"{SOURCE_PREFIX}{config.blocks}" if is_compact else architecture.blocks
+    replicas = plan_of(config).replicas if is_compact else ()
     return Layout(
-        prefix=architecture.blocks, blocks=block_list(model), linears=architecture.linears, bases={}, ranks={}
+        prefix=prefix,
+        blocks=cast(nn.ModuleList, model.get_submodule(prefix)),
+        linears=tuple(config.linears) if is_compact else architecture.linears,
+        bases={replica.block: replica.base for replica in replicas},
+        ranks={replica.block: replica.rank for replica in replicas},
+        returns_tuple=architecture.block_returns_tuple,
+        is_compact=is_compact,
     )
+
+
+def count_parts(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters of each part; every parameter is in exactly one."""
+    layout = layout_of(model)
+    weights = {f"{path}.weight" for path in layout.linears}
+    head = model.get_output_embeddings()
+    outside = {id(p): "output head" for p in (head.parameters() if head else ())}
+    outside |= {id(p): "embeddings" for p in model.get_input_embeddings().parameters()}
+    parts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if not name.startswith(f"{layout.prefix}."):
+            part = outside.get(id(parameter), "outside the blocks, other")
+        else:
+            block, _, path = name.removeprefix(f"{layout.prefix}.").partition(".")
+            if int(block) not in layout.bases:
+                part = "kept blocks, linears" if path in weights else "kept blocks, norms and biases"
+            else:
+                own = (part for end, part in REPLICA_PARTS.items() if path.endswith(end))
+                part = next(own, "replicas, norms and biases")
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    return parts
+
+
+def stored_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the stored parameters, each counted once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -8,6 +8,7 @@ from typing import Any
 
 from flexigpt.runtime import InputError
 
+# Of the file that `--plan-only` writes; a checkpoint's configuration has its own.
 PLAN_FORMAT_VERSION = 1
 
 
@@ -114,14 +115,23 @@ class Plan:
                 f"the plan has format version {data['format_version']}, this flexigpt reads version "
                 f"{PLAN_FORMAT_VERSION}: upgrade flexigpt or write the plan anew with --plan-only"
             )
-        if not isinstance(data["replicas"], list):
+        return cls.of_rows(data["num_blocks"], data["replicas"])
+
+    @classmethod
+    def of_rows(cls, num_blocks: int, rows: Any) -> "Plan":
+        """The plan of rows as `to_dict` writes them; the configuration of a compact model holds such rows.
+
+        Raises:
+            InputError: as `from_dict`.
+        """
+        if not isinstance(rows, list):
             raise InputError("the plan's replicas are no list: expected rows of block, base and rank")
-        for number, row in enumerate(data["replicas"]):
+        for number, row in enumerate(rows):
             where = f"row {number} of the plan's replicas"
             _check_ranks(row, where)
             numbers = {key: row[key] for key in row if key != "ranks"} if isinstance(row, dict) else row
             _check_keys(numbers, {"block", "base", "rank"}, where)
-        return cls(num_blocks=data["num_blocks"], replicas=tuple(Replica(**row) for row in data["replicas"]))
+        return cls(num_blocks=num_blocks, replicas=tuple(Replica(**row) for row in rows))
 
     @classmethod
     def read(cls, path: str | Path) -> "Plan":

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from flexigpt.model import FlexiGPTForCausalLM, fast_half, find_architecture, plan_of, replaced_forwards
+from flexigpt.model import fast_half, layout_of, replaced_forwards
 from flexigpt.runtime import ALONE, InputError, Track, World, silent
 from flexigpt.text import TokenizedText, batch_size_for, window_batches
 
@@ -35,13 +35,13 @@ class Draft:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        if not isinstance(model, FlexiGPTForCausalLM) or not plan_of(model.config).replicas:
+        layout = layout_of(model)
+        if not layout.bases:
             raise InputError("the model has no replicas to skip, so it has no draft")
         self._model: Any = model
-        self._blocks = model.block_list
-        self._skipped = frozenset(plan_of(model.config).pruned)
+        self._blocks, self._returns_tuple = layout.blocks, layout.returns_tuple
+        self._skipped = frozenset(layout.bases)
         self.entry = min(self._skipped)
-        self._returns_tuple = find_architecture(model.config.get_text_config()).block_returns_tuple
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[list[torch.Tensor]]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flexigpt.model import block_list, find_architecture, layout_of, replaced_forwards
+from flexigpt.model import find_architecture, layout_of, replaced_forwards
 from flexigpt.recovery.trainable import first_trained_block
 from flexigpt.runtime import InputError
 from flexigpt.text import check_window_length
@@ -84,12 +84,12 @@ class Teacher:
         first = first_trained_block(student)
         if self._names_before(first) <= taken:
             self._entry = first
-        self._student_blocks, self._blocks = layout_of(student).blocks, block_list(self.model)
-        self._returns_tuple = find_architecture(self.model.config).block_returns_tuple
+        self._student_blocks, layout = layout_of(student).blocks, layout_of(self.model)
+        self._blocks, self._returns_tuple = layout.blocks, layout.returns_tuple
 
     def _names_before(self, block: int) -> set[str]:
         """The teacher's parameters outside its blocks and in those before this one."""
-        prefix = f"{find_architecture(self.model.config).blocks}."
+        prefix = f"{layout_of(self.model).prefix}."
         names = [name for name, _ in self.model.named_parameters()]
         return {n for n in names if not n.startswith(prefix) or int(n.removeprefix(prefix).split(".")[0]) < block}
 
@@ -130,14 +130,15 @@ def _same_tensors(teacher: PreTrainedModel, student: PreTrainedModel) -> dict[st
 
     Blocks are matched by what they hold, since pruning keeps their numbers, extension and plain removal do not.
     """
-    layout, prefix = layout_of(student), find_architecture(teacher.config).blocks
+    layout, theirs = layout_of(student), layout_of(teacher)
+    prefix = theirs.prefix
     own = dict(student.named_parameters())
     outer = layout.prefix.removesuffix(prefix)
     same = {}
     for name, parameter in teacher.named_parameters():
         if not name.startswith(f"{prefix}.") and _equal(own.get(outer + name), parameter):
             same[name] = own[outer + name]
-    for index, block in enumerate(block_list(teacher)):
+    for index, block in enumerate(theirs.blocks):
         parameters = dict(block.named_parameters())
         # Where a block stands most often first: one comparison each instead of a search.
         candidates = sorted(layout.kept, key=lambda kept: kept != index)

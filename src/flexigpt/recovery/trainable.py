@@ -7,11 +7,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from flexigpt.model import Layout, default_rank, layout_of, linear_size
+from flexigpt.model import REPLICA_PARTS, Layout, default_rank, layout_of, linear_size
 from flexigpt.runtime import InputError
 
 # How the names of what is a replica's own and trained end; its biases and input norms are the block's.
-REPLICA_PARAMETERS = (".adapter_A", ".adapter_B", ".output_norm.weight", ".base_scale")
+REPLICA_PARAMETERS = tuple(REPLICA_PARTS)
 
 
 def _train_replicas(model: PreTrainedModel, lora_rank: int) -> None:

@@ -19,12 +19,13 @@ from transformers.pytorch_utils import Conv1D
 
 from flexigpt.calibration import HiddenStates, RunningSum, Stream, calibration_batches, output_weights
 from flexigpt.model import (
-    FlexiGPTForCausalLM,
+    INNER,
+    OUTPUT_NORM,
     NormedOutput,
     Seen,
     SharedLinear,
     find_architecture,
-    plan_of,
+    linear_tensors,
     watched,
     weight_matrix,
 )
@@ -89,7 +90,7 @@ def fit_blocks(
     """
     theirs = Stream(source.model, calibration_batches(windows), spill)
     ours = theirs.copy(spill)
-    replicas = _replicas(pruned)
+    replicas = pruned.layout.bases
     missing = [i for i, block in enumerate(standing) if block is None or block in replicas]
     last = max(missing, default=-1)
     depth = len(standing) if fits.kept and missing else last + 1
@@ -109,13 +110,6 @@ def fit_blocks(
                         pruned.own(number, fitted)
                     ours.advance(block, index)
         theirs.hidden = behind
-
-
-def _replicas(pruned: StreamedModel) -> dict[int, int]:
-    """Replica -> its base."""
-    if not isinstance(pruned.model, FlexiGPTForCausalLM):
-        return {}
-    return {replica.block: replica.base for replica in plan_of(pruned.model.config).replicas}
 
 
 def _past_removed(
@@ -251,13 +245,13 @@ class _BlockFit:
 
     def _weigh(self, paths: Iterable[str]) -> None:
         """Weights of what linears put out; a writer's output is the block's, and all of it counts alike."""
-        inner = [path for path in paths if path.removesuffix(".inner") not in self._writers]
+        inner = [path for path in paths if path.removesuffix(INNER) not in self._writers]
         streams = self._streams
         self._weights = output_weights(streams.theirs, self._own, streams.block, inner)
 
     def fit_adapters(self, paths: tuple[str, ...], fit: AdapterFit) -> None:
         """Linears that are given the same: one that writes to the residual stream stands alone."""
-        writer = paths[0].removesuffix(".inner")
+        writer = paths[0].removesuffix(INNER)
         inputs, targets = self._moments(paths[0], writer if writer in self._writers else None)
         for path in paths:
             shared = cast(SharedLinear, self._block.get_submodule(path))
@@ -265,18 +259,14 @@ class _BlockFit:
             moments = Moments(inputs, pruned @ inputs if targets is None else targets, self._weights.get(path))
             scaled = shared.base_scale is not None
             adapter = fit(pruned, weight_matrix(shared.base), moments, len(shared.adapter_A), scaled)
-            self._set(f"{path}.adapter_A", adapter.down)
-            self._set(f"{path}.adapter_B", adapter.up)
-            if scaled:
-                self._set(f"{path}.base_scale", adapter.scale)
-            if scaled and shared.bias_difference is not None:
-                own, base = (
-                    cast(torch.Tensor, module.bias).double() for module in (self._own_linear(path), shared.base)
-                )
-                self._set(f"{path}.bias_difference", own - adapter.scale.to(base) * base)
+            ends = (self._own_linear(path), shared.base) if scaled and shared.bias_difference is not None else ()
+            biases = [cast(torch.Tensor, module.bias).double() for module in ends]
+            scale = adapter.scale if scaled else None
+            for name, values in linear_tensors(path, (adapter.down, adapter.up), scale, biases).items():
+                self._set(name, values)
 
     def _own_linear(self, path: str) -> nn.Module:
-        return self._own.get_submodule(path.removesuffix(".inner"))
+        return self._own.get_submodule(path.removesuffix(INNER))
 
     def refit(self, path: str) -> None:
         """A kept block's linear that writes to the residual stream."""
@@ -303,12 +293,13 @@ class _BlockFit:
         module = cast(NormedOutput, self._block.get_submodule(path))
         norm = module.output_norm
         products, squares = RunningSum(), RunningSum()
-        for number, seen, output in self._passes((path, f"{path}.inner")):
-            normed = F.layer_norm(seen[f"{path}.inner"][1].float(), norm.normalized_shape, eps=norm.eps).flatten(0, -2)
+        inner = f"{path}{INNER}"
+        for number, seen, output in self._passes((path, inner)):
+            normed = F.layer_norm(seen[inner][1].float(), norm.normalized_shape, eps=norm.eps).flatten(0, -2)
             wished = self._wished(path, number, seen[path][1], output).float().flatten(0, -2)
             products.add((normed * wished).sum(0))
             squares.add(normed.square().sum(0))
-        self._set(f"{path}.output_norm.weight", products.total / squares.total.clamp(min=1e-30))
+        self._set(f"{path}{OUTPUT_NORM}", products.total / squares.total.clamp(min=1e-30))
 
     def _passes(self, paths: Iterable[str]) -> Iterator[tuple[int, Seen, torch.Tensor]]:
         """Runs the replica on our stream: number of the batch, what its modules saw, its output."""

@@ -10,7 +10,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flexigpt.model import FlexiGPTForCausalLM, NormedOutput, Plan, Replica, SharedLinear
+from flexigpt.model import (
+    INNER,
+    OUTPUT_NORM,
+    FlexiGPTForCausalLM,
+    NormedOutput,
+    Plan,
+    Replica,
+    SharedLinear,
+    linear_tensors,
+)
 from flexigpt.replicas.alignment import AlignedSource
 from flexigpt.replicas.fitting import AdapterFit, Fits, fit_blocks
 from flexigpt.replicas.least_squares import least_squares_scale, low_rank_fit
@@ -148,20 +157,16 @@ def replica_tensors(
     like = next(source.model.get_input_embeddings().parameters())
 
     def filled(path: str, shared: SharedLinear, seed: int) -> dict[str, torch.Tensor]:
-        linear = path.removesuffix(".inner")
+        linear = path.removesuffix(INNER)
         pruned, kept = (source.weight_matrix(i, linear) for i in (own, base))
-        scale = _like(torch.ones(1), like)
-        if scales and shared.base_scale is not None:
+        scale = None if shared.base_scale is None else _like(torch.ones(1), like)
+        if scales and scale is not None:
             scale = _like(least_squares_scale(pruned, kept), like)
             kept = kept.double() * scale.to(kept.device)  # as it is stored: the adapter mends what its rounding leaves
         left, right = init(pruned, kept, replica.rank_of(linear), torch.Generator().manual_seed(seed))
-        found = {"adapter_A": _like(left, like), "adapter_B": _like(right, like)}
-        if shared.base_scale is not None:
-            found["base_scale"] = scale
-        if shared.bias_difference is not None:
-            biases = [source.parameter(i, f"{linear}.bias") for i in (own, base)]
-            found["bias_difference"] = biases[0] - scale.to(biases[1]) * biases[1]
-        return {f"{path}.{name}": values for name, values in found.items()}
+        ends = () if shared.bias_difference is None else (own, base)
+        biases = [source.parameter(i, f"{linear}.bias") for i in ends]
+        return linear_tensors(path, (_like(left, like), _like(right, like)), scale, biases)
 
     tensors: dict[str, torch.Tensor] = {}
     shared = [(path, module) for path, module in block.named_modules() if isinstance(module, SharedLinear)]
@@ -172,7 +177,7 @@ def replica_tensors(
     for path, module in block.named_modules():
         if isinstance(module, NormedOutput):
             shape = module.output_norm.normalized_shape
-            tensors[f"{path}.output_norm.weight"] = _like(torch.full(shape, start.norm_init), like)
+            tensors[f"{path}{OUTPUT_NORM}"] = _like(torch.full(shape, start.norm_init), like)
     return tensors
 
 
@@ -187,15 +192,13 @@ def adapter_spectra(model: StreamedModel, source: StreamedModel, plan: Plan) -> 
     """
     spectra: dict[int, dict[str, Spectrum]] = {replica.block: {} for replica in plan.replicas}
     for replica in plan.replicas:
-        for full, module in model.blocks[replica.block].named_modules():
-            if isinstance(module, SharedLinear):
-                adapter = [model.parameter(replica.block, f"{full}.{name}") for name in ("adapter_A", "adapter_B")]
-                path = full.removesuffix(".inner")
-                own, base = (source.weight_matrix(i, path) for i in (replica.block, replica.base))
-                if module.base_scale is not None:
-                    scale = model.parameter(replica.block, f"{full}.base_scale")
-                    base = base * scale.to(base)
-                spectra[replica.block][path] = _spectrum(adapter[0], adapter[1], own - base)
+        with model.block(replica.block) as block:
+            for full, module in block.named_modules():
+                if isinstance(module, SharedLinear):
+                    path = full.removesuffix(INNER)
+                    own, base = (source.weight_matrix(i, path) for i in (replica.block, replica.base))
+                    base = base if module.base_scale is None else base * module.base_scale.to(base)
+                    spectra[replica.block][path] = _spectrum(module.adapter_A, module.adapter_B, own - base)
     return spectra
 
 

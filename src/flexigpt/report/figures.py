@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from flexigpt.model import REPLICA_PARTS
 from flexigpt.record import Recorded, find_in
 from flexigpt.report.drawing import (
     DASHES,
@@ -216,13 +217,12 @@ def storage_figure(recorded: Recorded) -> Drawn | None:
 
 def _part_shade(part: str, number: int) -> str:
     """What dominates is quiet, what is new stands out."""
-    known = {
+    replicas = dict.fromkeys(REPLICA_PARTS.values())
+    known = dict(zip(replicas, ("orange", "red", "purple"), strict=True)) | {
         "embeddings": "sky",
         "output head": "slate",
         "kept blocks, linears": "kept",
         "kept blocks, norms and biases": "muted",
-        "replicas, adapters": "orange",
-        "replicas, output norms": "purple",
         "replicas, norms and biases": "amber",
         "outside the blocks, other": "green",
     }

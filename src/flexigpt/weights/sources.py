@@ -14,14 +14,12 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from flexigpt.model import (
-    FlexiGPTForCausalLM,
     all_tensors,
     config_with_blocks,
     empty_model,
     fill_model,
-    find_architecture,
+    layout_of,
     names_of_blocks,
-    plan_of,
 )
 from flexigpt.runtime import Cache, InputError, Track, check_dtype, find_device, silent
 from flexigpt.weights.files import StoredTensor, WeightFiles, names_in_files, open_weights
@@ -41,19 +39,15 @@ class StreamedModel:
 
     Attributes:
         model: as given; outside `block` its blocks' parameters may be on the meta device.
+        layout: where it keeps its blocks.
         prefix: path of the list of blocks.
         blocks: the list.
     """
 
     def __init__(self, model: PreTrainedModel, read: Read | None = None) -> None:
         self.model, self._read = model, read
-        self._bases: dict[int, int] = {}
-        if isinstance(model, FlexiGPTForCausalLM):
-            self.prefix = f"language_model.{model.config.blocks}"
-            self._bases = {replica.block: replica.base for replica in plan_of(model.config).replicas}
-        else:
-            self.prefix = find_architecture(model.config).blocks
-        self.blocks = cast(nn.ModuleList, model.get_submodule(self.prefix))
+        self.layout = layout_of(model)
+        self.prefix, self.blocks = self.layout.prefix, self.layout.blocks
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -102,7 +96,7 @@ class StreamedModel:
         """Within it one block can run; a replica with what it borrows from its base."""
         with ExitStack() as filled:
             if self._read is not None:
-                for number in {index, self._bases.get(index, index)}:
+                for number in {index, self.layout.bases.get(index, index)}:
                     filled.enter_context(self._filled(number))
             yield self.blocks[index]
 
