@@ -60,7 +60,7 @@ def evaluate(models: str | Sequence[str], options: EvalOptions, track: Track = s
     texts = {}
     if options.perplexity is not None:
         for name, tokenizer in tokenizers.items():
-            texts[name] = tokenize_text(options.perplexity, tokenizer, column="text", window_length=window_length)
+            texts[name] = tokenize_text(options.perplexity, tokenizer, window_length=window_length)
     source = None if against is None else load_model(against, options.dtype, options.device)
     entries, dtypes = [], []
     for number, (name, tokenizer) in enumerate(tokenizers.items(), 1):

@@ -93,7 +93,9 @@ def check_output(out: str | Path, inputs: Iterable[str | Path | None], overwrite
             raise InputError(f"{out} cannot be replaced by a new folder: give a folder inside it")
         if not out.is_dir() or not any(out.iterdir()):
             return
-        for path in (Path(name).expanduser() for name in inputs if name):
+        # A text may be FILE#COLUMN.
+        parts = (part for name in inputs if name for part in (name, str(name).rpartition("#")[0]) if part)
+        for path in (Path(part).expanduser() for part in parts):
             if path.exists() and path.resolve().is_relative_to(out.resolve()):
                 raise InputError(f"{path} lies in {out}, which is to be replaced: give another folder to write to")
         if not overwrite:
