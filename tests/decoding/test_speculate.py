@@ -269,6 +269,6 @@ def test_the_command_prints_the_same_text_and_says_what_it_did(run: Run, tiny_co
 
 
 def test_the_command_says_that_a_model_has_no_replicas(run: Run, tiny_source: Path) -> None:
-    code, _, err = run("generate", tiny_source, "--prompt", "It", "--speculative")
+    code, _, err = run("generate", tiny_source, "--prompt", "It", "--max-new-tokens", 4, "--speculative")
     assert code == 2
     assert "the model has no replicas to skip, so it has no draft" in err

@@ -95,7 +95,7 @@ def test_weights_are_the_bases_plus_the_adapters_and_caches_work(family: str) ->
     seen = SpeculateStatistics()
     options = {"custom_generate": speculative_generate, "speculate": SpeculateOptions(draft_length=3)}
     assert torch.equal(out, greedy(model, ids, statistics=seen, **options))
-    assert seen.draft_passes > 0
+    assert seen.drafted > 0
 
 
 def test_half_precision_is_rounded_once() -> None:
