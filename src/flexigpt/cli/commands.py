@@ -16,7 +16,7 @@ from flexigpt.decoding import BenchmarkOptions, GenerateOptions
 from flexigpt.evaluation import EvalOptions
 from flexigpt.pruning import DEFAULT_PRESET, PRESETS, ExtendOptions, PruneOptions
 from flexigpt.recovery import RecoverOptions
-from flexigpt.runtime import InputError, launched_rank
+from flexigpt.runtime import InputError
 
 if TYPE_CHECKING:
     from flexigpt.pruning import Estimate
@@ -121,17 +121,15 @@ def recover(
     from flexigpt import recovery
     from flexigpt.record import cost_rows
 
-    leads = launched_rank() == 0
     with asked.reporting() as track:
 
         def log(values: dict[str, float], steps: int) -> None:
             if wants_line(values, steps):
                 track.note(step_line(values, steps))
 
+        command = asked.call.command
         record = recovery.recover(
-            *(model, out, options),
-            **{"resume": resume, "overwrite": overwrite, "command": asked.call.command},
-            **({"track": track, "log": log} if leads else {}),
+            model, out, options, resume=resume, overwrite=overwrite, command=command, track=track, log=log
         )
     if record is None:
         return
