@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from statistics import median
 from typing import Any
 
@@ -23,7 +22,17 @@ from flexigpt.decoding.options import BenchmarkOptions
 from flexigpt.decoding.speculate import speculative_generate
 from flexigpt.model import fast_half, materialize
 from flexigpt.record import Rows, inspect_model
-from flexigpt.runtime import InputError, Track, device_name, find_device, megabytes, one_line, peak_bytes, silent
+from flexigpt.runtime import (
+    InputError,
+    Track,
+    device_name,
+    find_device,
+    megabytes,
+    one_line,
+    peak_bytes,
+    silent,
+    versions,
+)
 from flexigpt.weights import has_replicas, load_model, load_tokenizer, read_config
 
 Benchmark = dict[str, Any]
@@ -78,7 +87,7 @@ def benchmark(model: str, options: BenchmarkOptions, track: Track = silent) -> B
             one["same_tokens_as_compact"] = all(its[size] == made["compact"][size] for size in its)
     return {
         "format": 2,
-        "versions": {name: version(name) for name in ("flexigpt", "torch", "transformers")},
+        "versions": versions(),
         "command": None,
         "device": device_name(device),
         "threads": torch.get_num_threads(),

@@ -17,7 +17,7 @@ from flexigpt.recovery.draft import Draft
 from flexigpt.recovery.options import RecoverOptions
 from flexigpt.recovery.teacher import Teacher
 from flexigpt.recovery.trainable import REPLICA_PARAMETERS, USES_LORA, trained_parameters
-from flexigpt.runtime import InputError, World, flag, parse_tokens, reduced, replicate, shard, whole
+from flexigpt.runtime import InputError, World, flag, parse_tokens, processes
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -185,14 +185,16 @@ class Training:
         if settings.fsdp:
             if teacher is not None:
                 teacher.settle(model, device, share=False)
-                shard(teacher.model, [[b] for b in layout_of(teacher.model).blocks], device, world, settings.dtype)
-            shard(model, layout_of(model).groups, device, world, settings.dtype)
+                processes.shard(
+                    teacher.model, [[b] for b in layout_of(teacher.model).blocks], device, world, settings.dtype
+                )
+            processes.shard(model, layout_of(model).groups, device, world, settings.dtype)
             self.wrapped: nn.Module = model
         else:
             nn.Module.to(model, device)
             if teacher is not None:
                 teacher.settle(model, device)
-            self.wrapped = replicate(model, world)
+            self.wrapped = processes.replicate(model, world)
         model.train()
         trained = trained_parameters(model)
         groups = []
@@ -234,7 +236,7 @@ class Training:
     def _try_window(self) -> None:
         """Trains on one window, but for the step: no trace is left."""
         window = torch.zeros(1, self.settings.window_length + 1, dtype=torch.int64, device=self.device)
-        with reduced(self.wrapped, last=True):
+        with processes.reduced(self.wrapped, last=True):
             self._backward(window, 0.0)
         self.optimizer.zero_grad()
 
@@ -267,7 +269,7 @@ class Training:
         scale = self._scale["loss_scale"] / (share.shape[0] * settings.window_length)
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for index, part in enumerate(parts):
-            with reduced(self.wrapped, last=index == len(parts) - 1):
+            with processes.reduced(self.wrapped, last=index == len(parts) - 1):
                 sums += self._backward(part, scale)
         entropy, divergence, draft = (world.sum(sums) / settings.batch_tokens).tolist()
         mean = (1 - settings.distill_weight) * entropy + settings.distill_weight * divergence
@@ -315,7 +317,7 @@ class Training:
     def _update(self, number: int, lr: float) -> float:
         """Clips and steps; returns the gradients' norm. Steps whose fp16 gradients overflow are skipped."""
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients)).item() / self._scale["loss_scale"]
+        norm = processes.whole(torch.nn.utils.get_total_norm(gradients)).item() / self._scale["loss_scale"]
         if math.isfinite(norm):
             torch._foreach_mul_(gradients, min(1.0, _CLIP / (norm + 1e-6)) / self._scale["loss_scale"])
             for group in self.optimizer.param_groups:
@@ -358,7 +360,7 @@ class Training:
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
         """What is trained, in full, on the CPU, by name; every process must call it."""
-        return {name: whole(p.detach()).cpu() for name, p in trained_parameters(self.model).items()}
+        return {name: processes.whole(p.detach()).cpu() for name, p in trained_parameters(self.model).items()}
 
 
 def hold_in(model: nn.Module, dtype: torch.dtype, frozen_only: bool = False) -> None:
