@@ -37,7 +37,7 @@ def main() -> None:
 
     source = load_model(arguments.source, arguments.dtype)
     tokenizer = load_tokenizer(arguments.source)
-    text = tokenize_text(arguments.validation, tokenizer, column="text", window_length=arguments.window_length)
+    text = tokenize_text(arguments.validation, tokenizer, window_length=arguments.window_length)
 
     def measure(model: torch.nn.Module) -> float:
         return perplexity(model, text, window_length=arguments.window_length).perplexity

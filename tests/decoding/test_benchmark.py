@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from conftest import Run
 from families import tiny_config
 from flexigpt import BenchmarkOptions, InputError, benchmark
-from flexigpt.decoding import benchmark_notes, benchmark_tables
+from flexigpt.decoding import benchmark_rows
 from flexigpt.decoding.benchmark import NEW_TOKENS, time_generation, variants_of
 from flexigpt.weights import load_model, load_tokenizer, remove_blocks
 
@@ -63,14 +63,13 @@ def test_stored_bytes_are_those_of_the_files(result: dict[str, Any], tiny_compac
 def test_tables_say_what_was_measured(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     import rich  # noqa: PLC0415 - printed on what capsys captures
 
-    for table in benchmark_tables(result):
-        rich.print(table)
+    rows = benchmark_rows(result)
+    rich.print(rows.terminal())
     shown = capsys.readouterr().out
     assert {variant["variant"] for variant in result["variants"]} <= set(shown.split())
     assert shown.count(" 100.0 ") == 2  # the source's throughput at each batch size
     assert "…" not in shown  # what a terminal of 80 columns would cut off
-    notes = benchmark_notes(result)
-    assert any(note.startswith("speculative: the tokens that compact gives; ") for note in notes)
+    assert any(note.startswith("speculative: the tokens that compact gives; ") for note in rows.notes)
 
 
 def test_the_command_prints_json_of_a_model_alone(run: Run, tiny_source: Path) -> None:

@@ -95,7 +95,7 @@ def test_replicas_are_judged_as_pruning_would_make_them(tiny_source: Path, text:
     )
     _, plan, record = prune(str(tiny_source), options)
     tokenizer = load_tokenizer(str(tiny_source))
-    windows = calibration_windows(str(text), tokenizer, column="text", windows=12, window_length=32, seed=0)
+    windows = calibration_windows(str(text), tokenizer, windows=12, window_length=32, seed=0)
     order: list[int] = []
     for _ in plan.replicas:
         found = {}

@@ -406,7 +406,8 @@ def test_the_model_card_states_plan_and_numbers(checkpoint: Path) -> None:
     record = json.loads((checkpoint / "record.json").read_text())
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert f"{record['compact']['parameters']:,}" in card
-    assert record["versions"]["torch"] == torch.__version__
+    # What a wheel was built for stands in torch's own version, and not always in the wheel's.
+    assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert card.count("adapters of rank 4, output norms") == 2
 
 

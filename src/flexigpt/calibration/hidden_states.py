@@ -5,7 +5,6 @@ many. Nothing grows with the number of blocks or with the square of the tokens.
 """
 
 import copy
-import os
 import shutil
 import tempfile
 import time
@@ -27,7 +26,7 @@ from flexigpt.model import (
     replaced_forwards,
     watched,
 )
-from flexigpt.runtime import CachedStage, InputError, Track, silent
+from flexigpt.runtime import CachedStage, InputError, Track, replaced_file, silent
 from flexigpt.text import batch_size_for
 from flexigpt.weights import StreamedModel
 
@@ -335,8 +334,7 @@ class HiddenStates(Sequence[torch.Tensor]):
 
     def save(self, path: Path) -> None:
         """Writes all batches; the file is complete or what it was."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with temporary.open("wb") as file:
+        with replaced_file(path) as temporary, temporary.open("wb") as file:
             if self._file is not None:
                 self._file.flush()
                 self._file.seek(0)
@@ -344,7 +342,6 @@ class HiddenStates(Sequence[torch.Tensor]):
             else:
                 for batch in self._tensors:
                     file.write(_bytes(batch.cpu()))
-        temporary.replace(path)
 
     def load(self, path: Path) -> None:
         """Exchanges all batches for those that `save` wrote, of as many of the same shapes."""

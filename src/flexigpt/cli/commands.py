@@ -16,7 +16,7 @@ from flexigpt.decoding import BenchmarkOptions, GenerateOptions
 from flexigpt.evaluation import EvalOptions
 from flexigpt.pruning import DEFAULT_PRESET, PRESETS, ExtendOptions, PruneOptions
 from flexigpt.recovery import RecoverOptions
-from flexigpt.runtime import InputError, launched_rank
+from flexigpt.runtime import InputError
 
 if TYPE_CHECKING:
     from flexigpt.pruning import Estimate
@@ -55,7 +55,7 @@ def prune(
         warn_idle("plan", asked.typed, options)
     from flexigpt.pruning import assemble_pruned, assemble_removed
     from flexigpt.pruning import plan_only as decide
-    from flexigpt.record import notes, plan_table, write_plan
+    from flexigpt.record import notes, plan_rows, write_plan
     from flexigpt.runtime import check_output
 
     check_output(out, (source, options.plan, options.calibration, options.perplexity), overwrite)
@@ -63,7 +63,7 @@ def prune(
         with asked.reporting() as track:
             plan, record = decide(source, options, track, _announce(out, track.note))
         write_plan(out, plan, record | {"command": asked.call.command})
-        show(plan_table(plan, record), *notes(record), f"plan written to {out / 'plan.json'}; apply it with --plan")
+        show(plan_rows(plan, record), *notes(record), f"plan written to {out / 'plan.json'}; apply it with --plan")
         return
     assemble = assemble_removed if options.remove else assemble_pruned
     with asked.reporting() as track, assemble(source, options, track, _announce(out, track.note)) as (made, _, record):
@@ -99,12 +99,12 @@ def _announce(out: Path, note: Callable[[str], None]) -> "Callable[[Estimate], N
 
 def _write(out: Path, source: str, assembly: "Assembly", record: "Record", track: Any) -> None:
     """Writes a checkpoint, and prints what became of its blocks, what it cost, and where it lies."""
-    from flexigpt.record import notes, result_tables, write_checkpoint
+    from flexigpt.record import result_rows, write_checkpoint
     from flexigpt.report import plan_picture
 
     config = assembly.model.config
     write_checkpoint(out, assembly, record, source=source, extras=plan_picture(config), track=track)
-    show(*result_tables(config, record), *notes(record), f"checkpoint written to {out}")
+    show(*result_rows(config, record), f"checkpoint written to {out}")
 
 
 def recover(
@@ -119,25 +119,23 @@ def recover(
     """Train a compact model back; under torchrun, on many devices."""
     options = asked.options()
     from flexigpt import recovery
-    from flexigpt.record import cost_table, notes
+    from flexigpt.record import cost_rows
 
-    leads = launched_rank() == 0
     with asked.reporting() as track:
 
         def log(values: dict[str, float], steps: int) -> None:
             if wants_line(values, steps):
                 track.note(step_line(values, steps))
 
+        command = asked.call.command
         record = recovery.recover(
-            *(model, out, options),
-            **{"resume": resume, "overwrite": overwrite, "command": asked.call.command},
-            **({"track": track, "log": log} if leads else {}),
+            model, out, options, resume=resume, overwrite=overwrite, command=command, track=track, log=log
         )
     if record is None:
         return
     done = record["recovery"]
     trained = f"{done['trained_parameters']:,} parameters trained at {done['tokens_per_second']:,.0f} tokens/s"
-    show(cost_table(record), *notes(record), trained)
+    show(cost_rows(record), trained)
     if "stopped" in done:
         raise InputError(done["stopped"])
     show(f"checkpoint written to {out}")
@@ -145,13 +143,13 @@ def recover(
 
 def inspect(model: Model, as_json: Json = False) -> None:
     """Show the plan, stored and effective parameters, and the bytes of each part."""
-    from flexigpt.record import inspect_model, inspection_tables
+    from flexigpt.record import inspect_model, inspection_rows
 
     inspection = inspect_model(model)
     if as_json:
         print_json(inspection)
     else:
-        show(*inspection_tables(inspection))
+        show(*inspection_rows(inspection))
 
 
 def evaluate(
@@ -168,7 +166,7 @@ def evaluate(
     """Measure perplexity, benchmark tasks and nearness to the source, of several models side by side."""
     options = asked.options()
     from flexigpt.evaluation import evaluate as measure
-    from flexigpt.record import check_recordable, evaluation_notes, evaluation_table, record_evaluation
+    from flexigpt.record import check_recordable, evaluation_rows, record_evaluation
 
     if record:
         check_recordable(models[0])
@@ -179,7 +177,7 @@ def evaluate(
     if as_json:
         print_json(evaluation)
     else:
-        show(evaluation_table(evaluation), *evaluation_notes(evaluation))
+        show(evaluation_rows(evaluation))
 
 
 def generate(asked: Asked, model: Model) -> None:
@@ -197,14 +195,14 @@ def benchmark(asked: Asked, model: Model, as_json: Json = False) -> None:
     """Time a model and its variants, against its source where one is given: prefill, decoding, memory, storage."""
     options = asked.options()
     from flexigpt.decoding import benchmark as measure
-    from flexigpt.decoding import benchmark_notes, benchmark_tables
+    from flexigpt.decoding import benchmark_rows
 
     with asked.reporting() as track:
         result = measure(model, options, track) | {"command": asked.call.command}
     if as_json:
         print_json(result)
     else:
-        show(*benchmark_tables(result), *benchmark_notes(result))
+        show(benchmark_rows(result))
 
 
 def report(

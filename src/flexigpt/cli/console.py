@@ -161,13 +161,10 @@ def step_line(values: dict[str, float], steps: int) -> str:
 
 
 def show(*parts: Any) -> None:
-    """Tables and lines on standard output."""
+    """Tables (`record.Rows`) and lines on standard output."""
     console = Console(soft_wrap=True)
     for part in parts:
-        if isinstance(part, str):
-            print(part)
-        else:
-            console.print(part)
+        console.print(part if isinstance(part, str) else part.terminal(), markup=False, highlight=False)
 
 
 def print_json(data: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import typer
 from flexigpt.cli.commands import add_commands
 from flexigpt.cli.console import Verbosity
 from flexigpt.cli.options import Call
-from flexigpt.runtime import InputError, launched_rank
+from flexigpt.runtime import InputError, launched_rank, on_signals
 
 _INTERRUPTED = 130  # what typer returns after KeyboardInterrupt
 # Heard before and after the command's name.
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # typer brings its own copy of click or depends on it, by version; either way this is its base of usage errors.
     usage_error: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     try:
-        with _sigterm_interrupts(), _libraries_speak(verbosity):
+        with on_signals(_interrupt, signal.SIGTERM), _libraries_speak(verbosity):
             code = app(rest, standalone_mode=False, obj=call, prog_name="flexigpt")
         sys.stdout.flush()
         if code == _INTERRUPTED:
@@ -89,16 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"the output cannot be printed: {error.strerror}")
 
 
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

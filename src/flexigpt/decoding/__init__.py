@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
-    from flexigpt.decoding.benchmark import benchmark, benchmark_notes, benchmark_tables
+    from flexigpt.decoding.benchmark import benchmark, benchmark_rows
     from flexigpt.decoding.draft import SpeculateStatistics
     from flexigpt.decoding.generate import generate
     from flexigpt.decoding.options import BenchmarkOptions, GenerateOptions, SpeculateOptions

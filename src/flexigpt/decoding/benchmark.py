@@ -11,13 +11,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from statistics import median
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from flexigpt.decoding.draft import SpeculateStatistics
@@ -25,7 +22,17 @@ from flexigpt.decoding.options import BenchmarkOptions
 from flexigpt.decoding.speculate import speculative_generate
 from flexigpt.model import fast_half, materialize
 from flexigpt.record import Rows, inspect_model
-from flexigpt.runtime import InputError, Track, device_name, find_device, megabytes, one_line, peak_bytes, silent
+from flexigpt.runtime import (
+    InputError,
+    Track,
+    device_name,
+    find_device,
+    megabytes,
+    one_line,
+    peak_bytes,
+    silent,
+    versions,
+)
 from flexigpt.weights import has_replicas, load_model, load_tokenizer, read_config
 
 Benchmark = dict[str, Any]
@@ -85,7 +92,7 @@ def benchmark(model: str, options: BenchmarkOptions, track: Track = silent) -> B
             one["same_tokens_as_compact"] = all(own[size] == made["compact"][size] for size in own)
     return {
         "format": 2,
-        "versions": {name: version(name) for name in ("flexigpt", "torch", "transformers")},
+        "versions": versions(),
         "command": None,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -138,8 +145,7 @@ def _alone(asked: dict[str, Any]) -> dict[str, Any]:
     if ran.returncode:
         why = one_line((ran.stderr.strip().splitlines() or [f"the process ended with {ran.returncode}"])[-1])
         raise InputError(f"{asked['variant']} cannot be measured, perhaps with smaller --batch-sizes: {why}")
-    answer: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    return answer
+    return dict(json.loads(ran.stdout.splitlines()[-1]))
 
 
 def _measure(
@@ -235,22 +241,11 @@ def benchmark_rows(result: Benchmark) -> Rows:
                     row["of source, %"] = f"{batch['throughput_percent']:.1f}"
                 row |= {"peak, MB": megabytes(batch["peak_bytes"]), "stored, MB": megabytes(variant["stored_bytes"])}
                 rows.append(row)
-    return list(rows[0]), [list(row.values()) for row in rows]
+    sides = "rl".ljust(len(rows[0]), "r")
+    return Rows(list(rows[0]), [list(row.values()) for row in rows], align=sides, notes=_notes(result))
 
 
-def benchmark_tables(result: Benchmark) -> list[Table]:
-    """The rows, for a terminal of 80 columns."""
-    headings, rows = benchmark_rows(result)
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for heading, cells in zip(headings, zip(*rows, strict=True), strict=True):
-        width = max(len(text) for text in (*heading.split(), *cells))  # or rich would cut off words
-        table.add_column(heading, justify="left" if heading in ("batch", "variant") else "right", min_width=width)
-    for row in rows:
-        table.add_row(*row)
-    return [table]
-
-
-def benchmark_notes(result: Benchmark) -> list[str]:
+def _notes(result: Benchmark) -> list[str]:
     """What a reader of the rows has to know."""
     libraries, versions = result["variants"][0]["library_bytes"], result["versions"]
     lines = [
@@ -269,12 +264,8 @@ def benchmark_notes(result: Benchmark) -> list[str]:
     return [*lines, f"{result['device']}, torch threads: {result['threads']}; {names}"]
 
 
-def _main() -> None:
+if __name__ == "__main__":  # what `_alone` starts
     try:
         print(json.dumps(_measure(**json.load(sys.stdin))))
     except InputError as error:
         sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    _main()

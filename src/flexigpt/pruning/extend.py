@@ -202,12 +202,7 @@ def assemble_extended(source: str, options: ExtendOptions, track: Track = silent
     plan, source_blocks = checked.plan, checked.source_blocks
     window_length, text = checked.window_length, None
     if options.perplexity is not None:
-        text = tokenize_text(
-            options.perplexity,
-            load_tokenizer(source),
-            column=options.text_column or "text",
-            window_length=window_length,
-        )
+        text = tokenize_text(options.perplexity, load_tokenizer(source), window_length=window_length)
     opened = Source(source, options.dtype, options.device)
     check_finite(opened, timed)
     norm_init = DEFAULT_NORM_INIT if options.norm_init is None else options.norm_init

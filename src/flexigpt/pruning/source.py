@@ -228,14 +228,12 @@ def _read_texts(
     if not options.calibrates and options.perplexity is None:
         return windows, text
     tokenizer = load_tokenizer(source)
-    column = options.text_column or "text"
     if options.perplexity is not None:
-        text = tokenize_text(options.perplexity, tokenizer, column=column, window_length=window_length)
+        text = tokenize_text(options.perplexity, tokenizer, window_length=window_length)
     if options.calibrates:
         windows = calibration_windows(
             calibration_text(options),
             tokenizer,
-            column=column,
             windows=options.windows or DEFAULT_WINDOWS,
             window_length=window_length,
             seed=options.seed or 0,

@@ -10,12 +10,25 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from flexigpt.model import fast_half, layout_of, replaced_forwards
+from flexigpt.evaluation import logits_over
+from flexigpt.model import layout_of, replaced_forwards
 from flexigpt.runtime import ALONE, InputError, Track, World, silent
-from flexigpt.text import TokenizedText, batch_size_for, window_batches
+from flexigpt.text import TokenizedText
 
-# Numbers in one batch's logits: 32 MiB in float32, of which there are some five copies.
-_LOGITS_BUDGET = 2**23
+
+@contextlib.contextmanager
+def entering(block: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Within it each forward pass leaves in the list what enters the block, (batch, tokens, hidden)."""
+    seen: list[torch.Tensor] = []
+
+    def catch(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    handle = block.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 class Draft:
@@ -43,36 +56,26 @@ class Draft:
         self._skipped = frozenset(layout.bases)
         self.entry = min(self._skipped)
 
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[list[torch.Tensor]]:
+    def watched(self) -> contextlib.AbstractContextManager[list[torch.Tensor]]:
         """Within it each forward pass of the model leaves in the list what enters the first replica."""
-        entering: list[torch.Tensor] = []
+        return entering(self._blocks[self.entry])
 
-        def catch(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            entering.append(args[0] if args else kwargs["hidden_states"])
-
-        handle = self._blocks[self.entry].register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            yield entering
-        finally:
-            handle.remove()
-
-    def logits(self, ids: torch.Tensor, entering: torch.Tensor) -> torch.Tensor:
+    def logits(self, ids: torch.Tensor, entered: torch.Tensor) -> torch.Tensor:
         """The draft's logits, (batch, tokens, vocabulary).
 
         Args:
             ids: (batch, tokens), those of the model's forward pass.
-            entering: (batch, tokens, hidden), what entered the first replica in it.
+            entered: (batch, tokens, hidden), what entered the first replica in it.
         """
 
         def switched(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
             def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
                 if index > self.entry and index not in self._skipped:
                     return forward(hidden_states, *args, **kwargs)
-                if index < self.entry:  # what comes out of these stands in `entering` already
+                if index < self.entry:  # what comes out of these stands in `entered` already
                     handed_on = hidden_states.detach()
                 else:  # a copy: FSDP2's hooks would be lost on a block that puts out a view, as its input may be
-                    handed_on = (entering if index == self.entry else hidden_states).clone()
+                    handed_on = (entered if index == self.entry else hidden_states).clone()
                 return (handed_on, None) if self._returns_tuple else handed_on
 
             return run
@@ -105,21 +108,15 @@ def measure_draft(
         InputError: a model without replicas, or logits that are not finite.
     """
     draft = Draft(model)
-    starts = range(0, len(text.ids) - 1, window_length)
-    size = batch_size_for(window_length, model.config.get_text_config().vocab_size, _LOGITS_BUDGET)
-    batches = window_batches(text.ids, starts, window_length, size)
-    # As many batches for every process, since all must take part in every forward pass of a sharded model.
-    rounds = math.ceil(len(batches) / world.size)
+
+    def both(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with draft.watched() as entering:
+            return model(input_ids=ids, use_cache=False).logits, draft.logits(ids, entering[0])
+
     sums = torch.zeros(5, dtype=torch.float64, device=model.device)
-    for number in track(range(rounds), "measuring the draft", rounds):
-        mine = number * world.size + world.rank
-        batch, _ = batches[min(mine, len(batches) - 1)]
-        inputs, targets = batch[:, :-1].to(model.device), batch[:, 1:].to(model.device)
-        with fast_half(model), draft.watched() as entering:
-            logits = model(input_ids=inputs, use_cache=False).logits
-            drafted = draft.logits(inputs, entering[0])
-        if mine < len(batches):
-            sums += _compared(logits.float(), drafted.float(), targets)
+    walk = logits_over(model, text, window_length, forward=both, world=world, stage="measuring the draft", track=track)
+    for seen in walk:
+        sums += _compared(seen.logits.float(), seen.other.float(), seen.targets)
     tokens, loss, divergence, agreed, accepted = world.sum(sums).tolist()
     if not math.isfinite(loss + divergence):
         raise InputError("the draft's logits are not finite on this text: give --dtype float32, or check the weights")

@@ -3,6 +3,7 @@
 import platform
 import re
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import psutil
 import torch
 
 from flexigpt.runtime.errors import InputError
+from flexigpt.runtime.options import RunOptions, choices_of
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = choices_of(RunOptions.__annotations__["dtype"])
 
 DEVICES = "auto, cpu, cuda or cuda:N"
 
@@ -36,6 +38,11 @@ def check_dtype(dtype: str) -> None:
     """Raises InputError for a dtype that is not one of DTYPES."""
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype} is unknown: give {', '.join(DTYPES)}")
+
+
+def versions(*others: str) -> dict[str, str]:
+    """Of flexigpt, of the libraries that results depend on, and of these others."""
+    return {name: version(name) for name in ("flexigpt", "torch", "transformers", *others)}
 
 
 def device_name(device: torch.device) -> str:

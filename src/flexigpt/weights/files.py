@@ -1,7 +1,6 @@
 """What lies in a checkpoint's safetensors files, and reading some of it."""
 
 import contextlib
-import hashlib
 import json
 import math
 import shlex
@@ -20,7 +19,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from flexigpt.model import ARCHITECTURES
-from flexigpt.runtime import InputError, fingerprint, local_path, one_line
+from flexigpt.runtime import InputError, digest, fingerprint, local_path, one_line
 
 # In the order of safetensors' own list, which is that of the tensors in the files that it writes, backwards.
 FILE_DTYPES: dict[str, torch.dtype] = {
@@ -67,7 +66,7 @@ class StoredTensor(NamedTuple):
     num_bytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class WeightFiles:
     """The weights of one model on disk.
 
@@ -141,10 +140,7 @@ def open_weights(source: str) -> WeightFiles:
             place = f"{name} in {shard}, which does not hold it"
             raise InputError(f"the index of the weights of {source} places {place}: {_AGAIN}")
     parts = [file for file in (find(CONFIG_NAME), index, *files) if file is not None]
-    digest = hashlib.sha256(fingerprint(source, parts).encode())
-    for state in states:
-        digest.update(state)
-    return WeightFiles(source=source, tensors=tensors, fingerprint=digest.hexdigest()[:16])
+    return WeightFiles(source, tensors, digest(fingerprint(source, parts).encode(), *states))
 
 
 def located(model: str) -> str:
