@@ -29,11 +29,11 @@ from flexigpt.decoding.draft import expected_speedup
 from flexigpt.decoding.split import head_cost
 from flexigpt.model import layout_of
 from flexigpt.model.build import compact_of
-from flexigpt.replicas.initialization import initialize_replicas
-from flexigpt.weights import load_model, load_tokenizer
+from flexigpt.replicas import ReplicaOptions, replica_tensors
+from flexigpt.weights import StreamedModel, exchange_parameters, load_model, load_tokenizer
 
 EXAMPLE = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "novel16"))
-OPTIONS = PruneOptions(
+OPTIONS = PruneOptions.paper(
     ratio=0.3, calibration=str(EXAMPLE / "calibration.jsonl"), window_length=256, dtype="float32", windows=32
 )
 SHAPES = {
@@ -175,7 +175,10 @@ def large(arguments: argparse.Namespace, ratio: float, gamma: float) -> tuple[An
         num_blocks=layers, replicas=tuple(Replica(block=b, base=0, rank=config.hidden_size // 16) for b in pruned)
     )
     model = compact_of(source, plan)
-    initialize_replicas(model, source, plan, adapter_init="zero", norm_init=gamma, seed=0)
+    start = ReplicaOptions(adapter_init="zero", output_norm=gamma)
+    for replica in plan.replicas:
+        block = model.block_list[replica.block]
+        exchange_parameters(block, replica_tensors(block, StreamedModel(source), replica, start))
     return source, model.eval()
 
 

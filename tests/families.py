@@ -1,10 +1,15 @@
 """One tiny random model for each row of ARCHITECTURES: the test table that grows with it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from flexigpt import FlexiGPTForCausalLM, Plan
+from flexigpt.replicas import ReplicaOptions, replica_tensors
+from flexigpt.weights import StreamedModel, exchange_parameters
 
 NUM_BLOCKS = 6
 VOCABULARY = 96
@@ -98,3 +103,21 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -
 def token_ids(batch: int = 2, tokens: int = 24, seed: int = 1) -> torch.Tensor:
     """Random ids, (batch, tokens)."""
     return torch.randint(3, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def initialize_replicas(
+    model: FlexiGPTForCausalLM,
+    source: PreTrainedModel,
+    plan: Plan,
+    *,
+    adapter_init: str,
+    norm_init: float,
+    seed: int,
+    source_blocks: Sequence[int] | None = None,
+) -> None:
+    """Fills what is the replicas' own in a compact model in memory; it may be on the meta device."""
+    start = ReplicaOptions(adapter_init=adapter_init, output_norm=norm_init, seed=seed)
+    for replica in plan.replicas:
+        block = model.block_list[replica.block]
+        exchange_parameters(block, replica_tensors(block, StreamedModel(source), replica, start, source_blocks))

@@ -16,11 +16,10 @@ from transformers import (
 )
 
 from conftest import Run
-from families import FAMILIES, NUM_BLOCKS, tiny_model, token_ids
+from families import FAMILIES, NUM_BLOCKS, initialize_replicas, tiny_model, token_ids
 from flexigpt import InputError, Plan, Replica, SpeculateOptions, SpeculateStatistics, speculative_generate
 from flexigpt.decoding.split import SplitDecoder
 from flexigpt.model.build import compact_of
-from flexigpt.replicas.initialization import initialize_replicas
 from flexigpt.weights import load_model, load_tokenizer, remove_blocks
 
 # replica -> base: in the middle, at the first block, at the last, apart and adjacent, all after the first or all before

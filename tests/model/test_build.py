@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from conftest import Run
-from families import FAMILIES, NUM_BLOCKS, tiny_model, token_ids
+from families import FAMILIES, NUM_BLOCKS, initialize_replicas, tiny_model, token_ids
 from flexigpt import (
     EvalOptions,
     InputError,
@@ -26,7 +26,6 @@ from flexigpt import (
 )
 from flexigpt.model import SharedLinear, empty_model, layout_of, sharing_copy
 from flexigpt.model.build import compact_of
-from flexigpt.replicas.initialization import initialize_replicas
 from flexigpt.weights import load_model
 
 BASES = {1: 0, 2: 0, 4: 5}

@@ -4,10 +4,9 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from families import NUM_BLOCKS, tiny_model, token_ids
+from families import NUM_BLOCKS, initialize_replicas, tiny_model, token_ids
 from flexigpt import FlexiGPTForCausalLM, Plan, Replica, materialize
 from flexigpt.model.build import compact_of
-from flexigpt.replicas.initialization import initialize_replicas
 
 PROMPT, NEW = 9, 5
 

@@ -12,17 +12,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from families import tiny_model, token_ids
+from families import initialize_replicas, tiny_model, token_ids
 from flexigpt import FlexiGPTForCausalLM, InputError, Plan, PruneOptions, Replica, prune, write_checkpoint
 from flexigpt.model.build import compact_of
-from flexigpt.replicas.initialization import initialize_replicas
 from flexigpt.runtime import check_output, check_space, find_device, replaced_folder
 from flexigpt.weights import StreamedModel, check_finite, load_model, load_tokenizer, open_empty, read_config
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model, _, record = prune(str(tiny_source), PruneOptions(blocks=(2, 4), rank=4))
+    model, _, record = prune(str(tiny_source), PruneOptions.paper(blocks=(2, 4), rank=4))
     out = tmp_path_factory.mktemp("checkpoint") / "out"
     write_checkpoint(out, model, record, source=str(tiny_source))
     return out
@@ -109,7 +108,7 @@ def test_after_importing_flexigpt_it_opens_by_itself(checkpoint: Path) -> None:
 
 
 def test_large_checkpoints_are_sharded(tiny_source: Path, checkpoint: Path, tmp_path: Path) -> None:
-    model, _, record = prune(str(tiny_source), PruneOptions(blocks=(2, 4), rank=4))
+    model, _, record = prune(str(tiny_source), PruneOptions.paper(blocks=(2, 4), rank=4))
     write_checkpoint(tmp_path / "out", model, record, max_shard_size="300KB")
     shards = sorted(tmp_path.glob("out/model-*.safetensors"))
     assert len(shards) > 1

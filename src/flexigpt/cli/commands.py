@@ -6,11 +6,10 @@ from typing import Annotated
 
 import typer
 
-from flexigpt.cli.console import MAX_SHARD_SIZE, OVERWRITE, Bars, print_json, stdout, tell_estimate, write_and_show
-from flexigpt.cli.options import block_numbers, field_help, parse_shard_size
+from flexigpt.cli.console import Bars, print_json, stdout
+from flexigpt.cli.options import field_help
 from flexigpt.decoding import BenchmarkOptions, benchmark, benchmark_markdown, benchmark_notes, benchmark_tables
 from flexigpt.evaluation import EvalOptions, Evaluation, evaluate
-from flexigpt.pruning import BLOCK_SCORES, REMOVAL_SCORE, BaselineOptions, assemble_baseline, expected_removal
 from flexigpt.record import (
     check_evaluation_file,
     check_recordable,
@@ -26,62 +25,9 @@ from flexigpt.record import (
 )
 from flexigpt.recovery import PRECISIONS, TRAIN, RecoverOptions, recover
 from flexigpt.report import FIGURES, report
-from flexigpt.runtime import InputError, check_output, launched_rank, replace_file
-from flexigpt.weights import load_tokenizer
+from flexigpt.runtime import InputError, launched_rank, replace_file
 
-_BASELINE, _RECOVER = field_help(BaselineOptions), field_help(RecoverOptions)
-
-
-def baseline_command(
-    context: typer.Context,
-    source: Annotated[str, typer.Argument(help="Folder or hub name of the source model.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write the shorter model's checkpoint to.")],
-    ratio: Annotated[float | None, typer.Option(help=_BASELINE["ratio"])] = None,
-    blocks: Annotated[str | None, typer.Option(help=_BASELINE["blocks"], metavar="12,13,...")] = None,
-    target_size: Annotated[str | None, typer.Option(help=_BASELINE["target_size"], metavar="4.8B|3.2GB")] = None,
-    calibration: Annotated[str | None, typer.Option(help=_BASELINE["calibration"])] = None,
-    text_column: Annotated[str | None, typer.Option(help=_BASELINE["text_column"])] = None,
-    windows: Annotated[int | None, typer.Option(help=_BASELINE["windows"])] = None,
-    window_length: Annotated[int | None, typer.Option(help=_BASELINE["window_length"])] = None,
-    block_score: Annotated[
-        str | None, typer.Option(help=_BASELINE["block_score"], metavar="|".join((*BLOCK_SCORES, REMOVAL_SCORE)))
-    ] = None,
-    refit_kept: Annotated[bool, typer.Option("--refit-kept", help=_BASELINE["refit_kept"])] = False,
-    perplexity: Annotated[str | None, typer.Option(help=_BASELINE["perplexity"])] = None,
-    dtype: Annotated[str, typer.Option(help=_BASELINE["dtype"])] = BaselineOptions.dtype,
-    device: Annotated[str, typer.Option(help=_BASELINE["device"])] = BaselineOptions.device,
-    memory: Annotated[str | None, typer.Option(help=_BASELINE["memory"], metavar="4GiB")] = None,
-    cache: Annotated[Path | None, typer.Option(help=_BASELINE["cache"])] = None,
-    seed: Annotated[int | None, typer.Option(help=_BASELINE["seed"])] = None,
-    max_shard_size: Annotated[str | None, typer.Option(help=MAX_SHARD_SIZE)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
-) -> None:
-    """Remove blocks without a stand-in, to compare with: an ordinary, shorter model."""
-    options = BaselineOptions(
-        ratio=ratio,
-        blocks=None if blocks is None else block_numbers(blocks),
-        target_size=target_size,
-        calibration=calibration,
-        text_column=text_column,
-        windows=windows,
-        window_length=window_length,
-        block_score=block_score,
-        refit_kept=refit_kept,
-        perplexity=perplexity,
-        dtype=dtype,
-        device=device,
-        memory=memory,
-        cache=cache,
-        seed=seed,
-    )
-    check_output(out, (source, calibration, perplexity), overwrite)
-    shard_bytes = parse_shard_size(max_shard_size)
-    told = expected_removal(source, options)
-    load_tokenizer(source)
-    tell_estimate(told, out, cache)
-    with Bars() as track:
-        assembly, _, record = assemble_baseline(source, options, track)
-        write_and_show(out, source, assembly, record | {"command": context.obj}, shard_bytes, track)
+_RECOVER = field_help(RecoverOptions)
 
 
 def recover_command(

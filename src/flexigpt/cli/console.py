@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from flexigpt.cli.options import SHARD_SIZE
 from flexigpt.pruning import Estimate
 from flexigpt.record import Record, notes, result_tables, write_checkpoint
 from flexigpt.report import plan_picture
@@ -21,8 +20,6 @@ T = TypeVar("T")
 stdout = Console(soft_wrap=True)
 
 _STEP_LINES = 20
-
-MAX_SHARD_SIZE = f"largest weight file: larger checkpoints are split; default: {SHARD_SIZE}."
 
 OVERWRITE = "replace the checkpoint or plan in OUT."
 
@@ -80,21 +77,21 @@ def print_json(data: dict[str, Any]) -> None:
     print(json.dumps(data, indent=2))
 
 
-def tell_estimate(estimate: Estimate, out: Path, cache: str | Path | None) -> None:
+def tell_estimate(estimate: Estimate, out: Path) -> None:
     """Says on stderr what a run will take.
 
     Raises:
         InputError: a disk too small for it.
     """
     check_space(out, estimate.written)
-    check_space(default_folder() if cache is None else cache, estimate.scratch, "scratch files in --cache need")
+    check_space(default_folder(), estimate.scratch, "scratch files in the cache need")
     print(estimate.line(), file=sys.stderr)
 
 
-def write_and_show(out: Path, source: str, assembly: Assembly, record: Record, shard_bytes: int, track: Track) -> None:
+def write_and_show(out: Path, source: str, assembly: Assembly, record: Record, track: Track) -> None:
     """Writes a checkpoint, and prints what became of its blocks, what it cost, and where it lies."""
     extras = plan_picture(assembly.model.config)
-    write_checkpoint(out, assembly, record, source=source, max_shard_size=shard_bytes, extras=extras, track=track)
+    write_checkpoint(out, assembly, record, source=source, extras=extras, track=track)
     for table in result_tables(assembly.model.config, record):
         stdout.print(table)
     for note in notes(record):

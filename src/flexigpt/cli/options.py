@@ -4,9 +4,7 @@ import re
 
 from rich.markup import escape
 
-from flexigpt.runtime import InputError, parse_size
-
-SHARD_SIZE = "5GB"
+from flexigpt.runtime import InputError
 
 
 def field_help(options: type) -> dict[str, str]:
@@ -16,15 +14,6 @@ def field_help(options: type) -> dict[str, str]:
         found = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", cls.__doc__ or "", re.MULTILINE)
         described |= {name: escape(" ".join(text.split())) for name, text in found}  # or rich would drop [@SPLIT]
     return described
-
-
-def parse_shard_size(max_shard_size: str | None) -> int:
-    """Bytes of the largest weight file.
-
-    Raises:
-        InputError: a size that cannot be read.
-    """
-    return parse_size(SHARD_SIZE if max_shard_size is None else max_shard_size, itemsize=1)
 
 
 def block_numbers(blocks: str, flag: str = "--blocks") -> tuple[int, ...]:

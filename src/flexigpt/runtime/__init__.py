@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         replaced_folder,
     )
     from flexigpt.runtime.machine import check_dtype, device_name, find_device, peak_bytes
+    from flexigpt.runtime.options import RunOptions, check_options, choices_of, option
     from flexigpt.runtime.processes import (
         ALONE,
         World,

@@ -37,7 +37,9 @@ def parse_share(share: str) -> float:
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*%", share.strip())
     value = float(match[1]) / 100 if match else 0.0
     if not 0 < value < 1:
-        raise InputError(f"--adapter-budget {share} cannot be used: give a share of the source's parameters, as 3.7%")
+        raise InputError(
+            f"--rank {share} cannot be used: give a number, as 12, or a share of the source's parameters, as 3.7%"
+        )
     return value
 
 
