@@ -26,11 +26,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flexigpt import Plan, PruneOptions, Replica, SpeculateOptions, SpeculateStatistics, prune, speculative_generate
 from flexigpt.model import empty_compact, layout_of
-from flexigpt.replicas.initialization import ReplicaStart, replica_tensors
+from flexigpt.replicas import ReplicaOptions, replica_tensors
 from flexigpt.weights import Assembly, StreamedModel, load_model, load_tokenizer
 
 EXAMPLE = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "novel16"))
-OPTIONS = PruneOptions(
+OPTIONS = PruneOptions.paper(
     ratio=0.3, calibration=str(EXAMPLE / "calibration.jsonl"), window_length=256, dtype="float32", windows=32
 )
 SHAPES = {
@@ -180,7 +180,7 @@ def large(arguments: argparse.Namespace, ratio: float, gamma: float) -> tuple[An
     streamed = StreamedModel(source)
     empty, taken = empty_compact(source, plan)
     assembly = Assembly(empty, streamed, taken)
-    start = ReplicaStart(adapter_init="zero", norm_init=gamma, seed=0)
+    start = ReplicaOptions(adapter_init="zero", output_norm=gamma)
     for replica in plan.replicas:
         assembly.own(replica.block, replica_tensors(assembly.blocks[replica.block], streamed, replica, start))
     return source, assembly.in_memory()

@@ -12,7 +12,7 @@ from torch import nn
 
 import textbook
 from families import FAMILIES, NUM_BLOCKS, block_list, compact_of, initialize_replicas, tiny_model, token_ids
-from flexigpt import BaselineOptions, InputError, baseline, recover
+from flexigpt import InputError, PruneOptions, recover, remove
 from flexigpt.pruning import ExtendOptions
 from flexigpt.pruning.extend import extend
 from flexigpt.record import write_checkpoint
@@ -149,7 +149,7 @@ def test_students_of_every_kind_learn_from_the_right_logits(
     if kind == "recovered":
         recover(str(tiny_compact), student, options(single, lr=5e-2))
     elif kind == "shorter":
-        write(student, baseline(str(tiny_source), BaselineOptions(blocks=(1, 4))), tiny_source)
+        write(student, remove(str(tiny_source), PruneOptions.paper(blocks=(1, 4))), tiny_source)
     else:
         write(student, extend(str(tiny_source), ExtendOptions(blocks="2:4", rank=2)), tiny_source)
     given = options(single, teacher=str(tiny_source), distill_weight=WEIGHT, micro_batch=2)

@@ -163,7 +163,7 @@ def _measure(
     batches, made = [], {}
     for size in sizes:
         run(prompts[:size], _WARM_UP_TOKENS)
-        runs = [run(prompts[:size], NEW_TOKENS) for _ in range(REPEATS)]
+        runs: list[Any] = [run(prompts[:size], NEW_TOKENS) for _ in range(REPEATS)]
         prefill, total = (median(one[place] for one in runs) for place in (1, 2))
         decoding = median(one[2] - one[1] for one in runs)
         batches.append(

@@ -10,13 +10,12 @@ from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
     from flexigpt.runtime.cache import Cache, CachedStage, default_folder
-    from flexigpt.runtime.errors import InputError, check_seed, flag, one_line
+    from flexigpt.runtime.errors import InputError, flag, one_line
     from flexigpt.runtime.files import (
         RECORD,
         check_output,
         check_space,
         digest,
-        existing_parent,
         fingerprint,
         local_path,
         replace_file,
