@@ -18,13 +18,13 @@ used. The rooms of the code; imports go down this table only:
     runtime      what every flow runs on: errors, progress, cache, files, machine, processes
 """
 
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
 from flexigpt.model.registration import register_when_imported
 from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
+    __version__: str
     from flexigpt.decoding import BenchmarkOptions as BenchmarkOptions
     from flexigpt.decoding import SpeculateOptions as SpeculateOptions
     from flexigpt.decoding import SpeculateStatistics as SpeculateStatistics
@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from flexigpt.report import report as report
     from flexigpt.runtime import InputError as InputError
 else:
-    __version__ = _version("flexigpt")
     lazy_door(__name__)
 
 register_when_imported()

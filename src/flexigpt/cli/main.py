@@ -8,11 +8,11 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 
+import flexigpt
 from flexigpt.cli.commands import add_commands
 from flexigpt.cli.console import Verbosity
 from flexigpt.cli.options import Call
@@ -31,7 +31,7 @@ _LIBRARIES = ("datasets", "huggingface_hub", "matplotlib", "transformers")
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"flexigpt {version('flexigpt')}")
+        print(f"flexigpt {flexigpt.__version__}")
         raise typer.Exit
 
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     usage_error: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     try:
         with on_signals(_interrupt, signal.SIGTERM), _libraries_speak(verbosity):
-            code = app(rest, standalone_mode=False, obj=call, prog_name="flexigpt")
+            code = _command().main(rest, standalone_mode=False, obj=call, prog_name="flexigpt")
         sys.stdout.flush()
         if code == _INTERRUPTED:
             raise KeyboardInterrupt
@@ -89,6 +89,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"the output cannot be printed: {error.strerror}")
 
 
+def _command() -> Any:
+    """The app as a command, whose flags are False where they are not given: for None, typer loads pydantic."""
+    command = typer.main.get_command(app)
+    for parameter in command.params:
+        parameter.default = False
+    return command
+
+
 def _interrupt() -> None:
     raise KeyboardInterrupt
 
@@ -101,6 +109,11 @@ def _libraries_speak(verbosity: Verbosity) -> Iterator[None]:
         return
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "transformers" in sys.modules:  # loaded before those variables were set
+        from transformers.utils import logging as of_transformers  # noqa: PLC0415
+
+        of_transformers.set_verbosity_error()
+        of_transformers.disable_progress_bar()
     for library in _LIBRARIES:
         logging.getLogger(library).setLevel(logging.ERROR)
     with warnings.catch_warnings():
