@@ -250,7 +250,7 @@ def test_bad_input_is_one_clear_line(
     lines = [
         line
         for line in errors.splitlines()
-        if not line.startswith(("reads", "checking", "calibrating", "measuring", "init"))
+        if not line.startswith(("writes", "checking", "calibrating", "measuring", "init"))
     ]
     assert code == 2
     assert printed == ""

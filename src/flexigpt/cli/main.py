@@ -15,6 +15,7 @@ import typer
 import flexigpt
 from flexigpt.cli.commands import add_commands
 from flexigpt.cli.console import Verbosity
+from flexigpt.cli.help import Group
 from flexigpt.cli.options import Call
 from flexigpt.runtime import InputError, launched_rank, on_signals
 
@@ -49,6 +50,7 @@ def _make_app() -> typer.Typer:
     settings = {"help_option_names": ["-h", "--help"]}
     made = typer.Typer(
         name="flexigpt",
+        cls=Group,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     usage_error: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     try:
         with on_signals(_interrupt, signal.SIGTERM), _libraries_speak(verbosity):
-            code = _command().main(rest, standalone_mode=False, obj=call, prog_name="flexigpt")
+            code = app(rest, standalone_mode=False, obj=call, prog_name="flexigpt")
         sys.stdout.flush()
         if code == _INTERRUPTED:
             raise KeyboardInterrupt
@@ -87,14 +89,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:  # of stdout, a closed pipe or a full disk: files have messages of their own
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush into it once more
         _fail(f"the output cannot be printed: {error.strerror}")
-
-
-def _command() -> Any:
-    """The app as a command, whose flags are False where they are not given: for None, typer loads pydantic."""
-    command = typer.main.get_command(app)
-    for parameter in command.params:
-        parameter.default = False
-    return command
 
 
 def _interrupt() -> None:
