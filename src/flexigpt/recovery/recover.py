@@ -20,7 +20,7 @@ from flexigpt.recovery.checkpoints import RunFolder
 from flexigpt.recovery.measuring import HeldOut
 from flexigpt.recovery.options import RecoverOptions
 from flexigpt.recovery.teacher import Teacher, check_teacher
-from flexigpt.recovery.tracking import Trackers, tracker_classes
+from flexigpt.recovery.tracking import reported, tracker_classes
 from flexigpt.recovery.trainable import USES_LORA, lora_rank_for, merge_lora, prepare_training
 from flexigpt.recovery.training import PRECISIONS, NotFiniteError, Training, hold_in, resolve_settings
 from flexigpt.runtime import (
@@ -56,8 +56,8 @@ _MAY_DIFFER = {"tokens", "epochs", "activation_checkpointing", "fsdp", "report_t
 # A checkpoint holds each trained parameter and AdamW's two averages in float32; there are two, and one being written.
 _BYTES_PER_TRAINED, _CHECKPOINTS = 12, 3
 
-# (what a step gave, steps of the run)
-Log = Callable[[dict[str, float], int], None]
+# (what a step gave, steps of the run); (the same, steps done).
+Log = Report = Callable[[dict[str, float], int], None]
 
 
 def recover(
@@ -97,7 +97,7 @@ def recover(
     tracker_classes(options.report_to)
     if options.fsdp and not launched():
         raise InputError(
-            "--fsdp shards over processes, and there is one: start it with torchrun --nproc-per-node N -m flexigpt"
+            "--fsdp shards over processes, and there is one: start torchrun --nproc-per-node N -m flexigpt"
         )
     device = find_device(local_device(options.device))
     with joined_world(device) as world:
@@ -135,7 +135,6 @@ class _Run:
         self.eval_every = max(1, round(self.settings.steps / _EVALUATIONS))
         self.history: list[dict[str, float]] = []
         self.measured: dict[str, Any] = {}
-        self.stopped: str | None = None
 
     @cached_property
     def held_out(self) -> HeldOut | None:
@@ -150,9 +149,8 @@ class _Run:
         if resume:
             self.folder.check(self._identity())
         elif self.folder.path.exists() and not overwrite:
-            raise InputError(
-                f"{self.folder.path} holds an unfinished run: go on with --resume, or start again with --overwrite"
-            )
+            there = f"{self.folder.path} holds an unfinished run"
+            raise InputError(f"{there}: go on with --resume, or start again with --overwrite")
 
     @cached_property
     def resolved(self) -> dict[str, Any]:
@@ -189,16 +187,15 @@ class _Run:
             self.folder.start(self._identity())
         if held_out is not None and "before" not in self.measured:
             self.measured["before"] = held_out.of_training(training)
-        classes = tracker_classes(options.report_to if self.world.leads else None)
-        trackers = Trackers(classes, run=self.out.name, folder=self.out.parent / "logs", options=asdict(options))
-        with _interruptions() as interrupted, closing(trackers):
+        report_to = options.report_to if self.world.leads else None
+        curves = reported(report_to, run=self.out.name, folder=self.out.parent / "logs", options=asdict(options))
+        with _interruptions() as interrupted, curves as report:
             try:
-                self._loop(training, stream, trackers, interrupted)
+                self._loop(training, stream, report, interrupted)
             except NotFiniteError as error:
                 self._fall_back(training, str(error))
-        self.measured["trained_parameters"] = training.trained_parameters
+        self.measured |= {"trained_parameters": training.trained_parameters, "peak_bytes": peak_bytes(self.device)}
         self.measured["micro_batch"] = training.settings.micro_batch
-        self.measured["peak_bytes"] = peak_bytes(self.device)
         return training.trained_tensors()
 
     def _prepare(self) -> Training:
@@ -218,9 +215,7 @@ class _Run:
             self.measured["teacher"] = {name: getattr(teacher, name) for name in sizes}
         return training
 
-    def _loop(
-        self, training: Training, stream: TrainingStream, trackers: Trackers, interrupted: threading.Event
-    ) -> None:
+    def _loop(self, training: Training, stream: TrainingStream, report: Report, interrupted: threading.Event) -> None:
         settings, start, seconds = self.settings, len(self.history), 0.0
         batches = iterate(stream, settings.batch_windows, settings.steps - start)
         saved, state = start, stream.state_dict()
@@ -230,7 +225,8 @@ class _Run:
                 try:
                     windows, state = next(batches)
                 except EndOfText as error:
-                    self._save(training, step, saved, state)
+                    if step > saved:
+                        self._save(training, step, state)
                     raise InputError(f"{error}; --resume with more --epochs goes on after step {step}") from error
                 done, began = step + 1, time.perf_counter()
                 values = training.step(step, windows)
@@ -242,12 +238,12 @@ class _Run:
                 self.history.append(values)
                 if done % self.eval_every == 0 and done < settings.steps:
                     self._measure(training, values)
-                trackers.log(values, done)
+                report(values, done)
                 if self.log is not None:
                     self.log(values, settings.steps)
                 stop, due = self._agree(interrupted)
                 if stop or due or done == settings.steps:
-                    self._save(training, done, saved, state)
+                    self._save(training, done, state)
                     saved = done
                 if stop and done < settings.steps:
                     raise InputError(f"interrupted after step {done} of {settings.steps}: --resume goes on from there")
@@ -266,10 +262,8 @@ class _Run:
         stop, due = self.world.sum(told).tolist()
         return stop > 0, due > 0
 
-    def _save(self, training: Training, done: int, saved: int, stream_state: dict[str, Any]) -> None:
-        if done == saved:
-            return
-        state = {"stream": stream_state, "history": self.history, "before": self.measured.get("before")}
+    def _save(self, training: Training, done: int, place: dict[str, Any]) -> None:
+        state = {"stream": place, "history": self.history, "before": self.measured.get("before")}
         self.folder.save(done, training.tensors(), training.state() | state)
 
     def _restore(self, training: Training, step: int) -> dict[str, Any]:
@@ -291,7 +285,7 @@ class _Run:
             self.folder.remove()
             raise InputError(f"{reason}, and no checkpoint was made before it: nothing was written; {advice}")
         self._restore(training, good[-1])
-        self.stopped = f"{reason}: {self.out} holds the state after step {good[-1]}; {advice}"
+        self.measured["stopped"] = f"{reason}: {self.out} holds the state after step {good[-1]}; {advice}"
 
     def finish(self, trained: dict[str, torch.Tensor], command: str | None) -> Record:
         """Merges what was trained into the model as it was, measures it, and writes it."""
@@ -302,9 +296,7 @@ class _Run:
         model.load_state_dict(trained, strict=False)
         merge_lora(model)
         hold_in(model, stored)
-        record = self._record(model, before)
-        if command is not None:
-            record["command"] = command
+        record = self._record(model, before) | ({} if command is None else {"command": command})
         write_checkpoint(self.out, model, record, source=self.model)
         self.folder.remove()
         return record
@@ -327,11 +319,7 @@ class _Run:
             "history": self.history,
             **{name: value for name, value in self.measured.items() if name != "before"},
         }
-        if self.stopped is not None:
-            record["recovery"]["stopped"] = self.stopped
-        if self.origin is not None:
-            record["origin"] = self.origin
-        return record
+        return record | ({} if self.origin is None else {"origin": self.origin})
 
 
 def _record_of(model: str) -> Record | None:
@@ -349,16 +337,14 @@ def _record_of(model: str) -> Record | None:
 def _interruptions() -> Iterator[threading.Event]:
     """Within it the first Ctrl-C or SIGTERM is only noted, for the step to end well; the next one interrupts."""
     noted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
 
     def note(*_: object) -> None:
         if noted.is_set():
             raise KeyboardInterrupt
         noted.set()
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield noted
     finally:
