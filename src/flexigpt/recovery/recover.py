@@ -241,7 +241,9 @@ class _Run:
                 report(values, done)
                 if self.log is not None:
                     self.log(values, settings.steps)
-                stop, due = self._agree(interrupted)
+                # Where any process was told to stop, or finds a checkpoint due, all have to save together.
+                told = torch.tensor([interrupted.is_set(), self.folder.is_due()], device=self.device).float()
+                stop, due = self.world.sum(told).tolist()
                 if stop or due or done == settings.steps:
                     self._save(training, done, state)
                     saved = done
@@ -255,12 +257,6 @@ class _Run:
             values["perplexity"] = self.held_out.perplexity_of_training(training)
         except InputError as error:  # the text was fine before
             raise NotFiniteError(f"the held-out perplexity after step {values['step']} is not finite") from error
-
-    def _agree(self, interrupted: threading.Event) -> tuple[bool, bool]:
-        """Whether any process was told to stop, or finds a checkpoint due: all have to save together."""
-        told = torch.tensor([interrupted.is_set(), self.folder.is_due()], dtype=torch.float32, device=self.device)
-        stop, due = self.world.sum(told).tolist()
-        return stop > 0, due > 0
 
     def _save(self, training: Training, done: int, place: dict[str, Any]) -> None:
         state = {"stream": place, "history": self.history, "before": self.measured.get("before")}

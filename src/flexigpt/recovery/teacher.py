@@ -47,9 +47,7 @@ class Teacher:
         dtype: of the frozen weights.
 
     Attributes:
-        model: the source model.
-        shared_bytes: of it that are the student's own tensors.
-        own_bytes: all others.
+        shared_bytes: of the student's own tensors; all others are own_bytes.
         blocks_run_once: blocks, counted from the first, that run for teacher and student together.
 
     Raises:

@@ -9,7 +9,7 @@ from flexigpt.runtime import InputError
 
 
 def tracker_classes(report_to: str | None) -> list[Any]:
-    """Accelerate's classes of the trackers named, with commas between, or of none.
+    """Accelerate's classes of the trackers named.
 
     Raises:
         InputError: a tracker that accelerate does not know, or whose package is not installed.
@@ -32,13 +32,9 @@ def tracker_classes(report_to: str | None) -> list[Any]:
 def reported(
     report_to: str | None, *, run: str, folder: Path, options: dict[str, Any]
 ) -> Iterator[Callable[[dict[str, float], int], None]]:
-    """Within it numbers by name, after so many steps, go to every tracker.
+    """Within it numbers by name, after so many steps, go to every tracker named, with commas between, or to none.
 
-    Args:
-        report_to: as `tracker_classes` takes it.
-        run: name of the run.
-        folder: where trackers that write files put them.
-        options: what to show beside the curves.
+    Each shows the run by its name and with its options; those that write files write them to the folder.
     """
     from accelerate import PartialState  # noqa: PLC0415
 

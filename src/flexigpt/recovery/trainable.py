@@ -51,7 +51,7 @@ TRAIN: dict[str, Callable[[PreTrainedModel, int], None]] = {
     "all": _train_all,
 }
 
-USES_LORA = frozenset(("replicas+kept",))
+USES_LORA = {"replicas+kept"}
 
 
 def prepare_training(model: PreTrainedModel, train: str, lora_rank: int, seed: int) -> None:
@@ -73,9 +73,8 @@ def prepare_training(model: PreTrainedModel, train: str, lora_rank: int, seed: i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         TRAIN[train](model, lora_rank)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    for parameter in trained_parameters(model).values():
+        parameter.data = parameter.data.float()
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

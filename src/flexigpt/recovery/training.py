@@ -139,15 +139,7 @@ class TokenLoss(NamedTuple):
 
 
 class Training:
-    """A model under training.
-
-    Args:
-        model: prepared by `prepare_training`, on the CPU or the device.
-        settings: what a step is.
-        world: the processes.
-        device: of this process.
-        teacher: not settled yet, or None.
-    """
+    """A model under training, prepared by `prepare_training`, and its teacher, where there is one, not yet settled."""
 
     def __init__(
         self, model: PreTrainedModel, settings: Settings, world: World, device: torch.device, teacher: Teacher | None
