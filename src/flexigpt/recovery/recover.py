@@ -56,8 +56,8 @@ _MAY_DIFFER = {"tokens", "epochs", "activation_checkpointing", "fsdp", "report_t
 # A checkpoint holds each trained parameter and AdamW's two averages in float32; there are two, and one being written.
 _BYTES_PER_TRAINED, _CHECKPOINTS = 12, 3
 
-# (what a step gave, steps of the run); (the same, steps done).
-Log = Report = Callable[[dict[str, float], int], None]
+# (what a step gave, steps of the run) or, for trackers, (the same, steps done)
+Log = Callable[[dict[str, float], int], None]
 
 
 def recover(
@@ -130,6 +130,8 @@ class _Run:
             check_teacher(options.teacher, self.empty, self.tokenizer, self.window_length)
         self.lora_rank = lora_rank_for(self.empty, options.lora_rank) if options.train in USES_LORA else 0
         self.origin, self.has_replicas = _record_of(model), bool(layout_of(self.empty).bases)
+        if options.train == "replicas" and not self.has_replicas:
+            raise InputError("--train replicas trains nothing, since the model has no replicas: leave it out")
         of_model = {"replicas": self.has_replicas, "fitted": bool(find_in(self.origin or {}, "fitted"))}
         self.settings = resolve_settings(options, self.window_length, world, device, **of_model)
         self.eval_every = max(1, round(self.settings.steps / _EVALUATIONS))
@@ -215,7 +217,7 @@ class _Run:
             self.measured["teacher"] = {name: getattr(teacher, name) for name in sizes}
         return training
 
-    def _loop(self, training: Training, stream: TrainingStream, report: Report, interrupted: threading.Event) -> None:
+    def _loop(self, training: Training, stream: TrainingStream, report: Log, interrupted: threading.Event) -> None:
         settings, start, seconds = self.settings, len(self.history), 0.0
         batches = iterate(stream, settings.batch_windows, settings.steps - start)
         saved, state = start, stream.state_dict()

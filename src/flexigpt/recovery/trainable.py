@@ -64,12 +64,7 @@ def prepare_training(model: PreTrainedModel, train: str, lora_rank: int, seed: i
         train: a key of TRAIN.
         lora_rank: rank of the LoRA on kept blocks, where there is one.
         seed: draws its random factors.
-
-    Raises:
-        InputError: a model without replicas of which only the replicas are to be trained.
     """
-    if train == "replicas" and not layout_of(model).bases:
-        raise InputError("--train replicas trains nothing, since the model has no replicas: leave it out")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         TRAIN[train](model, lora_rank)
