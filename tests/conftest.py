@@ -68,7 +68,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_compact(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny LLaMA with blocks 2 and 4 pruned."""
     folder = tmp_path_factory.mktemp("tiny") / "compact"
-    model, _, record = prune(str(tiny_source), PruneOptions(blocks=(2, 4), rank=4))
+    model, _, record = prune(str(tiny_source), PruneOptions.paper(blocks=(2, 4), rank=4))
     write_checkpoint(folder, model, record, source=str(tiny_source))
     return folder
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -104,6 +105,16 @@ def test_the_model_cards_snippet_runs_where_flexigpt_is_not_installed(workplace:
         check=True,
     )
     assert ran.stdout == "FlexiGPTForCausalLM\n"
+
+
+def test_the_tables_of_options_are_those_of_the_commands() -> None:
+    pages = runpy.run_path(str(ROOT / "docs" / "options.py"))
+    found = set()
+    for path in (ROOT / "docs").glob("*.md"):
+        page = path.read_text(encoding="utf-8")
+        assert pages["with_tables"](page) == page, "run: python docs/options.py"
+        found |= {command for _, command, _ in pages["PLACE"].findall(page)}
+    assert found == set(pages["COMMANDS"])
 
 
 def test_modules_are_small() -> None:

@@ -8,11 +8,14 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import Run
-from flexigpt import EvalOptions, evaluate
+from flexigpt import EvalOptions, evaluate, report
+from flexigpt.evaluation import METRICS
 from flexigpt.evaluation.fidelity import measure_fidelity
+from flexigpt.evaluation.metrics import Metric, Predictions
 from flexigpt.record import evaluation_rows
-from flexigpt.record.tables import merged
+from flexigpt.record.write import merged
 from flexigpt.text import tokenize_text
+from web_page import Page
 
 SAMPLES = Path(__file__).parents[2] / "examples" / "benchmarks"
 
@@ -42,9 +45,9 @@ def test_models_stand_side_by_side_and_each_is_what_it_is_alone(
         assert (model["parameters"], model["bytes"]) == (stored, 4 * stored)
     assert both["dtype"] == "float32"
     assert set(both["versions"]) == {"flexigpt", "torch", "transformers", "lm_eval", "datasets"}
-    headings, rows = evaluation_rows(both)
-    assert headings == ["", "compact", "source"]
-    shown = {row[0]: row[2] for row in rows}["perplexity"]
+    shown_rows = evaluation_rows(both)
+    assert shown_rows.headings == ["", "compact", "source"]
+    shown = {row[0]: row[2] for row in shown_rows.rows}["perplexity"]
     assert shown == f"{both['models'][1]['perplexity']['perplexity']:.4f}"
     json.dumps(both)
 
@@ -87,20 +90,30 @@ def test_against_measures_fidelity_to_the_source(tiny_source: Path, tiny_compact
         assert shown in printed
 
 
-def test_the_result_is_written_in_the_form_that_the_file_says(
-    run: Run, tiny_source: Path, text: Path, tmp_path: Path
+class AmongTheFirst(Metric):
+    """A new metric, as a reader would write it: the share of tokens that the model ranked among its first ten."""
+
+    heading, percent, digits, better = "in the first ten", True, 1, "higher"
+
+    def add(self, seen: Predictions) -> None:
+        self.total += (seen.logits.topk(10).indices == seen.targets[..., None]).sum().item()
+
+
+def test_a_new_metric_is_a_class_and_a_line_of_metrics(
+    run: Run, compact: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = ("eval", tiny_source, "--perplexity", text, "--window-length", "64")
-    code, printed, _ = run(*asked, "--json", "--output", tmp_path / "new" / "result.md")
-    assert code == 0
-    table = (tmp_path / "new" / "result.md").read_text()
-    assert f"| {json.loads(printed)['models'][0]['perplexity']['perplexity']:.4f} |" in table
-    code, printed, _ = run(*asked, "--markdown", "--output", tmp_path / "new" / "result.json")
-    assert (code, printed) == (0, table)
-    assert json.loads((tmp_path / "new" / "result.json").read_text())["command"].startswith("flexigpt eval ")
-    assert run(*asked, "--output", tmp_path / "new" / "result.md")[0] == 2
-    assert run(*asked, "--output", tmp_path / "new" / "result.md", "--overwrite")[0] == 0
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["result.json", "result.md"]
+    monkeypatch.setitem(METRICS, "in_first_ten", AmongTheFirst)
+    asked = ("eval", compact, "--perplexity", text, "--window-length", "64")
+    (entry,) = json.loads(run(*asked, "--json", "--record")[1])["models"]
+    value = entry["perplexity"]["in_first_ten"]
+    assert 0 < value < 1
+    row = ["in the first ten, %", f"{100 * value:.1f}"]
+    printed = [[cell.strip() for cell in line.split("│")[1:-1]] for line in run(*asked)[1].splitlines()]
+    assert row in printed
+    assert row in section((compact / "README.md").read_text())
+    page = Page(report([compact], tmp_path / "report").read_text(encoding="utf-8"))
+    assert row in page.tables["Models side by side"]
+    assert "Lower is better: perplexity, bits per byte; higher is better: in the first ten." in page.prose
 
 
 def test_what_is_recorded_adds_up_in_the_folder_and_in_the_card(

@@ -185,26 +185,13 @@ BAD_INPUT = {
     "eval SOURCE --tasks piqa --batch-size 0": "--batch-size 0 cannot be used: give auto or a number from 1",
     "eval SOURCE --tasks piqa --batch-size big": "--batch-size big cannot be used",
     "eval SOURCE --tasks piqa --limit 0": "--limit 0 is too small",
-    "eval SOURCE --tasks piqa --num-fewshot -1": "--num-fewshot -1 is negative",
+    "eval SOURCE --tasks piqa --num-fewshot -1": "--num-fewshot -1 is too small: give at least 0",
     "eval SOURCE --tasks piqa_sample --include-path SAMPLES --num-fewshot 40": "--num-fewshot 40 is too many",
     "eval notokenizer --tasks piqa_sample --include-path SAMPLES": "the tokenizer of notokenizer cannot be opened",
     "eval SOURCE nowhere --tasks piqa": "the model nowhere cannot be opened",
     "eval SOURCE SOURCE --tasks piqa": "is given twice",
-    "eval SOURCE --perplexity TEXT --limit 3": "--limit has no effect without --tasks",
-    "eval SOURCE --perplexity TEXT --batch-size 3": "--batch-size has no effect without --tasks",
-    "eval SOURCE --perplexity TEXT --num-fewshot 3": "--num-fewshot has no effect without --tasks",
-    "eval SOURCE --perplexity TEXT --include-path SAMPLES": "--include-path has no effect without --tasks",
-    "eval SOURCE --tasks piqa --stride 3": "--stride has no effect without --perplexity",
-    "eval SOURCE --tasks piqa --window-length 3": "--window-length has no effect without --perplexity",
-    "eval SOURCE --tasks piqa --text-column body": "--text-column has no effect without --perplexity",
-    "eval SOURCE --tasks piqa --against SOURCE": "--against has no effect without --perplexity",
     "eval COMPACT --perplexity TEXT --against other": "--against other has another tokenizer than",
     "eval SOURCE --perplexity TEXT --record": "goes with a checkpoint that flexigpt wrote as the first model",
-    "eval SOURCE --perplexity TEXT --json --markdown": "--json and --markdown exclude each other",
-    "eval SOURCE --perplexity TEXT --overwrite": "--overwrite has no effect without --output",
-    "eval SOURCE --perplexity TEXT --output result.txt": "--output result.txt is of an unknown kind: give .json or .md",
-    "eval SOURCE --perplexity TEXT --output old.md": "--output old.md is there: give another file, or --overwrite",
-    "eval SOURCE --perplexity TEXT --output TEXT/a.md": "is no folder that can be written to",
 }
 
 
@@ -223,7 +210,6 @@ def bad_places(folder: Path, tiny_source: Path) -> None:
     }
     tokenizer["model"]["merges"] = []
     (folder / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (folder / "old.md").touch()
 
 
 @pytest.mark.parametrize("command", BAD_INPUT)
@@ -240,8 +226,7 @@ def test_bad_input_is_one_clear_line(
     bad_places(tmp_path, tiny_source)
     before = sorted(tmp_path.rglob("*"))
     places = {"SOURCE": tiny_source, "COMPACT": tiny_compact, "TEXT": text, "SAMPLES": SAMPLES}
-    words = [f"{text}/a.md" if word == "TEXT/a.md" else places.get(word, word) for word in command.split()]
-    code, printed, errors = run(*words)
+    code, printed, errors = run(*(places.get(word, word) for word in command.split()))
     assert (code, printed) == (2, "")
     (line,) = [line for line in errors.splitlines() if line.strip()]
     assert line.startswith("flexigpt: ")
@@ -263,6 +248,6 @@ def test_an_unknown_task_is_told_with_the_nearest_names(tiny_source: Path) -> No
 
 
 def test_other_commands_do_not_wait_for_lm_eval() -> None:
-    code = "import sys, flexigpt.cli; print([m for m in sys.modules if m.split('.')[0] in ('lm_eval', 'sklearn')])"
+    code = "import sys, flexigpt.cli; print([m for m in sys.modules if m.split('.')[0] == 'lm_eval'])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout == "[]\n"

@@ -8,13 +8,23 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from families import CACHE, FAMILIES, FULL_RANK, NUM_BLOCKS, tiny_config, tiny_model, token_ids
+from families import (
+    CACHE,
+    FAMILIES,
+    FULL_RANK,
+    NUM_BLOCKS,
+    block_list,
+    compact_of,
+    initialize_replicas,
+    tiny_config,
+    tiny_model,
+    token_ids,
+)
 from flexigpt import FlexiGPTForCausalLM, Plan, Replica
 from flexigpt.calibration import block_means
-from flexigpt.model import ARCHITECTURES, block_list, config_with_blocks, find_architecture, weight_matrix
-from flexigpt.model.build import compact_of
+from flexigpt.model import ARCHITECTURES, find_architecture, weight_matrix
+from flexigpt.model.build import config_with_blocks
 from flexigpt.pruning.scores import influence
-from flexigpt.replicas.initialization import initialize_replicas
 from flexigpt.runtime import replaced_folder
 from flexigpt.weights import StreamedModel, load_model, remove_blocks
 

@@ -1,13 +1,14 @@
 """Tables and model cards of records that are no pruning's: training, of a compact and of an ordinary model."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from flexigpt import BaselineOptions, PruneOptions, baseline, prune, write_checkpoint
-from flexigpt.record import find_in, notes, plan_rows, result_tables
-from flexigpt.record.tables import cost_rows
+from flexigpt import PruneOptions, prune, remove, write_checkpoint
+from flexigpt.record import Rows, cost_rows, find_in, notes, plan_rows, result_rows
 
 SIZE = {"parameters": 2000, "bytes": 8000}
 
@@ -33,11 +34,11 @@ PERPLEXITY: dict[str, Any] = {
 
 
 def test_the_cost_of_training_stands_between_before_and_after() -> None:
-    headings, rows = cost_rows(recovered(perplexity=PERPLEXITY))
-    assert headings == ["", "before", "after", "of before"]
-    assert rows[0] == ["stored parameters", "2,000", "2,000", "100.0%"]
-    assert rows[-1] == ["perplexity", "40.00", "30.00", "75.0%"]
-    assert len(cost_rows(recovered())[1]) == 2
+    cost = cost_rows(recovered(perplexity=PERPLEXITY))
+    assert cost.headings == ["", "before", "after", "of before"]
+    assert cost.rows[0] == ["stored parameters", "2,000", "2,000", "100.0%"]
+    assert cost.rows[-1] == ["perplexity", "40.00", "30.00", "75.0%"]
+    assert len(cost_rows(recovered()).rows) == 2
 
 
 def test_a_trained_models_notes_say_on_what_and_claim_no_lack_of_training() -> None:
@@ -48,7 +49,7 @@ def test_a_trained_models_notes_say_on_what_and_claim_no_lack_of_training() -> N
 
 @pytest.mark.parametrize("output_norm", [True, False])
 def test_a_trained_compact_model_has_a_card_with_its_plan(tiny_source: Path, tmp_path: Path, output_norm: bool) -> None:
-    model, _, _ = prune(str(tiny_source), PruneOptions(blocks=[2], rank=4, output_norm=output_norm))
+    model, _, _ = prune(str(tiny_source), PruneOptions.paper(blocks=[2], rank=4, output_norm=output_norm))
     write_checkpoint(tmp_path / "out", model, recovered(perplexity=PERPLEXITY), source=str(tiny_source))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# pruned, compact" in card
@@ -57,12 +58,12 @@ def test_a_trained_compact_model_has_a_card_with_its_plan(tiny_source: Path, tmp
     assert f"adapters of rank 4{', output norms' if output_norm else ''} |" in card
     assert ("output norm" in card) == output_norm
     assert card.count("\nTrained (adapters) on 12,345 tokens of novels.jsonl in 67 steps.\n") == 1
-    assert len(result_tables(model.config, recovered())) == 2
+    assert len(result_rows(model.config, recovered())) == 2
 
 
 @pytest.mark.parametrize("told", [True, False])
 def test_a_trained_ordinary_model_has_a_card_without_one(tiny_source: Path, tmp_path: Path, told: bool) -> None:
-    model, _, removal = baseline(str(tiny_source), BaselineOptions(blocks=[2]))
+    model, _, removal = remove(str(tiny_source), PruneOptions.paper(blocks=[2]))
     record = recovered(**({"origin": removal} if told else {}))
     write_checkpoint(tmp_path / "out", model, record, source=str(tiny_source))
     card = (tmp_path / "out" / "README.md").read_text()
@@ -72,16 +73,46 @@ def test_a_trained_ordinary_model_has_a_card_without_one(tiny_source: Path, tmp_
     assert "Trained (adapters) on 12,345 tokens" in card
     assert "trust_remote_code" not in card
     assert "replica" not in card
-    assert len(result_tables(model.config, record)) == 1 + told
+    assert len(result_rows(model.config, record)) == 1 + told
 
 
 def test_what_the_origins_origin_tells_is_found(tiny_source: Path, text: Path) -> None:
     """Training twice does not lose the scores by which the plan was made."""
-    options = PruneOptions(ratio=0.4, rank=4, calibration=str(text), window_length=64, windows=4)
+    options = PruneOptions.paper(ratio=0.4, rank=4, calibration=str(text), window_length=64, windows=4)
     _, plan, pruning = prune(str(tiny_source), options)
     record = recovered(origin=recovered(origin=pruning))
     assert plan_rows(plan, record) == plan_rows(plan, pruning)
-    assert "influence" in plan_rows(plan, record)[0]
+    assert "influence" in plan_rows(plan, record).headings
     assert notes(record)[0] == f"influence on 4 windows of 64 tokens of {text}"
     assert find_in(record, "compared") == ["before", "after"]
     assert find_in(record, "removed") is None
+
+
+SHOWN = Rows(["", "a|b"], [["<one>", "[1]"], ["two", "2"]], notes=["all that there is"], marked=[(1, 1)])
+
+
+def in_a_terminal(rows: Rows, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width, soft_wrap=True)
+    console.print(rows.terminal())
+    return console.file.getvalue()
+
+
+def test_a_table_is_shown_as_it_is_in_every_form() -> None:
+    printed = in_a_terminal(SHOWN)
+    for cell in ("a|b", "<one>", "[1]"):
+        assert cell in printed
+    assert printed.endswith("\nall that there is\n")
+    assert SHOWN.markdown() == ("|  | a\\|b |\n| --- | ---: |\n| <one> | [1] |\n| two | 2 |\n\nAll that there is.\n")
+    page = SHOWN.html("Two & one")
+    assert '<th scope="row">&lt;one&gt;</th><td>[1]</td>' in page
+    assert '<th scope="row">two</th><td class="least">2</td>' in page
+    assert "<caption>Two &amp; one</caption>" in page
+    assert '<p class="caption">All that there is.</p>' in page
+
+
+@pytest.mark.parametrize("columns", [3, 8])
+def test_nothing_is_cut_off_in_a_narrow_terminal(columns: int) -> None:
+    rows = Rows(["parameters in memory"] * columns, [["1,234,567,890"] * columns])
+    printed = in_a_terminal(rows, width=80)
+    assert printed.count("1,234,567,890") == columns
+    assert printed.count("parameters") == columns

@@ -16,16 +16,14 @@ from torch import nn
 
 import textbook
 from conftest import Run
-from families import NUM_BLOCKS, tiny_model, token_ids
+from families import NUM_BLOCKS, compact_of, initialize_replicas, tiny_model, token_ids
 from flexigpt import InputError, Plan, RecoverOptions, Replica, recover
 from flexigpt.model import plan_of
-from flexigpt.model.build import compact_of
-from flexigpt.record.tables import cost_rows
+from flexigpt.record import cost_rows
 from flexigpt.recovery.draft import measure_draft
 from flexigpt.recovery.teacher import Teacher
 from flexigpt.recovery.trainable import prepare_training, trained_parameters
 from flexigpt.recovery.training import Training
-from flexigpt.replicas.initialization import initialize_replicas
 from flexigpt.runtime import ALONE
 from flexigpt.text import TokenizedText
 
@@ -271,7 +269,7 @@ def test_a_table_of_a_draft_that_never_agreed_has_no_share_of_it() -> None:
     better = {"perplexity": 40.0, "agreement": 0.5, "acceptance": 0.75}
     measured = {"before": {"perplexity": 30.0, "draft": draft}, "after": {"perplexity": 31.0, "draft": better}}
     size = {"parameters": 10, "bytes": 20}
-    _, rows = cost_rows({"compared": ["before", "after"], "before": size, "after": size, "perplexity": measured})
+    rows = cost_rows({"compared": ["before", "after"], "before": size, "after": size, "perplexity": measured}).rows
     assert rows[-3:] == [
         ["draft's perplexity", "50.00", "40.00", "80.0%"],
         ["draft agrees", "0.0%", "50.0%", ""],

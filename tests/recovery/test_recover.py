@@ -380,9 +380,10 @@ def test_fitted_replicas_get_a_tenth_of_the_rate(
     flags = ["--blocks", "2", "--rank", "4", "--calibration", text, "--window-length", "16", "--windows", "4"]
     assert run("prune", tiny_source, tmp_path / "fitted", *flags)[0] == 0
     assert run("prune", tiny_source, tmp_path / "paper", *flags[:4], "--preset", "paper")[0] == 0
+    step = quick(text, train=train, lr=2e-3, tokens=str(WINDOWS * WINDOW))
     for model, expected in (("fitted", share), ("paper", 1.0)):
-        first = recover(str(tmp_path / model), tmp_path / f"{model}-1", quick(text, train=train, lr=2e-3))
-        again = recover(str(tmp_path / f"{model}-1"), tmp_path / f"{model}-2", quick(text, train=train, lr=2e-3))
+        first = recover(str(tmp_path / model), tmp_path / f"{model}-1", step)
+        again = recover(str(tmp_path / f"{model}-1"), tmp_path / f"{model}-2", step)
         for record in (first, again):
             assert record is not None
             assert record["options"]["replica_lr"] == pytest.approx(2e-3 * expected)

@@ -11,16 +11,13 @@ from test_training import CPU, SETTINGS, options
 from torch import nn
 
 import textbook
-from families import FAMILIES, NUM_BLOCKS, tiny_model, token_ids
+from families import FAMILIES, NUM_BLOCKS, block_list, compact_of, initialize_replicas, tiny_model, token_ids
 from flexigpt import InputError, Plan, Replica, recover
-from flexigpt.model import SharedLinear, block_list
-from flexigpt.model.build import compact_of
-from flexigpt.pruning import BaselineOptions
-from flexigpt.pruning.baseline import baseline
+from flexigpt.model import SharedLinear
+from flexigpt.pruning import PruneOptions, remove
 from flexigpt.record import write_checkpoint
 from flexigpt.recovery.trainable import TRAIN, merge_lora, prepare_training, trained_parameters
 from flexigpt.recovery.training import Training
-from flexigpt.replicas.initialization import initialize_replicas
 from flexigpt.runtime import ALONE
 
 BASES = {2: 1, 4: 5, 3: 1}
@@ -116,7 +113,7 @@ def test_what_changes_in_a_compact_checkpoint(
 
 
 def test_what_changes_in_an_ordinary_checkpoint(tiny_source: Path, text: Path, tmp_path: Path) -> None:
-    model, _, record = baseline(str(tiny_source), BaselineOptions(blocks=(1, 3)))
+    model, _, record = remove(str(tiny_source), PruneOptions.paper(blocks=(1, 3)))
     write_checkpoint(tmp_path / "shorter", model, record, source=str(tiny_source))
     recover(str(tmp_path / "shorter"), tmp_path / "out", options(text, lora_rank=2))
     before, after = textbook.weights(tmp_path / "shorter"), textbook.weights(tmp_path / "out")

@@ -14,9 +14,9 @@ from flexigpt.cli.effects import warn_idle
 from flexigpt.cli.options import Asked, add_command
 from flexigpt.decoding import BenchmarkOptions, GenerateOptions
 from flexigpt.evaluation import EvalOptions
-from flexigpt.pruning import DEFAULT_PRESET, PRESETS, ExtendOptions, PruneOptions
+from flexigpt.pruning import PRESETS, ExtendOptions, PruneOptions
 from flexigpt.recovery import RecoverOptions
-from flexigpt.runtime import InputError, launched_rank
+from flexigpt.runtime import InputError
 
 if TYPE_CHECKING:
     from flexigpt.pruning import Estimate
@@ -28,10 +28,11 @@ Model = Annotated[str, typer.Argument(help="Folder or hub name of a source or co
 Out = Annotated[Path, typer.Argument(help="Folder to write to.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what flexigpt wrote to OUT before.")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for programs.")]
+_DEFAULT = next(iter(PRESETS))
 _PRESET = (
     "settings that go together, each of which you can give yourself: fitted (replicas and kept blocks fitted to the "
     "calibration text), thorough (also chooses blocks by the damage that their replicas do; takes long), paper (the "
-    f"paper's recipe). [default: {DEFAULT_PRESET}]"
+    f"paper's recipe). [default: {_DEFAULT}]"
 )
 
 
@@ -40,7 +41,7 @@ def prune(
     source: Source,
     out: Out,
     preset: Annotated[str, typer.Option(help=_PRESET, metavar="NAME", autocompletion=lambda: list(PRESETS))] = (
-        DEFAULT_PRESET
+        _DEFAULT
     ),
     plan_only: Annotated[
         bool, typer.Option("--plan-only", help="write only the plan, OUT/plan.json, to look at, edit and apply.")
@@ -55,7 +56,7 @@ def prune(
         warn_idle("plan", asked.typed, options)
     from flexigpt.pruning import assemble_pruned, assemble_removed
     from flexigpt.pruning import plan_only as decide
-    from flexigpt.record import notes, plan_table, write_plan
+    from flexigpt.record import notes, plan_rows, write_plan
     from flexigpt.runtime import check_output
 
     check_output(out, (source, options.plan, options.calibration, options.perplexity), overwrite)
@@ -63,11 +64,16 @@ def prune(
         with asked.reporting() as track:
             plan, record = decide(source, options, track, _announce(out, track.note))
         write_plan(out, plan, record | {"command": asked.call.command})
-        show(plan_table(plan, record), *notes(record), f"plan written to {out / 'plan.json'}; apply it with --plan")
+        show(plan_rows(plan, record), *notes(record), f"plan written to {out / 'plan.json'}; apply it with --plan")
         return
-    assemble = assemble_removed if options.remove else assemble_pruned
-    with asked.reporting() as track, assemble(source, options, track, _announce(out, track.note)) as (made, _, record):
-        _write(out, source, made, record | {"command": asked.call.command}, track)
+    with asked.reporting() as track:
+        given = (source, options, track, _announce(out, track.note))
+        if options.remove:
+            made, _, record = assemble_removed(*given)
+            _write(asked, out, source, made, record, track)
+            return
+        with assemble_pruned(*given) as (made, _, record):
+            _write(asked, out, source, made, record, track)
 
 
 def extend(asked: Asked, source: Source, out: Out, overwrite: Overwrite = False) -> None:
@@ -77,11 +83,9 @@ def extend(asked: Asked, source: Source, out: Out, overwrite: Overwrite = False)
     from flexigpt.runtime import check_output
 
     check_output(out, (source, options.perplexity), overwrite)
-    with (
-        asked.reporting() as track,
-        assemble_extended(source, options, track, _announce(out, track.note)) as (made, _, record),
-    ):
-        _write(out, source, made, record | {"command": asked.call.command}, track)
+    with asked.reporting() as track:
+        made, _, record = assemble_extended(source, options, track, _announce(out, track.note))
+        _write(asked, out, source, made, record, track)
 
 
 def _announce(out: Path, note: Callable[[str], None]) -> "Callable[[Estimate], None]":
@@ -97,14 +101,15 @@ def _announce(out: Path, note: Callable[[str], None]) -> "Callable[[Estimate], N
     return announce
 
 
-def _write(out: Path, source: str, assembly: "Assembly", record: "Record", track: Any) -> None:
+def _write(asked: Asked, out: Path, source: str, assembly: "Assembly", record: "Record", track: Any) -> None:
     """Writes a checkpoint, and prints what became of its blocks, what it cost, and where it lies."""
-    from flexigpt.record import notes, result_tables, write_checkpoint
+    from flexigpt.record import result_rows, write_checkpoint
     from flexigpt.report import plan_picture
 
     config = assembly.model.config
+    record = record | {"command": asked.call.command}
     write_checkpoint(out, assembly, record, source=source, extras=plan_picture(config), track=track)
-    show(*result_tables(config, record), *notes(record), f"checkpoint written to {out}")
+    show(*result_rows(config, record), f"checkpoint written to {out}")
 
 
 def recover(
@@ -119,25 +124,23 @@ def recover(
     """Train a compact model back; under torchrun, on many devices."""
     options = asked.options()
     from flexigpt import recovery
-    from flexigpt.record import cost_table, notes
+    from flexigpt.record import cost_rows
 
-    leads = launched_rank() == 0
     with asked.reporting() as track:
 
         def log(values: dict[str, float], steps: int) -> None:
             if wants_line(values, steps):
                 track.note(step_line(values, steps))
 
+        command = asked.call.command
         record = recovery.recover(
-            *(model, out, options),
-            **{"resume": resume, "overwrite": overwrite, "command": asked.call.command},
-            **({"track": track, "log": log} if leads else {}),
+            model, out, options, resume=resume, overwrite=overwrite, command=command, track=track, log=log
         )
     if record is None:
         return
     done = record["recovery"]
     trained = f"{done['trained_parameters']:,} parameters trained at {done['tokens_per_second']:,.0f} tokens/s"
-    show(cost_table(record), *notes(record), trained)
+    show(cost_rows(record), trained)
     if "stopped" in done:
         raise InputError(done["stopped"])
     show(f"checkpoint written to {out}")
@@ -145,13 +148,13 @@ def recover(
 
 def inspect(model: Model, as_json: Json = False) -> None:
     """Show the plan, stored and effective parameters, and the bytes of each part."""
-    from flexigpt.record import inspect_model, inspection_tables
+    from flexigpt.record import inspect_model, inspection_rows
 
     inspection = inspect_model(model)
     if as_json:
         print_json(inspection)
     else:
-        show(*inspection_tables(inspection))
+        show(*inspection_rows(inspection))
 
 
 def evaluate(
@@ -168,7 +171,7 @@ def evaluate(
     """Measure perplexity, benchmark tasks and nearness to the source, of several models side by side."""
     options = asked.options()
     from flexigpt.evaluation import evaluate as measure
-    from flexigpt.record import check_recordable, evaluation_notes, evaluation_table, record_evaluation
+    from flexigpt.record import check_recordable, evaluation_rows, record_evaluation
 
     if record:
         check_recordable(models[0])
@@ -179,7 +182,7 @@ def evaluate(
     if as_json:
         print_json(evaluation)
     else:
-        show(evaluation_table(evaluation), *evaluation_notes(evaluation))
+        show(evaluation_rows(evaluation))
 
 
 def generate(asked: Asked, model: Model) -> None:
@@ -197,14 +200,14 @@ def benchmark(asked: Asked, model: Model, as_json: Json = False) -> None:
     """Time a model and its variants, against its source where one is given: prefill, decoding, memory, storage."""
     options = asked.options()
     from flexigpt.decoding import benchmark as measure
-    from flexigpt.decoding import benchmark_notes, benchmark_tables
+    from flexigpt.decoding import benchmark_rows
 
     with asked.reporting() as track:
         result = measure(model, options, track) | {"command": asked.call.command}
     if as_json:
         print_json(result)
     else:
-        show(*benchmark_tables(result), *benchmark_notes(result))
+        show(benchmark_rows(result))
 
 
 def report(

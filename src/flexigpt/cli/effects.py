@@ -39,7 +39,7 @@ IDLE: Mapping[str, Sequence[Rule]] = {
             lambda asked: asked.tasks is None,
         ),
     ),
-    "generate": ((("top_p", "seed"), "there is no --temperature", lambda asked: asked.temperature is None),),
+    "generate": ((("top_p", "seed"), "there is no --temperature", lambda asked: not asked.temperature),),
 }
 
 

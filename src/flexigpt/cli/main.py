@@ -8,15 +8,16 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 
+import flexigpt
 from flexigpt.cli.commands import add_commands
 from flexigpt.cli.console import Verbosity
+from flexigpt.cli.help import Group
 from flexigpt.cli.options import Call
-from flexigpt.runtime import InputError, launched_rank
+from flexigpt.runtime import InputError, launched_rank, on_signals
 
 _INTERRUPTED = 130  # what typer returns after KeyboardInterrupt
 # Heard before and after the command's name.
@@ -31,7 +32,7 @@ _LIBRARIES = ("datasets", "huggingface_hub", "matplotlib", "transformers")
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"flexigpt {version('flexigpt')}")
+        print(f"flexigpt {flexigpt.__version__}")
         raise typer.Exit
 
 
@@ -49,6 +50,7 @@ def _make_app() -> typer.Typer:
     settings = {"help_option_names": ["-h", "--help"]}
     made = typer.Typer(
         name="flexigpt",
+        cls=Group,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # typer brings its own copy of click or depends on it, by version; either way this is its base of usage errors.
     usage_error: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     try:
-        with _sigterm_interrupts(), _libraries_speak(verbosity):
+        with on_signals(_interrupt, signal.SIGTERM), _libraries_speak(verbosity):
             code = app(rest, standalone_mode=False, obj=call, prog_name="flexigpt")
         sys.stdout.flush()
         if code == _INTERRUPTED:
@@ -89,16 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"the output cannot be printed: {error.strerror}")
 
 
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -109,6 +103,11 @@ def _libraries_speak(verbosity: Verbosity) -> Iterator[None]:
         return
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "transformers" in sys.modules:  # loaded before those variables were set
+        from transformers.utils import logging as of_transformers  # noqa: PLC0415
+
+        of_transformers.set_verbosity_error()
+        of_transformers.disable_progress_bar()
     for library in _LIBRARIES:
         logging.getLogger(library).setLevel(logging.ERROR)
     with warnings.catch_warnings():

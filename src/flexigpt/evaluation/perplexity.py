@@ -1,148 +1,134 @@
-"""Perplexity of a text."""
+"""The walk over the windows of a text, and the perplexity that it adds up to."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from flexigpt.calibration import run_through
+from flexigpt.evaluation.metrics import Predictions, add_up
 from flexigpt.model import fast_half
 from flexigpt.runtime import ALONE, InputError, Track, World, silent
 from flexigpt.text import TokenizedText, batch_size_for, window_batches
 from flexigpt.weights import StreamedModel
 
-# Numbers in one batch's logits: 64 MiB in float32.
+# Numbers in one batch's logits: 64 MiB in float32; half as many of two models, of which there are some five copies.
 _LOGITS_BUDGET = 2**24
 
+# (windows, tokens) ids that go in; ids that are to come; the position of the first of these.
+_Windows = Sequence[tuple[torch.Tensor, torch.Tensor, int]]
 
-@dataclass(frozen=True, kw_only=True)
-class Perplexity:
-    """What was measured.
-
-    Attributes:
-        perplexity: per token: exp of the mean negative log-likelihood.
-        bits_per_byte: the text's negative log-likelihood in bits, by its UTF-8 bytes.
-        tokens: tokens scored: all but the first, each once.
-        bytes: UTF-8 bytes of the text.
-        window_length: tokens that a window sees at most.
-        stride: tokens between the starts of two windows.
-    """
-
-    perplexity: float
-    bits_per_byte: float
-    tokens: int
-    bytes: int
-    window_length: int
-    stride: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+# (windows, tokens) ids -> logits of the model, and of another beside it.
+Forward = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def check_stride(stride: int | None, window_length: int) -> None:
+    """Raises InputError for a stride that leaves tokens out, or gives none."""
     if stride is not None and not 1 <= stride <= window_length:
         raise InputError(f"stride {stride} is outside 1 to the window length {window_length}")
 
 
-@torch.no_grad()
-def perplexity(
+def logits_over(
     model: PreTrainedModel,
     text: TokenizedText,
-    *,
     window_length: int,
+    *,
     stride: int | None = None,
+    forward: Forward | None = None,
     world: World = ALONE,
+    stage: str = "measuring perplexity",
     track: Track = silent,
-) -> Perplexity:
-    """Perplexity over sliding windows.
+) -> Iterator[Predictions]:
+    """Walks over a text in windows, each of which takes tokens in and predicts the token after each.
 
-    A window takes `window_length` tokens in and predicts the token after each. Every token but the first of the text is
-    scored once, with the most context that the windows give it; windows without overlap (stride = window length) are
-    the common, stricter protocol.
+    Every token but the first of the text is predicted once, with the most context that the windows give it.
 
     Args:
         model: in eval mode.
         text: at least 2 tokens.
         window_length: tokens in.
+        stride: tokens from one window's start to the next's; default: the window length, no overlap.
+        forward: runs the model and another beside it; default: the model alone.
+        world: processes that share the windows; each must walk to the end, and sees its own share.
+        stage: name for `track`.
+        track: reports the progress, batch by batch.
+    """
+    windows = _windows(model, text, window_length, stride or window_length, 1 if forward is None else 2)
+    return _walk(model, windows, forward, world, stage, track)
+
+
+def _windows(model: PreTrainedModel, text: TokenizedText, window_length: int, stride: int, models: int = 1) -> _Windows:
+    starts = range(0, max(1, len(text.ids) - 1 - (window_length - stride)), stride)
+    vocabulary = model.config.get_text_config().vocab_size
+    batches = window_batches(
+        text.ids, starts, window_length, batch_size_for(window_length, vocabulary, _LOGITS_BUDGET // models)
+    )
+    return [(ids[:, :-1], ids[:, 1 + first :], first) for ids, first in batches]
+
+
+@torch.no_grad()
+def _walk(
+    model: PreTrainedModel,
+    windows: _Windows,
+    forward: Forward | None = None,
+    world: World = ALONE,
+    stage: str = "",
+    track: Track = silent,
+) -> Iterator[Predictions]:
+    # As many batches for every process, since all must take part in every forward pass of a sharded model.
+    rounds = math.ceil(len(windows) / world.size)
+    for number in track(range(rounds), stage, rounds):
+        mine = number * world.size + world.rank
+        ids, targets, first = windows[min(mine, len(windows) - 1)]
+        ids, end = ids.to(model.device), first + targets.shape[1]
+        with fast_half(model):
+            found = (model(input_ids=ids, use_cache=False).logits,) if forward is None else forward(ids)
+        if mine < len(windows):
+            yield Predictions(targets.to(model.device), *(logits[:, first:end] for logits in found))
+
+
+def perplexity(
+    model: PreTrainedModel | StreamedModel,
+    text: TokenizedText,
+    *,
+    window_length: int,
+    stride: int | None = None,
+    spill: Path | None = None,
+    world: World = ALONE,
+    track: Track = silent,
+) -> dict[str, Any]:
+    """Perplexity, and what else METRICS measure of a model on a text without its source.
+
+    Args:
+        model: in eval mode; of a streamed one a block at a time is in memory.
+        text: at least 2 tokens.
+        window_length: tokens in.
         stride: 1 to window_length; default: window_length.
+        spill: folder for a file that holds the hidden states of a streamed model; None: memory does.
         world: processes that share the work; each must call this, and gets the result for the whole text.
-        track: told of each batch.
+        track: reports the progress, batch by batch or block by block.
+
+    Returns:
+        JSON-ready: `perplexity` per token, `bits_per_byte`, `tokens` scored (all but the first, each once), `bytes` of
+        the text in UTF-8, `window_length` and `stride`.
 
     Raises:
         InputError: a stride out of range, or logits that are not finite.
     """
     check_stride(stride, window_length)
     stride = window_length if stride is None else stride
-    batches = _batches(model, text, window_length, stride)
-    # As many batches for every process, since all must take part in every forward pass of a sharded model.
-    rounds = math.ceil(len(batches) / world.size)
-    total, scored = 0.0, 0
-    for number in track(range(rounds), "measuring perplexity", rounds):
-        mine = number * world.size + world.rank
-        batch, first_scored = batches[min(mine, len(batches) - 1)]
-        inputs, targets = batch[:, :-1].to(model.device), batch[:, 1:].to(model.device)
-        with fast_half(model):
-            logits = model(input_ids=inputs, use_cache=False).logits[:, first_scored:]
-        targets = targets[:, first_scored:]
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-        if mine < len(batches):
-            total += loss.item()
-            scored += targets.numel()
-    sums = world.sum(torch.tensor([total, scored], dtype=torch.float64, device=model.device))
-    total, scored = sums[0].item(), int(sums[1])
-    if not math.isfinite(total):
-        raise InputError("the model's logits are not finite on this text: give --dtype float32, or check the weights")
-    return Perplexity(
-        perplexity=math.exp(min(total / scored, 700.0)),
-        bits_per_byte=total / math.log(2) / text.num_bytes,
-        tokens=scored,
-        bytes=text.num_bytes,
-        window_length=window_length,
-        stride=stride,
-    )
+    if isinstance(model, StreamedModel):
+        batches = [ids for ids, *_ in _windows(model.model, text, window_length, stride)]
+        with run_through(model, batches, "measuring perplexity", spill, track):
+            return perplexity(model.model, text, window_length=window_length, stride=stride)
+    walk = logits_over(model, text, window_length, stride=stride, world=world, track=track)
+    measured = add_up(walk, text.num_bytes, model.device, world=world)
+    return measured | {"bytes": text.num_bytes, "window_length": window_length, "stride": stride}
 
 
-def _batches(
-    model: PreTrainedModel, text: TokenizedText, window_length: int, stride: int
-) -> list[tuple[torch.Tensor, int]]:
-    """(windows, tokens + 1) ids and the first position to score."""
-    starts = range(0, max(1, len(text.ids) - 1 - (window_length - stride)), stride)
-    batch_size = batch_size_for(window_length, model.config.get_text_config().vocab_size, _LOGITS_BUDGET)
-    return window_batches(text.ids, starts, window_length, batch_size)
-
-
-@torch.no_grad()
-def streamed_perplexity(
-    model: StreamedModel,
-    text: TokenizedText,
-    *,
-    window_length: int,
-    spill: Path | None = None,
-    track: Track = silent,
-) -> Perplexity:
-    """`perplexity` over windows without overlap, with one block in memory at a time.
-
-    Args:
-        model: a source or compact model.
-        text: at least 2 tokens.
-        window_length: tokens in.
-        spill: folder for a file that holds the hidden states; None: memory does.
-        track: told of each block.
-
-    Raises:
-        InputError: logits that are not finite.
-    """
-    batches = [batch[:, :-1] for batch, _ in _batches(model.model, text, window_length, window_length)]
-    with run_through(model, batches, "measuring perplexity", spill, track):
-        return perplexity(model.model, text, window_length=window_length)
-
-
-@torch.no_grad()
 def windows_perplexity(model: PreTrainedModel, batches: Sequence[torch.Tensor]) -> float:
     """Perplexity of each token of windows but the first.
 
@@ -153,11 +139,6 @@ def windows_perplexity(model: PreTrainedModel, batches: Sequence[torch.Tensor]) 
     Returns:
         NaN where logits are not finite.
     """
-    total, tokens = 0.0, 0
-    for batch in batches:
-        targets = batch[:, 1:].to(model.device).flatten()
-        with fast_half(model):
-            logits = model(input_ids=batch.to(model.device), use_cache=False).logits[:, :-1]
-        total += F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum").item()
-        tokens += len(targets)
+    total = sum(seen.loss for seen in _walk(model, [(ids, ids[:, 1:], 0) for ids in batches]))
+    tokens = sum(ids[:, 1:].numel() for ids in batches)
     return math.exp(min(total / tokens, 700.0)) if math.isfinite(total) else math.nan

@@ -21,6 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flexigpt.evaluation.options import EvalOptions
 from flexigpt.model import fast_half
 from flexigpt.runtime import InputError, Track, one_line, silent
 from flexigpt.text import batch_size_for
@@ -36,28 +37,18 @@ class Tasks:
     """Tasks with their data, loaded once for all models.
 
     Args:
-        names: of tasks, groups or tags, as lm_eval calls them.
-        include_path: a folder with task files of the user's own; they go before lm_eval's of the same name.
-        num_fewshot: solved examples before each question; None: what the task says, mostly 0.
-        limit: questions of each task, the first ones; None: all.
-        batch_size: requests in one forward pass, or `auto`.
+        options: `tasks` as lm_eval names them, groups and tags too; task files in `include_path` go before lm_eval's of
+            the same name.
 
     Raises:
         InputError: an unknown task, task files or data that cannot be read, or too few examples.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        *,
-        include_path: Path | None = None,
-        num_fewshot: int | None = None,
-        limit: int | None = None,
-        batch_size: int | str = "auto",
-    ) -> None:
-        self._names, self._num_fewshot, self._limit, self._batch_size = names, num_fewshot, limit, batch_size
+    def __init__(self, options: EvalOptions) -> None:
+        self._options = options
+        names = list(options.tasks or ())
         with _quiet():
-            self._manager = _manager(names, include_path)
+            self._manager = _manager(names, options.include_path)
             self._loaded = {name: _load(self._manager, name) for name in names}
         asked: dict[str, str] = {}
         for name, loaded in self._loaded.items():
@@ -65,7 +56,7 @@ class Tasks:
                 if task_name in asked:
                     raise InputError(f"task {task_name} is in {asked[task_name]} and in {name}: leave one out")
                 asked[task_name] = name
-                _check_examples(task_name, task, num_fewshot)
+                _check_examples(task_name, task, options.num_fewshot)
 
     def measure(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, track: Track = silent
@@ -75,7 +66,7 @@ class Tasks:
         Args:
             model: source or compact, in eval mode.
             tokenizer: the model's.
-            track: told of each request.
+            track: reports the progress, request by request.
 
         Returns:
             `tasks`, by task (of a group that lm_eval sums up, the group): the `metric` shown (`acc_norm` where there is
@@ -88,12 +79,12 @@ class Tasks:
         """
         stderr = sys.stderr
         with _quiet():
-            lm = _Model(model, tokenizer, self._batch_size, track, stderr)
+            lm = _Model(model, tokenizer, self._options.batch_size, track, stderr)
             found = simple_evaluate(
                 model=lm,
                 tasks=[task for loaded in self._loaded.values() for task in _parts(loaded)],
-                num_fewshot=self._num_fewshot,
-                limit=self._limit,
+                num_fewshot=self._options.num_fewshot,
+                limit=self._options.limit,
                 task_manager=self._manager,
                 log_samples=False,
             )
@@ -149,7 +140,7 @@ class _Model(HFLM):
 
     @contextlib.contextmanager
     def _told(self, total: int) -> Iterator[None]:
-        """Within it every answer is told to the tracker, through the hook that lm_eval has for a cache of answers."""
+        """Within it every answer is reported, through the hook that lm_eval has for a cache of answers."""
         with contextlib.redirect_stderr(self._stderr):
             answers = self._track(range(total), "answering", total)
             next(answers, None)

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from flexigpt.model.architecture import (
         ARCHITECTURES,
         Roles,
-        block_list,
         find_architecture,
         model_shape,
         num_blocks,
@@ -22,20 +21,17 @@ if TYPE_CHECKING:
         all_tensors,
         check_depth,
         config_dtype,
-        config_with_blocks,
         empty_compact,
         empty_model,
+        empty_of_blocks,
         fill_model,
         materialize,
-        names_of_blocks,
-        sharing_copy,
     )
     from flexigpt.model.configuration_flexigpt import FlexiGPTConfig
     from flexigpt.model.layout import (
         INNER,
         OUTPUT_NORM,
         REPLICA_PARTS,
-        Layout,
         count_parts,
         layout_of,
         linear_tensors,

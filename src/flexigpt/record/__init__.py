@@ -9,38 +9,18 @@ from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
     from flexigpt.record.read import Recorded, Size, fidelities, held_out, read_recorded
-    from flexigpt.record.record import (
-        Record,
-        find_in,
-        inspect_model,
-        inspection_tables,
-        measure_both,
-        model_size,
-        new_record,
-    )
+    from flexigpt.record.record import Record, find_in, inspect_model, measure_both, model_size, new_record
     from flexigpt.record.tables import (
         Rows,
-        cost_table,
-        evaluation_markdown,
-        evaluation_notes,
+        cost_rows,
         evaluation_rows,
-        evaluation_table,
-        markdown,
+        inspection_rows,
         notes,
         plan_rows,
-        plan_table,
         removal_rows,
-        result_tables,
+        result_rows,
         shown_name,
     )
-    from flexigpt.record.write import (
-        PLAN_PICTURE,
-        check_evaluation_file,
-        check_recordable,
-        record_evaluation,
-        write_checkpoint,
-        write_evaluation,
-        write_plan,
-    )
+    from flexigpt.record.write import PLAN_PICTURE, check_recordable, record_evaluation, write_checkpoint, write_plan
 else:
     lazy_door(__name__)

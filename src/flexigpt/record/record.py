@@ -1,19 +1,16 @@
 """The record: what a flow was asked, what it ran on, and what it measured. JSON-ready."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from transformers import PreTrainedModel
 
-from flexigpt.evaluation import streamed_perplexity
-from flexigpt.model import FlexiGPTForCausalLM, Replica, SharedLinear, config_dtype, count_parts, plan_of, stored_bytes
-from flexigpt.runtime import Cache, Track, megabytes
+from flexigpt.evaluation import perplexity
+from flexigpt.model import FlexiGPTForCausalLM, SharedLinear, config_dtype, count_parts, plan_of, stored_bytes
+from flexigpt.runtime import Cache, Track, digest, versions
 from flexigpt.text import TokenizedText
 from flexigpt.weights import Source, StreamedModel, open_empty
 
@@ -29,7 +26,7 @@ def new_record(source: str, options: Any, resolved: dict[str, Any]) -> Record:
     return {
         "format": FORMAT,
         "source_name": source,
-        "versions": {name: version(name) for name in ("flexigpt", "torch", "transformers")},
+        "versions": versions(),
         "options": {name: value if isinstance(value, plain) else str(value) for name, value in given.items()},
     }
 
@@ -64,14 +61,13 @@ def measure_both(
     if text is None:
         return record
     record["perplexity"] = {"text": name}
-    digest = hashlib.sha256(text.ids.numpy().tobytes()).hexdigest()
     for label, model in models.items():
-        measure = partial(streamed_perplexity, model, text, window_length=window_length, spill=spill, track=track)
+        measure = partial(perplexity, model, text, window_length=window_length, spill=spill, track=track)
         if isinstance(model, Source):
-            with cache.stage("perplexity", text=digest, window_length=window_length) as stage:
-                record["perplexity"][label] = stage.result or stage.finish(measure().to_dict())
+            with cache.stage("perplexity", text=digest(text.ids), window_length=window_length) as stage:
+                record["perplexity"][label] = stage.result or stage.finish(measure())
         else:
-            record["perplexity"][label] = measure().to_dict()
+            record["perplexity"][label] = measure()
     return record
 
 
@@ -118,32 +114,3 @@ def inspect_model(model: str) -> dict[str, Any]:
         "bytes": {"stored": stored * dtype.itemsize, "files": sum(file.stat().st_size for file in files) or None},
         "parts": {part: {"parameters": n, "bytes": n * dtype.itemsize} for part, n in parts.items() if n},
     }
-
-
-def inspection_tables(inspection: dict[str, Any]) -> list[Table]:
-    """What `inspect_model` found, for a terminal."""
-    parts = Table(title=f"{inspection['model']} ({_kind(inspection)}, {inspection['dtype']})", title_justify="left")
-    for heading in ("part", "parameters", "MB"):
-        parts.add_column(heading, justify="left" if heading == "part" else "right")
-    for part, size in inspection["parts"].items():
-        parts.add_row(part, f"{size['parameters']:,}", megabytes(size["bytes"]))
-    parts.add_section()
-    parts.add_row("stored", f"{inspection['parameters']['stored']:,}", megabytes(inspection["bytes"]["stored"]))
-    parts.add_row("effective", f"{inspection['parameters']['effective']:,}", "")
-    if inspection["bytes"]["files"]:
-        parts.add_row("weight files", "", megabytes(inspection["bytes"]["files"]))
-    if not inspection["plan"] or not inspection["plan"]["replicas"]:
-        return [parts]
-    plan = Table(title="replicas", title_justify="left")
-    for heading in ("block", "base", "rank"):
-        plan.add_column(heading, justify="right")
-    for row in inspection["plan"]["replicas"]:
-        plan.add_row(str(row["block"]), str(row["base"]), Replica(**row).shown_rank())
-    return [parts, plan]
-
-
-def _kind(inspection: dict[str, Any]) -> str:
-    if inspection["plan"] is None:
-        return f"{inspection['source_type']}, {inspection['blocks']} blocks"
-    replicas = len(inspection["plan"]["replicas"])
-    return f"compact {inspection['source_type']}, {inspection['blocks']} blocks, {replicas} of them replicas"

@@ -1,23 +1,99 @@
-"""What a record says, as rows and as tables for a terminal: what became of each block, what it cost, on which text."""
+"""What a record says, as tables: what became of each block, what it cost, on which text; models side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
+from markupsafe import Markup
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedConfig
 
-from flexigpt.evaluation import Evaluation, is_same, mean_accuracy
+from flexigpt.evaluation import METRICS, Evaluation
 from flexigpt.model import FlexiGPTConfig, Plan, Replica, plan_of
 from flexigpt.record.record import Record, find_in
 from flexigpt.runtime import megabytes
 
-Rows = tuple[list[str], list[list[str]]]  # headings; rows
+_FRAMED = 6  # columns at most of a table with a frame: with more it would not fit into 80 columns of a terminal
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table with its notes, to be shown in a terminal, in Markdown or on a page.
+
+    Attributes:
+        headings: of the columns.
+        rows: cells, as they are shown.
+        align: `l` or `r` for each column; default: the first to the left, the others to the right.
+        notes: what a reader has to know, below the table: lines without a capital and a full stop.
+        title: above the table.
+        dim: numbers of the rows that matter less.
+        sums: number of the row with which sums begin.
+        marked: (row, column) of the cells that stand out on a page.
+    """
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    _: KW_ONLY
+    align: str = ""
+    notes: Sequence[str] = ()
+    title: str = ""
+    dim: Collection[int] = ()
+    sums: int | None = None
+    marked: Collection[tuple[int, int]] = ()
+
+    @property
+    def _sides(self) -> str:
+        return self.align or "l".ljust(len(self.headings), "r")
+
+    def terminal(self) -> Group:
+        """For a terminal, to be printed by rich; without a frame where it is wide."""
+        wide = len(self.headings) > _FRAMED
+        look: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False} if wide else {}
+        table = Table(title=self.title or None, title_justify="left", **look)
+        for number, (heading, side) in enumerate(zip(self.headings, self._sides, strict=True)):
+            words = [word for row in (self.headings, *self.rows) for word in row[number].split()]
+            least = max(map(len, words), default=0) if wide else None  # or rich would break words
+            justify: Any = "left" if side == "l" else "right"
+            table.add_column(Text(heading), justify=justify, overflow="fold", min_width=least)
+        for number, row in enumerate(self.rows):
+            style = "dim" if number in self.dim else None
+            table.add_row(*map(Text, row), style=style, end_section=number + 1 == self.sums)
+        return Group(table, *map(Text, self.notes))
+
+    def markdown(self) -> str:
+        """In Markdown, without the title."""
+        lines = [self.headings, ["---" if side == "l" else "---:" for side in self._sides], *self.rows]
+        cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+        table = "".join(f"| {' | '.join(line)} |\n" for line in cells)
+        return table + "".join(f"\n{_sentence(note)}\n" for note in self.notes)
+
+    def html(self, caption: str) -> Markup:
+        """For a page: the first column heads its rows; it scrolls by itself where the page is narrower."""
+        head = Markup().join(Markup('<th scope="col">{}</th>').format(heading) for heading in self.headings)
+        body = Markup()
+        for number, (first, *cells) in enumerate(self.rows):
+            body += Markup('<tr><th scope="row">{}</th>').format(first)
+            for column, cell in enumerate(cells, 1):
+                least = Markup(' class="least"') if (number, column) in self.marked else ""
+                body += Markup("<td{}>{}</td>").format(least, cell)
+            body += Markup("</tr>\n")
+        notes = Markup().join(Markup('<p class="caption">{}</p>\n').format(_sentence(note)) for note in self.notes)
+        return Markup(
+            '<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table>'
+            "<caption>{caption}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n{notes}"
+        ).format(caption=caption, head=head, body=body, notes=notes)
+
+
+def _sentence(note: str) -> str:
+    return f"{note[0].upper()}{note[1:]}."
 
 
 def plan_rows(plan: Plan, record: Record, more: Sequence[str] = ()) -> Rows:
-    """Headings and rows of the plan: block, score, base, distance, what is stored; columns of what was measured.
+    """The plan: block, score, base, distance, what is stored; columns of what was measured.
 
     `more` is what each replica stores besides its adapters.
     """
@@ -37,8 +113,8 @@ def plan_rows(plan: Plan, record: Record, more: Sequence[str] = ()) -> Rows:
         row["stored"] = "its own linears"
         if replica is not None:
             row["stored"] = ", ".join((f"adapters of rank {replica.shown_rank()}", *more))
-        rows.append(row)
-    return list(rows[0]), [list(row.values()) for row in rows]
+        rows.append(list(row.values()))
+    return Rows(list(row), rows, align="l".rjust(len(row), "r"), dim=plan.kept)
 
 
 def replica_parts(config: FlexiGPTConfig) -> list[str]:
@@ -53,93 +129,56 @@ def _distance(distances: dict[Any, dict[Any, float]], replica: Replica) -> float
     return row[replica.base] if replica.base in row else row[str(replica.base)]
 
 
-def plan_table(plan: Plan, record: Record) -> Table:
-    """The plan, for a terminal."""
-    return _block_table(plan_rows(plan, record))
-
-
 def removal_rows(record: Record) -> Rows:
-    """Headings and rows of plain removal: block of the source, score where one was measured, what became of it."""
+    """Plain removal: block of the source, score where one was measured, what became of it."""
     removed, scores = find_in(record, "removed"), find_in(record, "scores")
-    headings = ["block", *([find_in(record, "block_score")] if scores else []), "became"]
-    return headings, [
-        [str(block), *([f"{scores[block]:.4f}"] if scores else []), "removed" if block in removed["blocks"] else "kept"]
+    kept = [block for block in range(removed["num_blocks"]) if block not in removed["blocks"]]
+    rows = [
+        [str(block), *([f"{scores[block]:.4f}"] if scores else []), "kept" if block in kept else "removed"]
         for block in range(removed["num_blocks"])
     ]
+    headings = ["block", *([find_in(record, "block_score")] if scores else []), "became"]
+    return Rows(headings, rows, align="l".rjust(len(headings), "r"), dim=kept)
 
 
 def block_rows(config: PreTrainedConfig, record: Record) -> Rows | None:
-    """What became of each block: the plan of a compact model, or the plain removal that a record tells of."""
+    """What became of each block: the plan of a compact model, or the plain removal that a record reports."""
     if isinstance(config, FlexiGPTConfig):
         return plan_rows(plan_of(config), record, replica_parts(config))
     return removal_rows(record) if find_in(record, "removed") else None
 
 
-def result_tables(config: PreTrainedConfig, record: Record) -> list[Table]:
-    """What became of each block, where there is something to say, and what it cost, for a terminal."""
+def result_rows(config: PreTrainedConfig, record: Record) -> list[Rows]:
+    """What became of each block, where there is something to say, and what it cost."""
     rows = block_rows(config, record)
-    return ([] if rows is None else [_block_table(rows)]) + [cost_table(record)]
-
-
-def _block_table(headings_and_rows: Rows) -> Table:
-    headings, rows = headings_and_rows
-    table = Table()
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("stored", "became") else "right")
-    for row in rows:
-        kept = row[-1] == "kept" if headings[-1] == "became" else not row[headings.index("base")]
-        table.add_row(*row, style="dim" if kept else None)
-    return table
+    return [cost_rows(record)] if rows is None else [rows, cost_rows(record)]
 
 
 def cost_rows(record: Record) -> Rows:
-    """Headings and rows of what it cost: parameters, megabytes, perplexity, of the two models that were compared."""
-    first, second = record["compared"]
-    before, after = record[first], record[second]
+    """What it cost: parameters, megabytes, perplexity, of the two models that were compared."""
+    names: list[str] = record["compared"]
+    before, after = (record[name] for name in names)
+    count, size = before["parameters"], before["bytes"]
     rows = [
-        [
-            "stored parameters",
-            f"{before['parameters']:,}",
-            f"{after['parameters']:,}",
-            f"{after['parameters'] / before['parameters']:.1%}",
-        ],
-        ["stored MB", megabytes(before["bytes"]), megabytes(after["bytes"]), f"{after['bytes'] / before['bytes']:.1%}"],
+        ["stored parameters", f"{count:,}", f"{after['parameters']:,}", f"{after['parameters'] / count:.1%}"],
+        ["stored MB", megabytes(size), megabytes(after["bytes"]), f"{after['bytes'] / size:.1%}"],
     ]
     if "perplexity" in record:
-        was, became = (record["perplexity"][name]["perplexity"] for name in (first, second))
-        rows.append(["perplexity", f"{was:.2f}", f"{became:.2f}", f"{became / was:.1%}"])
-        rows += _draft_rows(*(record["perplexity"][name].get("draft") for name in (first, second)))
-    return ["", first, second, f"of {first}"], rows
+        was, became = (record["perplexity"][name] for name in names)
+        rows.append(_compared("perplexity", was, became, "perplexity", ".2f"))
+        if "draft" in was and "draft" in became:
+            for title, key, form in (
+                ("draft's perplexity", "perplexity", ".2f"),
+                ("draft agrees", "agreement", ".1%"),
+                ("draft accepted", "acceptance", ".1%"),
+            ):
+                rows.append(_compared(title, was["draft"], became["draft"], key, form))
+    return Rows(["", *names, f"of {names[0]}"], rows, notes=notes(record))
 
 
-def _draft_rows(before: dict[str, float] | None, after: dict[str, float] | None) -> list[list[str]]:
-    """What the draft was worth, where it was measured."""
-    if before is None or after is None:
-        return []
-    shown = (
-        ("draft's perplexity", "perplexity", ".2f"),
-        ("draft agrees", "agreement", ".1%"),
-        ("draft accepted", "acceptance", ".1%"),
-    )
-    return [
-        [title, *(format(side[key], form) for side in (before, after)), _share(after[key], before[key])]
-        for title, key, form in shown
-    ]
-
-
-def _share(part: float, whole: float) -> str:
-    return f"{part / whole:.1%}" if whole else ""
-
-
-def cost_table(record: Record) -> Table:
-    """What it cost, for a terminal."""
-    headings, rows = cost_rows(record)
-    table = Table()
-    for heading in headings:
-        table.add_column(heading, justify="right" if heading else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
+def _compared(title: str, was: dict[str, float], became: dict[str, float], key: str, form: str) -> list[str]:
+    share = f"{became[key] / was[key]:.1%}" if was[key] else ""
+    return [title, format(was[key], form), format(became[key], form), share]
 
 
 def notes(record: Record) -> list[str]:
@@ -180,42 +219,51 @@ def shown_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
 
 
-def markdown(headings: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = [headings, ["---:"] * len(headings), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def inspection_rows(inspection: dict[str, Any]) -> list[Rows]:
+    """What `inspect_model` found: the parts, and the replicas where there are some."""
+    kind, plan = f"{inspection['source_type']}, {inspection['blocks']} blocks", inspection["plan"]
+    if plan is not None:
+        kind = f"compact {kind}, {len(plan['replicas'])} of them replicas"
+    parameters, stored = inspection["parameters"], inspection["bytes"]
+    rows = [[part, f"{size['parameters']:,}", megabytes(size["bytes"])] for part, size in inspection["parts"].items()]
+    sums = [
+        ["stored", f"{parameters['stored']:,}", megabytes(stored["stored"])],
+        ["effective", f"{parameters['effective']:,}", ""],
+        *([["weight files", "", megabytes(stored["files"])]] if stored["files"] else []),
+    ]
+    title = f"{inspection['model']} ({kind}, {inspection['dtype']})"
+    tables = [Rows(["part", "parameters", "MB"], rows + sums, title=title, sums=len(rows))]
+    if plan is not None and plan["replicas"]:
+        replicas = [[str(row["block"]), str(row["base"]), Replica(**row).shown_rank()] for row in plan["replicas"]]
+        tables.append(Rows(["block", "base", "rank"], replicas, align="rrr", title="replicas"))
+    return tables
 
 
 _ACCURACY = ("acc", "exact_match")  # what begins so is a share, shown in percent
 
-# heading; where the figure stands; factor and digits of what is shown
-_FIGURES = (
-    ("perplexity", "perplexity", "perplexity", 1, 4),
-    ("bits per byte", "perplexity", "bits_per_byte", 1, 4),
-    ("divergence", "fidelity", "divergence", 1, 4),
-    ("agreement, %", "fidelity", "agreement", 100, 2),
-)
-
-_CONDITIONS = ("versions", "device", "dtype")
-
 
 def evaluation_rows(evaluation: Evaluation) -> Rows:
-    """Headings and rows: a measure a row, a model a column, in the order that they were given."""
+    """A measure a row, a model a column, in the order that they were given."""
     models = evaluation["models"]
     rows = [
         ["stored parameters", *(f"{model['parameters']:,}" for model in models)],
         ["stored MB", *(megabytes(model["bytes"]) for model in models)],
     ]
-    for heading, group, key, scale, digits in _FIGURES:
-        found = [model.get(group) for model in models]
-        rows += _row(heading, ["" if one is None else f"{scale * one[key]:.{digits}f}" for one in found])
+    better: dict[str, list[str]] = {"lower": [], "higher": []}
+    for name, metric in METRICS.items():
+        found = [model.get("fidelity" if metric.against else "perplexity", {}).get(name) for model in models]
+        if metric.heading and any(value is not None for value in found):
+            cells = ["" if value is None else metric.shown(value) for value in found]
+            rows.append([f"{metric.heading}{', %' if metric.percent else ''}", *cells])
+            better[metric.better].append(metric.heading)
     names = list(dict.fromkeys(name for model in models for name in model.get("tasks", {})))
     for name in names:
         tasks = [model.get("tasks", {}).get(name) for model in models]
         rows += _row(_heading(name, models), ["" if task is None else _value(task) for task in tasks])
     means = [model.get("tasks_mean") for model in models] if len(names) > 1 else []
     rows += _row("mean of the tasks, %", ["" if mean is None else f"{100 * mean:.2f}" for mean in means])
-    return ["", *_columns(models)], rows
+    ways = "; ".join(f"{way} is better: {', '.join(names)}" for way, names in better.items() if names)
+    return Rows(["", *_columns(models)], rows, notes=[*([ways] if ways else []), *_evaluation_notes(evaluation)])
 
 
 def _row(heading: str, cells: list[str]) -> list[list[str]]:
@@ -240,18 +288,7 @@ def _columns(models: list[dict[str, Any]]) -> list[str]:
     return short if len(set(short)) == len(short) else [model["name"] for model in models]
 
 
-def evaluation_table(evaluation: Evaluation) -> Table:
-    """Models side by side, for a terminal."""
-    headings, rows = evaluation_rows(evaluation)
-    table = Table()
-    for heading in headings:
-        table.add_column(escape(heading), justify="right" if heading else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    return table
-
-
-def evaluation_notes(evaluation: Evaluation) -> list[str]:
+def _evaluation_notes(evaluation: Evaluation) -> list[str]:
     """What a reader of the table has to know: which text, how many questions, on what and with which versions."""
     models, versions, lines = evaluation["models"], evaluation["versions"], []
     measured = [model["perplexity"] for model in models if "perplexity" in model]
@@ -276,41 +313,3 @@ def evaluation_notes(evaluation: Evaluation) -> list[str]:
             lines.append(f"{shown_name(model['name'])}: {model['truncated']} requests did not fit into its context")
     names = ", ".join(f"{name} {versions[name]}" for name in ("flexigpt", "torch", "transformers"))
     return [*lines, f"{evaluation['device']}, {evaluation['dtype']}; {names}"]
-
-
-def evaluation_markdown(evaluation: Evaluation) -> str:
-    """Table and notes in Markdown."""
-    notes = "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in evaluation_notes(evaluation))
-    return markdown(*evaluation_rows(evaluation)) + notes
-
-
-def merged(old: Evaluation, new: Evaluation) -> Evaluation:
-    """Both as one, measure by measure; where both have a measure of a model the new one's.
-
-    What was measured by other versions, on another device, in another dtype or of another revision of a model does not
-    stand beside the new: it is left out.
-    """
-    if any(old.get(name) != new[name] for name in _CONDITIONS):
-        return new
-    models = []
-    for model in new["models"]:
-        before: dict[str, Any] = next((other for other in old["models"] if is_same(other["name"], model["name"])), {})
-        models.append(_one_model(before, model) if before.get("revision") == model["revision"] else model)
-    models += [
-        other for other in old["models"] if not any(is_same(other["name"], model["name"]) for model in new["models"])
-    ]
-    commands = dict.fromkeys(command for one in (old, new) for command in (one["command"] or "").splitlines())
-    return new | {
-        "command": "\n".join(commands) or None,
-        "options": old["options"] | new["options"],
-        "models": models,
-    }
-
-
-def _one_model(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    both = before | now
-    if "tasks" in both:
-        both["tasks"] = before.get("tasks", {}) | now.get("tasks", {})
-        both.pop("tasks_mean", None)
-        both |= mean_accuracy(both["tasks"])
-    return both

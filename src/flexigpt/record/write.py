@@ -10,25 +10,15 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexigpt.evaluation import Evaluation
+from flexigpt.evaluation import Evaluation, is_same, mean_accuracy
 from flexigpt.model import FlexiGPTConfig, Plan, plan_in_words, plan_of, stored_bytes
 from flexigpt.record.record import Record, find_in
-from flexigpt.record.tables import (
-    block_rows,
-    cost_rows,
-    evaluation_markdown,
-    markdown,
-    merged,
-    notes,
-    replica_parts,
-    shown_name,
-)
+from flexigpt.record.tables import block_rows, cost_rows, evaluation_rows, replica_parts, shown_name
 from flexigpt.runtime import (
     RECORD,
     InputError,
     Track,
     check_space,
-    existing_parent,
     parse_size,
     replace_file,
     replaced_folder,
@@ -38,7 +28,7 @@ from flexigpt.weights import Assembly, load_tokenizer, write_shards
 
 EVALUATION = "evaluation.json"
 
-_EVALUATION_FILES = (".json", ".md")
+_CONDITIONS = ("versions", "device", "dtype")
 
 
 def write_checkpoint(
@@ -61,7 +51,7 @@ def write_checkpoint(
         model: a compact model, or an ordinary one of its source's family; of one that was assembled, what it shares
             with its source is copied from file to file.
         record: as the flow that made the model returned it.
-        source: where the tokenizer lies; None: no tokenizer is written.
+        source: where the tokenizer lies, if the assembly does not have it; None: no other is written.
         max_shard_size: largest weight file, in bytes or as 5GB.
         extras: further files by their names; the model card shows plan.png, a picture of the plan.
         track: reports each tensor of a model that was assembled.
@@ -71,7 +61,8 @@ def write_checkpoint(
     """
     assembly, model = (model, model.model) if isinstance(model, Assembly) else (None, model)
     check_space(out, stored_bytes(model))
-    tokenizer = None if source is None else load_tokenizer(source)
+    opened = None if assembly is None else assembly.tokenizer
+    tokenizer = opened or (None if source is None else load_tokenizer(source))
     with replaced_folder(out) as folder:
         if assembly is None:
             model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -108,24 +99,6 @@ def write_plan(out: str | Path, plan: Plan, record: Record) -> None:
         _write_json(folder / RECORD, record)
 
 
-def check_evaluation_file(path: str | Path, overwrite: bool) -> None:
-    """Refuses a file for an evaluation before the work begins.
-
-    Raises:
-        InputError: a file of another kind, or that is there (without `overwrite`); a place that cannot be written to.
-    """
-    path = Path(path)
-    if path.suffix not in _EVALUATION_FILES:
-        raise InputError(f"--output {path} is of an unknown kind: give {' or '.join(_EVALUATION_FILES)}")
-    if path.is_dir():
-        raise InputError(f"--output {path} is a folder: give a file")
-    if path.exists() and not overwrite:
-        raise InputError(f"--output {path} is there: give another file, or --overwrite to replace it")
-    parent = existing_parent(path)
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"{parent} is no folder that can be written to: give another one")
-
-
 def check_recordable(folder: str | Path) -> None:
     """Refuses a model beside which no evaluation can be recorded, before the work begins.
 
@@ -136,21 +109,11 @@ def check_recordable(folder: str | Path) -> None:
     if not (Path(folder) / RECORD).is_file():
         raise InputError(
             f"--record goes with a checkpoint that flexigpt wrote as the first model: {folder} has no {RECORD}; "
-            "leave --record out, or give --output"
+            "leave --record out"
         )
     if not os.access(folder, os.W_OK):
         raise InputError(f"--record: {folder} cannot be written to")
     _recorded_evaluation(Path(folder) / EVALUATION)
-
-
-def write_evaluation(path: str | Path, evaluation: Evaluation) -> None:
-    """Writes an evaluation as JSON or Markdown, by the file's suffix; the file is complete or untouched.
-
-    Raises:
-        InputError: a disk that is full or cannot be written to.
-    """
-    path = Path(path)
-    replace_file(path, evaluation_markdown(evaluation) if path.suffix == ".md" else _json_text(evaluation))
 
 
 def record_evaluation(folder: str | Path, evaluation: Evaluation) -> None:
@@ -164,6 +127,38 @@ def record_evaluation(folder: str | Path, evaluation: Evaluation) -> None:
     together = evaluation if before is None else merged(before, evaluation)
     replace_file(path, _json_text(together))
     replace_file(card, with_evaluation(card.read_text(encoding="utf-8") if card.is_file() else "", together))
+
+
+def merged(old: Evaluation, new: Evaluation) -> Evaluation:
+    """Both as one, measure by measure; where both have a measure of a model the new one's.
+
+    What was measured by other versions, on another device, in another dtype or of another revision of a model does not
+    stand beside the new: it is left out.
+    """
+    if any(old.get(name) != new[name] for name in _CONDITIONS):
+        return new
+    models = []
+    for model in new["models"]:
+        before: dict[str, Any] = next((other for other in old["models"] if is_same(other["name"], model["name"])), {})
+        models.append(_one_model(before, model) if before.get("revision") == model["revision"] else model)
+    models += [
+        other for other in old["models"] if not any(is_same(other["name"], model["name"]) for model in new["models"])
+    ]
+    commands = dict.fromkeys(command for one in (old, new) for command in (one["command"] or "").splitlines())
+    return new | {
+        "command": "\n".join(commands) or None,
+        "options": old["options"] | new["options"],
+        "models": models,
+    }
+
+
+def _one_model(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    both = before | now
+    if "tasks" in both:
+        both["tasks"] = before.get("tasks", {}) | now.get("tasks", {})
+        both.pop("tasks_mean", None)
+        both |= mean_accuracy(both["tasks"])
+    return both
 
 
 def _recorded_evaluation(path: Path) -> Evaluation | None:
@@ -197,13 +192,12 @@ def model_card(config: PreTrainedConfig, record: Record, picture: bool = False) 
         f"Made with:\n\n```bash\n{ran}\n```\n" if ran else "Made with the Python API; `record.json` has the options.\n"
     )
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-    measured = "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in notes(record))
     name, is_local = shown_name(record["source_name"]), Path(record["source_name"]).exists()
     base_model = "" if is_local else f"base_model: {name}\n"
     title, summary, trust, hint = _card_words(config, record)
     rows = block_rows(config, record)
     shown = f"![{plan_in_words(plan_of(config))}]({PLAN_PICTURE})\n\n" if picture else ""
-    blocks = "" if rows is None else f"## Blocks\n\n{shown}{markdown(*rows)}\n"
+    blocks = "" if rows is None else f"## Blocks\n\n{shown}{rows.markdown()}\n"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -215,7 +209,7 @@ pipeline_tag: text-generation
 
 {summary}
 
-{markdown(*cost_rows(record))}{measured}
+{cost_rows(record).markdown()}
 ## Open it
 
 ```python
@@ -235,7 +229,7 @@ Source: {name}. Versions: {versions}. All that was measured is in `record.json`.
 
 def with_evaluation(card: str, evaluation: Evaluation) -> str:
     """The card with what an evaluation says, in place of what one said before; all else in it stays."""
-    section = f"## Evaluation\n\n{evaluation_markdown(evaluation)}\n"
+    section = f"## Evaluation\n\n{evaluation_rows(evaluation).markdown()}\n"
     rest = re.sub(r"^## Evaluation\n.*?(?=^## |\Z)", "", card, flags=re.MULTILINE | re.DOTALL)
     before, origin, after = rest.partition("## Origin\n")
     return f"{before}{section}{origin}{after}" if origin else f"{rest.rstrip()}\n\n{section}".lstrip()

@@ -10,12 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from flexigpt.model import fast_half, layout_of, replaced_forwards
+from flexigpt.evaluation import logits_over
+from flexigpt.model import layout_of, replaced_forwards
 from flexigpt.runtime import ALONE, InputError, Track, World, silent
-from flexigpt.text import TokenizedText, batch_size_for, window_batches
-
-# Numbers in one batch's logits: 32 MiB in float32, of which there are some five copies.
-_LOGITS_BUDGET = 2**23
+from flexigpt.text import TokenizedText
 
 
 @contextlib.contextmanager
@@ -110,21 +108,15 @@ def measure_draft(
         InputError: a model without replicas, or logits that are not finite.
     """
     draft = Draft(model)
-    starts = range(0, len(text.ids) - 1, window_length)
-    size = batch_size_for(window_length, model.config.get_text_config().vocab_size, _LOGITS_BUDGET)
-    batches = window_batches(text.ids, starts, window_length, size)
-    # As many batches for every process, since all must take part in every forward pass of a sharded model.
-    rounds = math.ceil(len(batches) / world.size)
+
+    def both(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with draft.watched() as entering:
+            return model(input_ids=ids, use_cache=False).logits, draft.logits(ids, entering[0])
+
     sums = torch.zeros(5, dtype=torch.float64, device=model.device)
-    for number in track(range(rounds), "measuring the draft", rounds):
-        mine = number * world.size + world.rank
-        batch, _ = batches[min(mine, len(batches) - 1)]
-        inputs, targets = batch[:, :-1].to(model.device), batch[:, 1:].to(model.device)
-        with fast_half(model), draft.watched() as entering:
-            logits = model(input_ids=inputs, use_cache=False).logits
-            drafted = draft.logits(inputs, entering[0])
-        if mine < len(batches):
-            sums += _compared(logits.float(), drafted.float(), targets)
+    walk = logits_over(model, text, window_length, forward=both, world=world, stage="measuring the draft", track=track)
+    for seen in walk:
+        sums += _compared(seen.logits.float(), seen.other.float(), seen.targets)
     tokens, loss, divergence, agreed, accepted = world.sum(sums).tolist()
     if not math.isfinite(loss + divergence):
         raise InputError("the draft's logits are not finite on this text: give --dtype float32, or check the weights")

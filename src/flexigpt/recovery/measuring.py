@@ -33,7 +33,7 @@ class HeldOut:
     def of_model(self, model: PreTrainedModel, world: World = ALONE, track: Track = silent) -> dict[str, Any]:
         """Perplexity, as a dictionary, and as its `draft` what `measure_draft` returns; the model is in eval mode."""
         given: dict[str, Any] = {"window_length": self.window_length, "world": world, "track": track}
-        measured = perplexity(model, self.text, **given).to_dict()
+        measured = perplexity(model, self.text, **given)
         return measured | ({"draft": measure_draft(model, self.text, **given)} if self.draft else {})
 
     def of_training(self, training: Training) -> dict[str, Any]:
@@ -45,7 +45,8 @@ class HeldOut:
         """Its perplexity alone; every process must call it."""
         with _evaluating(training):
             measured = perplexity(training.model, self.text, window_length=self.window_length, world=training.world)
-        return measured.perplexity
+        value: float = measured["perplexity"]
+        return value
 
     def computed_in(
         self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device, track: Track

@@ -31,11 +31,10 @@ from flexigpt.runtime import (
     check_output,
     check_space,
     find_device,
-    joined_world,
     launched,
-    local_device,
-    part,
+    on_signals,
     peak_bytes,
+    processes,
     silent,
 )
 from flexigpt.text import (
@@ -99,14 +98,14 @@ def recover(
         raise InputError(
             "--fsdp shards over processes, and there is one: start torchrun --nproc-per-node N -m flexigpt"
         )
-    device = find_device(local_device(options.device))
-    with joined_world(device) as world:
+    device = find_device(processes.local_device(options.device))
+    with processes.joined_world(device) as world:
         run = _Run(model, out, options, world, device)
         if world.leads:
             run.track, run.log = track, log
         world.lead(lambda: run.open_folder(resume, overwrite))
         trained = run.train(resume)
-        part()  # what follows is one process's work
+        processes.part()  # what follows is one process's work
         try:
             return run.finish(trained, command) if world.leads else None
         except KeyboardInterrupt:
@@ -336,15 +335,10 @@ def _interruptions() -> Iterator[threading.Event]:
     """Within it the first Ctrl-C or SIGTERM is only noted, for the step to end well; the next one interrupts."""
     noted = threading.Event()
 
-    def note(*_: object) -> None:
+    def note() -> None:
         if noted.is_set():
             raise KeyboardInterrupt
         noted.set()
 
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
+    with on_signals(note, signal.SIGINT, signal.SIGTERM):
         yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

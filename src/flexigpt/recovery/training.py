@@ -17,7 +17,7 @@ from flexigpt.recovery.draft import Draft
 from flexigpt.recovery.options import RecoverOptions
 from flexigpt.recovery.teacher import Teacher
 from flexigpt.recovery.trainable import REPLICA_PARAMETERS, USES_LORA, trained_parameters
-from flexigpt.runtime import InputError, World, parse_tokens, reduced, replicate, shard, whole
+from flexigpt.runtime import InputError, World, parse_tokens, processes
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -156,8 +156,8 @@ class Training:
             teacher.settle(model, device, share=not settings.fsdp)
         if settings.fsdp:
             for sharded in (model,) if teacher is None else (teacher.model, model):
-                shard(sharded, layout_of(sharded).groups, device, world, settings.dtype)
-        self.wrapped: nn.Module = model if settings.fsdp else replicate(model, world)
+                processes.shard(sharded, layout_of(sharded).groups, device, world, settings.dtype)
+        self.wrapped: nn.Module = model if settings.fsdp else processes.replicate(model, world)
         model.train()
         trained = trained_parameters(model)
         groups = []
@@ -199,7 +199,7 @@ class Training:
     def _try_window(self) -> None:
         """Trains on one window, but for the step: no trace is left."""
         window = torch.zeros(1, self.settings.window_length + 1, dtype=torch.int64, device=self.device)
-        with reduced(self.wrapped, last=True):
+        with processes.reduced(self.wrapped, last=True):
             self._backward(window, 0.0)
         self.optimizer.zero_grad()
 
@@ -232,7 +232,7 @@ class Training:
         scale = self._scale["loss_scale"] / (share.shape[0] * settings.window_length)
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for index, part in enumerate(parts):
-            with reduced(self.wrapped, last=index == len(parts) - 1):
+            with processes.reduced(self.wrapped, last=index == len(parts) - 1):
                 sums += self._backward(part, scale)
         entropy, divergence, draft = (world.sum(sums) / settings.batch_tokens).tolist()
         mean = (1 - settings.distill_weight) * entropy + settings.distill_weight * divergence
@@ -280,7 +280,7 @@ class Training:
     def _update(self, number: int, lr: float) -> float:
         """Clips and steps; returns the gradients' norm. Steps whose fp16 gradients overflow are skipped."""
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients)).item() / self._scale["loss_scale"]
+        norm = processes.whole(torch.nn.utils.get_total_norm(gradients)).item() / self._scale["loss_scale"]
         if math.isfinite(norm):
             torch._foreach_mul_(gradients, min(1.0, _CLIP / (norm + 1e-6)) / self._scale["loss_scale"])
             for group in self.optimizer.param_groups:
@@ -317,7 +317,7 @@ class Training:
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
         """What is trained, in full, on the CPU, by name; every process must call it."""
-        return {name: whole(p.detach()).cpu() for name, p in trained_parameters(self.model).items()}
+        return {name: processes.whole(p.detach()).cpu() for name, p in trained_parameters(self.model).items()}
 
 
 def hold_in(model: nn.Module, dtype: torch.dtype, frozen_only: bool = False) -> None:

@@ -10,7 +10,6 @@ from flexigpt.record import (
     Record,
     Recorded,
     Size,
-    evaluation_notes,
     evaluation_rows,
     fidelities,
     find_in,
@@ -151,13 +150,13 @@ def _plan(model: Recorded, svgs: Svgs) -> str:
         if model.removed is None:
             return paragraph("There is no plan: all blocks are kept.", "missing")
         return paragraph("Nothing stands in for a removed block.") + details(
-            "Blocks", table(*removal_rows(model.record), "What became of each block")
+            "Blocks", str(removal_rows(model.record).html("What became of each block"))
         )
     caption = (
         "The stack of blocks, the first at the top. A replica computes with the linears of the block that its arrow "
         "leads to, its base."
     )
-    rows = table(*plan_rows(model.plan, _measured_pairs(model)), "What became of each block")
+    rows = str(plan_rows(model.plan, _measured_pairs(model)).html("What became of each block"))
     return figure(svgs["plan"], caption, wide=False) + details("Blocks", rows)
 
 
@@ -271,10 +270,7 @@ def _evaluation(models: Sequence[Recorded], shared: Svgs) -> str:
         return paragraph("No evaluation was recorded: flexigpt eval --record writes one into the folder.", "missing")
     content = ""
     for evaluation in _under_like_conditions(evaluations):
-        content += table(*evaluation_rows(evaluation), "Models side by side")
-        content += "".join(
-            paragraph(f"{note[0].upper()}{note[1:]}.", "caption") for note in evaluation_notes(evaluation)
-        )
+        content += str(evaluation_rows(evaluation).html("Models side by side"))
     if "positions" in shared:
         caption = "Mean loss by position: whether damage is worse at the start of a window or grows along it."
         content += figure(shared["positions"], caption)
