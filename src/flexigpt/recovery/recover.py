@@ -91,7 +91,7 @@ def recover(
     Raises:
         InputError: anything a user can put right; see the message.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     check_output(out, (model, options.data, options.teacher, options.perplexity), overwrite)
     tracker_classes(options.report_to)
     if options.fsdp and not launched():
