@@ -43,9 +43,7 @@ def made(tiny_source: Path, text: Path, single: Path, tmp_path_factory: pytest.T
     write_checkpoint(out["shorter"], shorter, record, source=str(tiny_source))
     plan, record = plan_only(str(tiny_source), PruneOptions.paper(**CHOOSING, calibration=str(text), rank=4))
     write_plan(out["planned"], plan, record)
-    training = RecoverOptions(
-        data=str(text), tokens="1536", window_length=64, batch_tokens=128, perplexity=str(single), eval_every=4
-    )
+    training = RecoverOptions(data=str(text), tokens="1536", window_length=64, batch_tokens=128, perplexity=str(single))
     for source, target in (("pruned", "recovered"), ("shorter", "shorter-recovered")):
         recover(str(out[source]), out[target], training)
     names = [str(tiny_source), str(out["recovered"])]
