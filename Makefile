@@ -2,11 +2,13 @@ PYTHON ?= python3
 VENV ?= .venv
 EXAMPLE = examples/novel16
 OUT ?= out/novel16-30
+# The torch that `make test-latest` takes, such as torch==2.13.0: the newest may bring gigabytes for GPUs.
+TORCH ?= torch
 
 # One stamp for the installation: made anew when what it installs changes.
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test check slow clean
+.PHONY: demo test check slow wheel test-lowest test-latest clean
 
 # Prune the shipped model at 30 % on its own text and print what it cost.
 demo: $(INSTALLED)
@@ -25,10 +27,36 @@ check: $(INSTALLED)
 slow: $(INSTALLED)
 	$(VENV)/bin/pytest -m slow
 
+# The wheel alone, in a fresh environment: it holds every file of the package, and its commands run.
+wheel:
+	rm -rf .venv-wheel build dist out/wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/pip wheel --quiet --no-deps --wheel-dir dist .
+	.venv-wheel/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	diff -r -x __pycache__ -x '*.egg-info' src/flexigpt .venv-wheel/lib/python3*/site-packages/flexigpt
+	.venv-wheel/bin/flexigpt --version
+	.venv-wheel/bin/flexigpt prune $(EXAMPLE) out/wheel/pruned --blocks 13,14 --calibration $(EXAMPLE)/calibration.jsonl --windows 4 --window-length 256
+	.venv-wheel/bin/flexigpt report out/wheel/pruned --out out/wheel/report
+
+# The suite with the lowest version of each dependency that pyproject.toml allows; what old versions warn of is no error.
+test-lowest:
+	rm -rf .venv-lowest
+	$(PYTHON) -m venv .venv-lowest
+	sed -n 's/^  "\(.*\)>=\(.*\)",$$/\1==\2/p' pyproject.toml > .venv-lowest/constraints.txt
+	.venv-lowest/bin/pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[dev]'
+	.venv-lowest/bin/pytest -n 2 --dist loadgroup -W default
+
+# The suite with what `pip install .` takes today.
+test-latest:
+	rm -rf .venv-latest
+	$(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/pip install --quiet '$(TORCH)' --editable '.[dev]'
+	.venv-latest/bin/pytest -n 2 --dist loadgroup
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(INSTALLED)
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) .venv-* build dist out

@@ -20,7 +20,7 @@ VARIANTS = {
     "the method": {},
     "without high-rank elimination (b)": {"base_distance": "full-rank"},
     "plain distance of the weights (c)": {"base_distance": "frobenius"},
-    "without output norm": {"output_norm": False},
+    "without output norm": {"output_norm": "none"},
     "without SVD adapter initialisation": {"adapter_init": "zero"},
 }
 
@@ -37,7 +37,7 @@ def main() -> None:
 
     source = load_model(arguments.source, arguments.dtype)
     tokenizer = load_tokenizer(arguments.source)
-    text = tokenize_text(arguments.validation, tokenizer, column="text", window_length=arguments.window_length)
+    text = tokenize_text(arguments.validation, tokenizer, window_length=arguments.window_length)
 
     def measure(model: torch.nn.Module) -> float:
         return perplexity(model, text, window_length=arguments.window_length).perplexity
@@ -54,7 +54,7 @@ def main() -> None:
     for ratio in arguments.ratios:
         pruned: list[int] = []
         for name, settings in VARIANTS.items():
-            options = PruneOptions(
+            options = PruneOptions.paper(
                 ratio=ratio,
                 calibration=arguments.calibration,
                 window_length=arguments.window_length,

@@ -107,7 +107,7 @@ def count_requests(folder: Path, limit: int | None) -> tuple[int, int]:
 def loop_perplexity(model: str, text: str, length: int) -> float:
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    ids = tokenize_text(text, tokenizer, column="text", window_length=length).ids
+    ids = tokenize_text(text, tokenizer, window_length=length).ids
     total = 0.0
     for start in range(0, len(ids) - 1, length):
         window = ids[start : start + length + 1]

@@ -42,7 +42,7 @@ from flexigpt.runtime import (
     replaced_folder,
 )
 from flexigpt.text import check_window_length, text_fingerprint, tokenize_text
-from flexigpt.text.windows import read_documents, tokenize_documents, too_short
+from flexigpt.text.windows import Documents, tokenize, too_short
 from flexigpt.weights import load_tokenizer
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "novel16"
@@ -51,7 +51,7 @@ MEASURED = "training.json"
 SHAPES = {"novel16": {}, "deep": {"hidden_size": 320, "num_hidden_layers": 24, "intermediate_size": 896}}
 SIZES = {"hidden_size": "hidden_size", "blocks": "num_hidden_layers", "intermediate_size": "intermediate_size"}
 # Options that mean what they mean to `flexigpt recover`, with defaults of their own.
-TRAINING = {"epochs": 10, "text_column": "text", "window_length": 256, "batch_tokens": 16_384, "micro_batch": None}
+TRAINING = {"epochs": 10, "window_length": 256, "batch_tokens": 16_384, "micro_batch": None}
 TRAINING |= {"lr": 2e-3, "warmup": 0.03, "weight_decay": 0.1, "clip": 1.0, "device": "auto"}
 LINES_AN_EPOCH = 20
 # Three times (while a checkpoint is written two others are there) a parameter and AdamW's two averages; and OUT.
@@ -133,9 +133,7 @@ class Pretraining:
     def run(self) -> None:
         """Trains, from the last complete epoch on, and writes OUT."""
         self._check_folders()
-        text = tokenize_text(
-            self.options.perplexity, self.tokenizer, column=self.options.text_column, window_length=self.window_length
-        )
+        text = tokenize_text(self.options.perplexity, self.tokenizer, window_length=self.window_length)
         held_out = HeldOut(text=text, window_length=self.window_length, draft=False)
         ids, epochs = self._read(), self.options.epochs
         steps = (len(ids) - 1) // self.settings.batch_tokens
@@ -168,7 +166,7 @@ class Pretraining:
     def _read(self) -> torch.Tensor:
         """The text to train on, (tokens,) int32: of --tokens so many, and the one before what is predicted."""
         data, tokens = self.arguments.data, self.arguments.tokens and parse_tokens(self.arguments.tokens)
-        documents = tokenize_documents(read_documents(data, self.options.text_column), self.tokenizer)
+        documents = (tokenize(document, self.tokenizer) for document in Documents(data))
         ids = np.fromiter(islice(chain.from_iterable(documents), tokens and tokens + 1), np.int32)
         if len(ids) <= self.window_length:
             raise too_short(data, len(ids), self.window_length)

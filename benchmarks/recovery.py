@@ -23,7 +23,7 @@ from statistics import mean
 import torch
 from transformers import AutoConfig
 
-from flexigpt.text.windows import read_documents
+from flexigpt.text.windows import Documents
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "novel16"
@@ -187,7 +187,7 @@ class Bench:
         rows = (EXAMPLE / "calibration.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         self.development.write_text("".join(rows[:DEVELOPMENT_CHAPTERS]), encoding="utf-8")
         self.unread = self.work / "unread.jsonl"
-        texts = list(read_documents(str(EXAMPLE / "calibration.jsonl"), seed=0))[-UNREAD_CHAPTERS:]
+        texts = list(Documents(str(EXAMPLE / "calibration.jsonl"), seed=0))[-UNREAD_CHAPTERS:]
         self.unread.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
     def flexigpt(self, *command: str) -> None:

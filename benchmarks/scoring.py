@@ -27,7 +27,7 @@ def compare_time(source: str, device: str, batch: int, repeats: int) -> None:
     """Paired runs of both over the shipped model's calibration windows."""
     model = load_model(source, device=device)
     windows = calibration_windows(
-        str(EXAMPLE / "calibration.jsonl"), load_tokenizer(source), column="text", windows=64, window_length=256, seed=0
+        str(EXAMPLE / "calibration.jsonl"), load_tokenizer(source), windows=64, window_length=256, seed=0
     )
 
     @torch.no_grad()

@@ -2,16 +2,15 @@
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
-from flexigpt.runtime import RECORD, replaced_folder
-
 TOKENIZER = "examples/novel16"
 
 
-def main(out: str) -> None:
+def main(out: Path) -> None:
     torch.manual_seed(0)
     config = OPTConfig(
         vocab_size=4096,
@@ -26,11 +25,12 @@ def main(out: str) -> None:
         eos_token_id=2,
         pad_token_id=2,
     )
-    with replaced_folder(out) as folder:
-        OPTForCausalLM(config).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
-        (folder / RECORD).write_text(json.dumps({"source_name": "random weights"}), encoding="utf-8")
+    part = out.with_suffix(".part")
+    OPTForCausalLM(config).save_pretrained(part)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(part)
+    (part / "record.json").write_text(json.dumps({"source_name": "random weights"}), encoding="utf-8")
+    part.rename(out)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(Path(sys.argv[1]))

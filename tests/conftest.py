@@ -6,7 +6,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +17,13 @@ from families import tiny_config
 from flexigpt import PruneOptions, prune, write_checkpoint
 from flexigpt.cli.main import main
 
-# What the tests measure is kept among themselves.
-os.environ["FLEXIGPT_CACHE"] = tempfile.mkdtemp(prefix="flexigpt-tests-")
-
 EXAMPLE = Path(__file__).parents[1] / "examples" / "novel16"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the tests measure is kept among themselves."""
+    os.environ["FLEXIGPT_CACHE"] = str(tmp_path_factory.mktemp("own-cache"))
 
 
 @pytest.fixture(scope="session")
@@ -65,9 +67,35 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_compact(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny LLaMA with blocks 2 and 4 pruned."""
     folder = tmp_path_factory.mktemp("tiny") / "compact"
-    model, _, record = prune(str(tiny_source), PruneOptions(blocks=(2, 4), rank=4))
+    model, _, record = prune(str(tiny_source), PruneOptions.paper(blocks=(2, 4), rank=4))
     write_checkpoint(folder, model, record, source=str(tiny_source))
     return folder
+
+
+Hooked = Callable[[str, str, str], dict[str, str]]
+HOOK = """
+import fnmatch, os, resource, signal, sys
+
+def hook(event, arguments):
+    names = [os.fspath(argument) for argument in arguments if isinstance(argument, str | os.PathLike)]
+    if event == {event!r} and any(fnmatch.fnmatch(name, {pattern!r}) for name in names):
+        {action}
+
+sys.addaudithook(hook)
+"""
+
+
+@pytest.fixture
+def hooked(tmp_path_factory: pytest.TempPathFactory) -> Hooked:
+    """The environment of a command to which something happens at an audit event that names something."""
+
+    def environment(event: str, pattern: str, action: str) -> dict[str, str]:
+        folder = tmp_path_factory.mktemp("hooked")
+        (folder / "sitecustomize.py").write_text(HOOK.format(event=event, pattern=pattern, action=action))
+        path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+
+    return environment
 
 
 Run = Callable[..., tuple[int, str, str]]

@@ -1,15 +1,25 @@
 """One tiny random model for each row of ARCHITECTURES: the test table that grows with it."""
 
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from flexigpt import FlexiGPTForCausalLM, Plan
+from flexigpt.model import all_tensors, empty_compact, fill_model, layout_of
+from flexigpt.replicas import ReplicaOptions, replica_tensors
+from flexigpt.weights import StreamedModel, exchange_parameters
 
 NUM_BLOCKS = 6
 VOCABULARY = 96
 # Every linear's smaller side is 32, so that a rank-32 adapter has full rank everywhere.
 FULL_RANK = 32
+# What the installed transformers calls the key/value cache, in `generate` as in `forward`.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 _ROPE: dict[str, Any] = {
     "hidden_size": 32,
@@ -98,3 +108,51 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -
 def token_ids(batch: int = 2, tokens: int = 24, seed: int = 1) -> torch.Tensor:
     """Random ids, (batch, tokens)."""
     return torch.randint(3, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def block_list(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of a source or compact model, in order."""
+    return layout_of(model).blocks
+
+
+def compact_of(
+    source: PreTrainedModel,
+    plan: Plan,
+    output_norm: bool = True,
+    source_blocks: Sequence[int] | None = None,
+    base_scale: bool = False,
+) -> FlexiGPTForCausalLM:
+    """The compact model that shares the tensors of a source in memory; what is the replicas' own is on the meta device.
+
+    Arguments are those of `empty_compact`.
+    """
+    model, taken = empty_compact(source, plan, output_norm, source_blocks, base_scale)
+    there = all_tensors(source)
+    tensors: dict[str, torch.Tensor] = {}
+    used: set[str] = set()
+    for name, origin in taken.items():
+        # What a repeated block keeps as its own (input norms, biases) must not share the memory of the first one's.
+        tensors[name] = there[origin].clone() if origin in used else there[origin]
+        used.add(origin)
+    fill_model(model, tensors)
+    model.generation_config = source.generation_config
+    return model
+
+
+@torch.no_grad()
+def initialize_replicas(
+    model: FlexiGPTForCausalLM,
+    source: PreTrainedModel,
+    plan: Plan,
+    *,
+    adapter_init: str,
+    norm_init: float,
+    seed: int,
+    source_blocks: Sequence[int] | None = None,
+) -> None:
+    """Fills what is the replicas' own in a compact model in memory, as pruning does before anything is fitted."""
+    streamed = StreamedModel(source)
+    start = ReplicaOptions(adapter_init=adapter_init, output_norm=norm_init, seed=seed)
+    for replica in plan.replicas:
+        block = model.block_list[replica.block]
+        exchange_parameters(block, replica_tensors(block, streamed, replica, start, source_blocks))

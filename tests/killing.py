@@ -26,11 +26,14 @@ class KillingTrack:
             yield item
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def run_apart(environment: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own that hears SIGINT, which a test run in the background would ignore."""
-    return subprocess.Popen(
-        [Path(sys.executable).with_name("flexigpt"), *arguments],
+    return subprocess.run(
+        [Path(sys.executable).with_name("flexigpt"), *map(str, arguments)],
+        env=environment,
         stderr=subprocess.PIPE,
         text=True,
+        check=False,
+        timeout=300,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )

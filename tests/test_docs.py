@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from flexigpt.model import ARCHITECTURES
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "flexigpt"
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
-PAGES += ["examples/novel16/README.md", "examples/benchmarks/README.md"]
+PAGES += ["examples/novel16/README.md", "examples/benchmarks/README.md", "recipes/README.md"]
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
@@ -72,6 +73,9 @@ def test_every_block_of_a_page_runs(page: str, workplace: Path, monkeypatch: pyt
                 assert make_recipe(arguments[0])
             elif program == "flexigpt" and language == "bash":
                 run_flexigpt(arguments)
+            elif (program, *arguments[:1]) == ("python", "recipes/run"):
+                dry = ["--dry-run"] if language == "sh" else []
+                subprocess.run([sys.executable, *arguments, *dry], check=True)
             elif program in ("flexigpt", "torchrun"):
                 arguments = arguments[arguments.index("flexigpt") + 1 :] if program == "torchrun" else arguments
                 typer.main.get_command(app).commands[arguments[0]].make_context(arguments[0], arguments[1:])
@@ -101,6 +105,16 @@ def test_the_model_cards_snippet_runs_where_flexigpt_is_not_installed(workplace:
         check=True,
     )
     assert ran.stdout == "FlexiGPTForCausalLM\n"
+
+
+def test_the_tables_of_options_are_those_of_the_commands() -> None:
+    pages = runpy.run_path(str(ROOT / "docs" / "options.py"))
+    found = set()
+    for path in (ROOT / "docs").glob("*.md"):
+        page = path.read_text(encoding="utf-8")
+        assert pages["with_tables"](page) == page, "run: python docs/options.py"
+        found |= {command for _, command, _ in pages["PLACE"].findall(page)}
+    assert found == set(pages["COMMANDS"])
 
 
 def test_modules_are_small() -> None:

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "pretrain.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "novel16"
 TINY = ("--blocks", "2", "--hidden-size", "64", "--intermediate-size", "64", "--window-length", "32")
 # Short enough to be quick, long enough to be killed in the third epoch.
 RUN = (
@@ -119,7 +120,7 @@ def refused(pretrain: Pretrain, capsys: pytest.CaptureFixture[str], *words: obje
     ("change", "says"),
     [
         (("--data", "nowhere.jsonl"), "nowhere.jsonl is not there"),
-        (("--text-column", "story"), "no column 'story'"),
+        (("--data", f"{EXAMPLE}/recovery.parquet#story"), "no column 'story'"),
         (("--hidden-size", "65"), "give a multiple of 64"),
         (("--blocks", "0"), "at least 1"),
         (("--attention-dropout", "1"), "below 1"),

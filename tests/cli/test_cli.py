@@ -1,29 +1,23 @@
 """The commands as a user meets them: output, exit codes, one clear line for bad input, nothing half-written."""
 
 import json
-import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-import typer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import Run
-from flexigpt import BaselineOptions, EvalOptions, PruneOptions, evaluate
-from flexigpt.cli.main import app, main
-from flexigpt.cli.options import field_help
-from flexigpt.decoding import GenerateOptions
-from flexigpt.pruning import ExtendOptions
-from killing import start
+from conftest import Hooked, Run
+from flexigpt import EvalOptions, evaluate
+from flexigpt.cli.main import main
+from killing import run_apart
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +33,7 @@ def test_prune_prints_the_plan_the_cost_and_the_place(run: Run, tiny_source: Pat
     out = tmp_path / "out"
     code, printed, progress = run(
         *("prune", tiny_source, out, "--ratio", "0.4", "--rank", "4", "--calibration", text),
-        *("--window-length", "64", "--windows", "4", "--perplexity", text, "--cache", tmp_path / "cache"),
+        *("--window-length", "64", "--windows", "4", "--perplexity", text),
     )
     assert code == 0
     record = json.loads((out / "record.json").read_text())
@@ -105,14 +99,14 @@ def test_inspect(run: Run, tiny_source: Path, compact: Path, which: str) -> None
 @pytest.mark.parametrize("which", ["source", "compact"])
 def test_eval(run: Run, tiny_source: Path, compact: Path, text: Path, which: str) -> None:
     folder = tiny_source if which == "source" else compact
-    arguments = ("eval", folder, "--perplexity", text, "--window-length", "64", "--stride", "32")
+    arguments = ("eval", folder, "--perplexity", text, "--window-length", "64")
     code, printed, _ = run(*arguments, "--json")
     assert code == 0
-    expected = evaluate(str(folder), EvalOptions(perplexity=str(text), window_length=64, stride=32))
+    expected = evaluate(str(folder), EvalOptions(perplexity=str(text), window_length=64))
     assert json.loads(printed) == expected | {"command": shlex.join(["flexigpt", *map(str, arguments), "--json"])}
     code, printed, _ = run(*arguments)
     measured = expected["models"][0]["perplexity"]
-    for shown in (f"{measured['perplexity']:.4f}", f"{measured['bits_per_byte']:.4f}", "windows of 64, stride 32"):
+    for shown in (f"{measured['perplexity']:.4f}", f"{measured['bits_per_byte']:.4f}", "windows of 64"):
         assert shown in printed
 
 
@@ -161,7 +155,7 @@ def bad_plans(folder: Path) -> None:
 
 
 BAD_INPUT = {
-    "prune nowhere out --ratio 0.4": "the model nowhere cannot be opened",
+    "prune nowhere out --ratio 0.4": "no such folder here",
     "prune SOURCE out": "give exactly one of --ratio",
     "prune SOURCE out --ratio 0": "ratio 0.0 is outside (0, 1)",
     "prune SOURCE out --ratio 1": "ratio 1.0 is outside (0, 1)",
@@ -173,8 +167,15 @@ BAD_INPUT = {
     "prune SOURCE out --target-size huge": "size 'huge' cannot be read",
     "prune SOURCE out --ratio 0.4 --rnk 3": "No such option: --rnk",
     "prune SOURCE out --ratio 0.4 --calibration nowhere.jsonl": "text file nowhere.jsonl is not there",
+    "prune SOURCE out --ratio 0.4 --calibration TEXT#body": "has no column 'body': its columns",
+    "prune SOURCE out --blocks 2 --output-norm nan": "--output-norm nan cannot be used",
+    "prune SOURCE out --blocks 2 --preset quick": "--preset quick is unknown: give paper, fitted, thorough",
+    "prune SOURCE out --blocks 2 --rank 0": "--rank 0 is too small",
+    "prune SOURCE out --blocks 2 --rank 300%": "--rank 300% cannot be used",
+    "prune SOURCE out --blocks 2 --adapter-init magic": "--adapter-init magic is unknown: give svd",
+    "prune ./nowhere/at/all out --blocks 2": "no such folder: ./nowhere/at/all",
+    "prune ~/nowhere-at-all out --blocks 2": "no such folder",
     "prune SOURCE out --ratio 0.4 --calibration empty.txt": "text file empty.txt is empty",
-    "prune SOURCE out --ratio 0.4 --calibration TEXT --text-column body": "has no column 'body': its columns",
     "prune SOURCE out --ratio 0.4 --calibration short.txt --window-length 64": "fewer than one window of 64",
     "prune SOURCE out --ratio 0.4 --calibration TEXT --device cuda:9": "device cuda:9 cannot be used here",
     "prune SOURCE out --plan nowhere.json": "the plan nowhere.json cannot be read",
@@ -185,20 +186,16 @@ BAD_INPUT = {
     "prune SOURCE full --blocks 2": "full is not empty: give another folder, or --overwrite",
     "prune SOURCE precious --blocks 2 --overwrite": "precious was not written by flexigpt",
     "prune SOURCE / --blocks 2": "cannot be replaced by a new folder",
-    "prune SOURCE out --blocks 2 --norm-init nan": "--norm-init nan cannot be used: give a small constant",
     "prune SOURCE out --ratio 0.4 --calibration TEXT --seed -1": "--seed -1 is out of range",
     "prune SOURCE out --ratio 0.4 --calibration ''": "the name of the text is empty",
     "prune SOURCE out --target-size 9e999B": "cannot be read",
-    "prune SOURCE out --blocks 2 --rank 4 --max-shard-size ''": "size '' cannot be read",
-    "prune SOURCE out --blocks 2 --plan-only --max-shard-size 1GB": "--max-shard-size has no effect",
     "prune notokenizer out --blocks 2 --rank 4": "the tokenizer of notokenizer cannot be opened",
     "generate SOURCE --prompt Hi --temperature 1 --seed -1": "--seed -1 is out of range",
-    "generate SOURCE --prompt Hi --temperature nan": "--temperature nan is not above 0",
+    "generate SOURCE --prompt Hi --temperature nan": "--temperature nan is out of range",
     "prune COMPACT out --blocks 2": "is a compact model already",
     "prune nan out --blocks 2 --rank 4 --preset paper": "NaN or infinity in block 4",
     "prune truncated out --blocks 2 --rank 4 --preset paper": "the weights of truncated are damaged",
     "prune mixtral out --blocks 2": "mixtral is a mixture of experts",
-    "prune SOURCE out --blocks 2 --rank 4 --max-shard-size big": "size 'big'",
     "extend SOURCE out --blocks 4": "--blocks 4 cannot be repeated: give ranges within 0:6",
     "extend SOURCE out --blocks 4:9": "give ranges within 0:6",
     "extend SOURCE out --blocks 4:4": "give ranges within 0:6",
@@ -207,27 +204,23 @@ BAD_INPUT = {
     "extend SOURCE out --blocks 1:4 --times 1": "--times 1 repeats nothing",
     "extend SOURCE out --blocks 1:4 --pattern zigzag": "--pattern zigzag is unknown: give block, sequential",
     "extend SOURCE out --blocks 1:4 --rank 33": "rank 33 is above the size",
-    "extend SOURCE out --blocks 1:4 --window-length 8": "--window-length has no effect",
     "extend SOURCE out": "Missing option '--blocks'",
     "extend COMPACT out --blocks 1:4": "is a compact model already",
-    "baseline SOURCE out": "exactly one of --ratio, --blocks and --target-size: got none",
-    "baseline SOURCE out --ratio 0.4 --blocks 2": "got --ratio and --blocks",
-    "baseline SOURCE out --blocks two": "--blocks two cannot be read",
-    "baseline SOURCE out --blocks 9": "blocks 9 cannot be pruned: name some of 0 to 5",
-    "baseline SOURCE out --blocks 0,1,2,3,4,5": "leaves none",
-    "baseline SOURCE out --blocks 2 --seed 1": "--seed has no effect",
-    "baseline SOURCE out --target-size 1K": "out of reach: the least is",
-    "baseline SOURCE out --blocks 2 --max-shard-size big": "size 'big'",
-    "baseline SOURCE full --blocks 2": "full is not empty: give another folder, or --overwrite",
-    "baseline notokenizer out --blocks 2": "the tokenizer of notokenizer cannot be opened",
-    "baseline COMPACT out --blocks 2": "is a compact model already",
-    "inspect nowhere": "the model nowhere cannot be opened",
+    "prune SOURCE out --remove": "give exactly one of --ratio",
+    "prune SOURCE out --remove --ratio 0.4 --blocks 2": "got --ratio and --blocks",
+    "prune SOURCE out --remove --blocks two": "--blocks two cannot be read",
+    "prune SOURCE out --remove --blocks 9": "blocks 9 cannot be pruned: name some of 0 to 5",
+    "prune SOURCE out --remove --blocks 0,1,2,3,4,5": "leaves none",
+    "prune SOURCE out --remove --target-size 1K": "out of reach: the least is",
+    "prune SOURCE full --remove --blocks 2": "full is not empty: give another folder, or --overwrite",
+    "prune notokenizer out --remove --blocks 2": "the tokenizer of notokenizer cannot be opened",
+    "prune COMPACT out --remove --blocks 2": "is a compact model already",
+    "inspect nowhere": "no such folder here",
     "inspect mixtral": "mixtral is a mixture of experts",
     "eval SOURCE --perplexity TEXT --window-length 9999": "window length 9999 does not fit: give 2 to 128",
-    "eval SOURCE --perplexity TEXT --stride 9999": "stride 9999 is outside",
     "eval SOURCE --perplexity nowhere.txt": "text file nowhere.txt is not there",
     "generate SOURCE --prompt ''": "--prompt is empty",
-    "generate SOURCE --prompt Hi --top-p 0.5": "--top-p has no effect without --temperature",
+    "generate SOURCE --prompt Hi --temperature 1 --top-p 1.5": "--top-p 1.5 is out of range",
     "generate SOURCE --prompt Hi --max-new-tokens 9999": "exceed the context of 128",
     "prun SOURCE out": "No such command 'prun'",
 }
@@ -257,7 +250,7 @@ def test_bad_input_is_one_clear_line(
     lines = [
         line
         for line in errors.splitlines()
-        if not line.startswith(("reads", "checking", "calibrating", "measuring", "init"))
+        if not line.startswith(("writes", "checking", "calibrating", "measuring", "init"))
     ]
     assert code == 2
     assert printed == ""
@@ -291,39 +284,38 @@ def test_overwrite_replaces_a_checkpoint(run: Run, tiny_source: Path, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def catches(pid: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler for a signal."""
-    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    assert caught
-    return bool(int(caught[1], 16) >> (number - 1) & 1)
+@pytest.mark.parametrize(
+    ("event", "name", "how"), [("os.rename", "cache/scores-*", signal.SIGINT), ("open", "made/.out*/*", signal.SIGTERM)]
+)
+def test_an_interrupted_run_leaves_nothing(
+    hooked: Hooked,
+    tiny_source: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    event: str,
+    name: str,
+    how: signal.Signals,
+) -> None:
+    """At the end of calibration, and where the first file of the checkpoint is opened."""
+    (tmp_path / "made").mkdir()
+    arguments = ["prune", tiny_source, tmp_path / "made" / "out", "--ratio", "0.4", "--rank", "4"]
+    arguments += ["--calibration", text, "--window-length", "64", "--windows", "4"]
+    environment = hooked(event, str(tmp_path / name), f"os.kill(os.getpid(), {how.value})") | {
+        "FLEXIGPT_CACHE": str(tmp_path / "cache")
+    }
+    ran = run_apart(environment, *arguments)
+    assert ran.returncode == 2
+    assert ran.stderr.splitlines()[-1] == "flexigpt: interrupted: nothing was written"
+    assert "Traceback" not in ran.stderr
+    assert list((tmp_path / "made").iterdir()) == []
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_nothing(example: Path, tmp_path: Path, how: signal.Signals) -> None:
-    arguments = ["prune", str(example), str(tmp_path / "out"), "--ratio", "0.3", "--window-length", "256"]
-    texts = ["--calibration", str(example / "calibration.jsonl"), "--windows", "2000"]
-    texts += ["--perplexity", str(example / "validation.jsonl")]
-    with start(*arguments, *texts) as process:
-        while not catches(process.pid, signal.SIGTERM):  # it is past its imports
-            time.sleep(0.05)
-        time.sleep(2)
-        assert process.poll() is None
-        process.send_signal(how)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert errors.splitlines()[-1] == "flexigpt: interrupted: nothing was written"
-    assert "Traceback" not in errors
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_ctrl_c_during_the_imports_is_one_line() -> None:
-    with start("--help") as process:
-        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert errors == "flexigpt: interrupted: nothing was written\n"
+def test_ctrl_c_during_the_imports_is_one_line(hooked: Hooked, tiny_source: Path) -> None:
+    environment = hooked("import", "transformers", f"os.kill(os.getpid(), {signal.SIGINT.value})")
+    ran = run_apart(environment, "inspect", tiny_source)
+    assert ran.returncode == 2
+    assert ran.stderr == "flexigpt: interrupted: nothing was written\n"
 
 
 def test_a_full_disk_behind_stdout_is_one_line(tiny_source: Path) -> None:
@@ -334,23 +326,6 @@ def test_a_full_disk_behind_stdout_is_one_line(tiny_source: Path) -> None:
     assert ran.stderr == "flexigpt: the output cannot be printed: No space left on device\n"
 
 
-def test_every_option_is_a_flag_with_its_fields_help() -> None:
-    commands = typer.main.get_command(app).commands
-    by_command = {"prune": PruneOptions, "extend": ExtendOptions, "eval": EvalOptions, "generate": GenerateOptions}
-    by_command["baseline"] = BaselineOptions
-    for name, options in by_command.items():
-        flags = {parameter.name: parameter for parameter in commands[name].params}
-        described = field_help(options)
-        assert set(described) == set(options.__dataclass_fields__)
-        for field, text in described.items():
-            assert flags[field].help == text
-
-
-def test_help_keeps_square_brackets(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    assert "NAME[:CONFIG][@SPLIT]" in run("prune", "--help")[1]
-
-
 def test_version(run: Run) -> None:
     assert run("--version") == (0, f"flexigpt {version('flexigpt')}\n", "")
 
@@ -358,4 +333,4 @@ def test_version(run: Run) -> None:
 def test_help_lists_the_commands(run: Run) -> None:
     code, printed, _ = run("--help")
     assert code == 0
-    assert all(command in printed for command in ("prune", "baseline", "inspect", "eval", "generate"))
+    assert all(command in printed for command in ("prune", "recover", "inspect", "eval", "generate"))

@@ -74,7 +74,7 @@ def test_against_measures_fidelity_to_the_source(tiny_source: Path, tiny_compact
     code, printed, _ = run(*arguments, "--json")
     assert code == 0
     compact, source = (model["fidelity"] for model in json.loads(printed)["models"])
-    tokens = tokenize_text(str(text), AutoTokenizer.from_pretrained(tiny_source), column="text", window_length=64)
+    tokens = tokenize_text(str(text), AutoTokenizer.from_pretrained(tiny_source), window_length=64)
     models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (tiny_compact, tiny_source)]
     expected = measure_fidelity(*models, tokens, window_length=64, against=str(tiny_source))
     assert compact == json.loads(json.dumps(expected))

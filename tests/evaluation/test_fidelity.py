@@ -8,12 +8,9 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from families import FAMILIES, NUM_BLOCKS, tiny_model, token_ids
-from flexigpt import BaselineOptions, FlexiGPTForCausalLM, InputError, Plan, Replica, baseline
+from families import FAMILIES, NUM_BLOCKS, block_list, compact_of, initialize_replicas, tiny_model, token_ids
+from flexigpt import FlexiGPTForCausalLM, InputError, Plan, PruneOptions, Replica, remove
 from flexigpt.evaluation.fidelity import measure_fidelity
-from flexigpt.model import block_list
-from flexigpt.model.build import compact_of
-from flexigpt.replicas.initialization import initialize_replicas
 from flexigpt.text import TokenizedText
 from flexigpt.weights import load_model
 
@@ -118,7 +115,7 @@ def test_a_model_agrees_with_itself() -> None:
 
 
 def test_a_shorter_model_has_no_blocks_to_compare(tiny_source: Path) -> None:
-    shorter, _, _ = baseline(str(tiny_source), BaselineOptions(blocks=[2]))
+    shorter, _, _ = remove(str(tiny_source), PruneOptions.paper(blocks=[2]))
     source = load_model(str(tiny_source))
     measured = measure_fidelity(shorter, source, some_text(source), window_length=WINDOW, against="source")
     assert measured["divergence"] > 0

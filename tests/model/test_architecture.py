@@ -3,9 +3,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from families import FAMILIES, tiny_model
+from families import FAMILIES, block_list, tiny_model
 from flexigpt import FlexiGPTConfig, InputError
-from flexigpt.model import ARCHITECTURES, block_list, find_architecture, model_shape
+from flexigpt.model import ARCHITECTURES, find_architecture, model_shape
 from flexigpt.model.architecture import ADDING_PAGE
 
 

@@ -4,12 +4,16 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from families import NUM_BLOCKS, tiny_model, token_ids
+from families import CACHE, NUM_BLOCKS, compact_of, initialize_replicas, tiny_model, token_ids
 from flexigpt import FlexiGPTForCausalLM, Plan, Replica, materialize
-from flexigpt.model.build import compact_of
-from flexigpt.replicas.initialization import initialize_replicas
 
 PROMPT, NEW = 9, 5
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """torch keeps what it compiled of a function, and refuses more than eight forms of it."""
+    torch._dynamo.reset()
 
 
 def compact(family: str) -> FlexiGPTForCausalLM:
@@ -24,13 +28,16 @@ def compact(family: str) -> FlexiGPTForCausalLM:
 @torch.no_grad()
 def decoded(model: FlexiGPTForCausalLM, backend: str) -> torch.Tensor:
     """Greedy tokens by a compiled forward pass; fullgraph=True raises where the graph would break."""
+    torch._dynamo.reset()  # what other tests compiled counts towards its limit
     ids = token_ids(batch=1, tokens=PROMPT)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=32)
+    mask = torch.ones(1, 32)  # without one, OPT of transformers 5.17 makes its own, as long as the text: no one graph
     step = torch.compile(model.forward, fullgraph=True, backend=backend)
-    token = model(input_ids=ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+    token = model(input_ids=ids, **{CACHE: cache}).logits[:, -1:].argmax(-1)
     found = [token]
     for place in range(PROMPT, PROMPT + NEW - 1):
-        logits = step(input_ids=token, past_key_values=cache, position_ids=torch.tensor([[place]])).logits
+        given = {"input_ids": token, "position_ids": torch.tensor([[place]]), "attention_mask": mask, CACHE: cache}
+        logits = step(**given).logits
         token = logits[:, -1:].argmax(-1)
         found.append(token)
     return torch.cat([ids, *found], 1)

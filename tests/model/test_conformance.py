@@ -6,15 +6,25 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from families import FAMILIES, FULL_RANK, NUM_BLOCKS, tiny_config, tiny_model, token_ids
+from families import (
+    CACHE,
+    FAMILIES,
+    FULL_RANK,
+    NUM_BLOCKS,
+    block_list,
+    compact_of,
+    initialize_replicas,
+    tiny_config,
+    tiny_model,
+    token_ids,
+)
 from flexigpt import FlexiGPTForCausalLM, Plan, Replica
 from flexigpt.calibration import block_means
-from flexigpt.model import ARCHITECTURES, block_list, config_with_blocks, find_architecture, weight_matrix
-from flexigpt.model.build import compact_of
+from flexigpt.model import ARCHITECTURES, find_architecture, weight_matrix
+from flexigpt.model.build import config_with_blocks
 from flexigpt.pruning.scores import influence
-from flexigpt.replicas.initialization import initialize_replicas
 from flexigpt.runtime import replaced_folder
 from flexigpt.weights import StreamedModel, load_model, remove_blocks
 
@@ -109,6 +119,22 @@ def test_stock_generate_equals_decoding_without_a_cache(family: str) -> None:
     for _ in range(12):
         ids = torch.cat((ids, logits(model, ids)[:, -1:].argmax(-1)), 1)
     assert torch.equal(generated, ids)
+
+
+@torch.no_grad()
+def test_a_cache_may_have_either_name(family: str) -> None:
+    """Whatever the installed transformers calls it, and past the sliding windows of 16."""
+    model, ids = compact(tiny_model(family), plan_with(3, b1=0, b3=0, b4=5)), token_ids(tokens=40)
+    for name in ("cache", "past_key_values"):
+        cache, parts = DynamicCache(config=model.config), []
+        for piece in ids.split([30, 1, 9], 1):
+            output = model(input_ids=piece, **{name: cache})
+            assert output[CACHE] is cache
+            parts.append(output.logits)
+        assert cache.get_seq_length() == 40
+        torch.testing.assert_close(torch.cat(parts, 1), logits(model, ids), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="give one of them"):
+        model(input_ids=ids, cache=cache, past_key_values=cache)
 
 
 def test_each_tensor_is_registered_once(family: str) -> None:

@@ -16,16 +16,14 @@ from torch import nn
 
 import textbook
 from conftest import Run
-from families import NUM_BLOCKS, tiny_model, token_ids
+from families import NUM_BLOCKS, compact_of, initialize_replicas, tiny_model, token_ids
 from flexigpt import InputError, Plan, RecoverOptions, Replica, recover
 from flexigpt.model import plan_of
-from flexigpt.model.build import compact_of
 from flexigpt.record import cost_rows
 from flexigpt.recovery.draft import measure_draft
 from flexigpt.recovery.teacher import Teacher
 from flexigpt.recovery.trainable import prepare_training, trained_parameters
 from flexigpt.recovery.training import Training
-from flexigpt.replicas.initialization import initialize_replicas
 from flexigpt.runtime import ALONE
 from flexigpt.text import TokenizedText
 

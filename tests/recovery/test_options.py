@@ -31,7 +31,8 @@ BAD_INPUT = {
     "COMPACT out --data empty.txt": "text file empty.txt is empty",
     "COMPACT out --data shards": "text file shards/b.txt is empty: remove it or",
     "COMPACT out --data blank.jsonl": "holds no text",
-    "COMPACT out --text-column body": "has no column 'body'",
+    "COMPACT out --data shards/a.txt#body": "shards/a.txt has no column 'body': its columns are 'text'",
+    "COMPACT out --data shards/a.txt#": "shards/a.txt# names no column: give shards/a.txt#COLUMN, or leave the # out",
     "COMPACT out --perplexity nowhere.txt": "text file nowhere.txt is not there",
     "COMPACT out --perplexity short.txt": "fewer than one window of 16",
     "COMPACT out --window-length 999": "window length 999 does not fit: give 2 to 128",
@@ -66,6 +67,7 @@ BAD_INPUT = {
     "COMPACT out --report-to tensorboard,wandb": "--report-to wandb needs a package that is not installed",
     "COMPACT out --resume": "there is no run to resume in out.recovery: leave --resume out",
     "COMPACT full": "full is not empty: give another folder, or --overwrite",
+    "COMPACT full --overwrite --data full/config.json#text": "full/config.json lies in full, which is to be replaced",
     "COMPACT COMPACT --overwrite": "lies in",
 }
 

@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from test_training import mark_trained
 
 import textbook
-from conftest import Run
+from conftest import Hooked, Run
 from flexigpt import InputError, RecoverOptions, recover
 from flexigpt.text import batches
-from killing import start
+from killing import run_apart
 
 WINDOW, WINDOWS, STEPS = 16, 4, 20
 QUICK = ("--window-length", WINDOW, "--batch-tokens", WINDOW * WINDOWS, "--save-every", 4)
@@ -76,7 +74,7 @@ def measured(tiny_compact: Path, text: Path, single: Path, tmp_path_factory: pyt
 
 @pytest.fixture(scope="module")
 def long(tiny_compact: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
-    """The arguments of a run long enough to be stopped by hand, and what it writes when nothing stops it."""
+    """The arguments of a run of eight checkpoints, and what it writes when nothing stops it."""
     out = tmp_path_factory.mktemp("long") / "out"
     arguments = [str(word) for word in ("--data", text, *QUICK[:4], "--tokens", 80 * 64, "--save-every", 10)]
     recover(str(tiny_compact), out, quick(text, tokens=str(80 * 64), save_every=10))
@@ -84,20 +82,17 @@ def long(tiny_compact: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_run_that_is_stopped_at_any_moment_resumes_to_the_same_bits(
-    run: Run, tiny_compact: Path, long: tuple[list[str], Path], tmp_path: Path, how: signal.Signals
+def test_a_run_that_is_stopped_resumes_to_the_same_bits(
+    run: Run, hooked: Hooked, tiny_compact: Path, long: tuple[list[str], Path], tmp_path: Path, how: signal.Signals
 ) -> None:
+    """In the moment before its third checkpoint is complete."""
     arguments, whole = long
-    with start("recover", str(tiny_compact), str(tmp_path / "out"), *arguments) as process:
-        assert process.stderr is not None
-        while not (told := re.match(r"step (\d+)/80 ", process.stderr.readline())) or int(told[1]) < 28:
-            assert process.poll() is None
-        process.send_signal(how)
-        _, errors = process.communicate(timeout=60)
+    environment = hooked("os.rename", "*/checkpoint-30", f"os.kill(os.getpid(), {how.value})")
+    ran = run_apart(environment, "recover", tiny_compact, tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
     if how is signal.SIGINT:
-        assert process.returncode == 2
-        (step,) = re.findall(r"interrupted after step (\d+) of 80: --resume goes on from there$", last_line(errors))
+        assert ran.returncode == 2
+        (step,) = re.findall(r"interrupted after step (\d+) of 80: --resume goes on from there$", last_line(ran.stderr))
         assert f"checkpoint-{step}" in checkpoints(tmp_path / "out")
     code, _, errors = run("recover", tiny_compact, tmp_path / "out", *arguments, "--resume")
     assert code == 0
@@ -224,25 +219,11 @@ def test_the_newest_two_checkpoints_are_kept(tiny_compact: Path, text: Path, tmp
 
 
 def test_a_disk_that_fills_during_a_checkpoint_leaves_the_one_before(
-    run: Run, tiny_compact: Path, text: Path, tmp_path: Path, whole: Path
+    run: Run, hooked: Hooked, tiny_compact: Path, text: Path, tmp_path: Path, whole: Path
 ) -> None:
-    code = """
-import resource, sys, threading, time
-from pathlib import Path
-from flexigpt.text import batches
-from flexigpt.text import batches
-from flexigpt.cli import main
-def fill():
-    while not Path(sys.argv[3] + ".recovery", "checkpoint-4").exists():
-        time.sleep(0.0005)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-threading.Thread(target=fill, daemon=True).start()
-main(sys.argv[1:])
-"""
     arguments = ["recover", tiny_compact, tmp_path / "out", "--data", text, *TOKENS, *QUICK]
-    ran = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
+    filled = "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))"
+    ran = run_apart(hooked("os.rename", "*/checkpoint-4", filled), *arguments)
     assert ran.returncode == 2
     line = last_line(ran.stderr)
     assert "the disk is full, free space; the state after step 4 is safe, --resume goes on from it" in line
@@ -361,9 +342,10 @@ def test_fitted_replicas_get_a_tenth_of_the_rate(
     flags = ["--blocks", "2", "--rank", "4", "--calibration", text, "--window-length", "16", "--windows", "4"]
     assert run("prune", tiny_source, tmp_path / "fitted", *flags)[0] == 0
     assert run("prune", tiny_source, tmp_path / "paper", *flags[:4], "--preset", "paper")[0] == 0
+    step = quick(text, train=train, lr=2e-3, tokens=str(WINDOWS * WINDOW))
     for model, expected in (("fitted", share), ("paper", 1.0)):
-        first = recover(str(tmp_path / model), tmp_path / f"{model}-1", quick(text, train=train, lr=2e-3))
-        again = recover(str(tmp_path / f"{model}-1"), tmp_path / f"{model}-2", quick(text, train=train, lr=2e-3))
+        first = recover(str(tmp_path / model), tmp_path / f"{model}-1", step)
+        again = recover(str(tmp_path / f"{model}-1"), tmp_path / f"{model}-2", step)
         for record in (first, again):
             assert record is not None
             assert record["options"]["replica_lr"] == pytest.approx(2e-3 * expected)

@@ -11,10 +11,8 @@ from test_training import CPU, SETTINGS, WINDOW, WINDOWS, options
 from torch import nn
 
 import textbook
-from families import FAMILIES, NUM_BLOCKS, tiny_model, token_ids
-from flexigpt import BaselineOptions, InputError, baseline, recover
-from flexigpt.model import block_list
-from flexigpt.model.build import compact_of
+from families import FAMILIES, NUM_BLOCKS, block_list, compact_of, initialize_replicas, tiny_model, token_ids
+from flexigpt import InputError, PruneOptions, recover, remove
 from flexigpt.pruning import ExtendOptions
 from flexigpt.pruning.extend import extend
 from flexigpt.record import write_checkpoint
@@ -22,7 +20,6 @@ from flexigpt.recovery import TRAIN
 from flexigpt.recovery.teacher import Teacher
 from flexigpt.recovery.trainable import prepare_training, trained_parameters
 from flexigpt.recovery.training import Training
-from flexigpt.replicas.initialization import initialize_replicas
 from flexigpt.runtime import ALONE
 
 WEIGHT = 0.3
@@ -152,7 +149,7 @@ def test_students_of_every_kind_learn_from_the_right_logits(
     if kind == "recovered":
         recover(str(tiny_compact), student, options(single, lr=5e-2))
     elif kind == "shorter":
-        write(student, baseline(str(tiny_source), BaselineOptions(blocks=(1, 4))), tiny_source)
+        write(student, remove(str(tiny_source), PruneOptions.paper(blocks=(1, 4))), tiny_source)
     else:
         write(student, extend(str(tiny_source), ExtendOptions(blocks="2:4", rank=2)), tiny_source)
     given = options(single, teacher=str(tiny_source), distill_weight=WEIGHT, micro_batch=2)

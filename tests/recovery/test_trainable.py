@@ -12,12 +12,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import textbook
-from families import FAMILIES, NUM_BLOCKS, tiny_model, token_ids
+from families import FAMILIES, NUM_BLOCKS, block_list, compact_of, initialize_replicas, tiny_model, token_ids
 from flexigpt import InputError, Plan, Replica, recover
-from flexigpt.model import SharedLinear, block_list
-from flexigpt.model.build import compact_of
-from flexigpt.pruning import BaselineOptions
-from flexigpt.pruning.baseline import baseline
+from flexigpt.model import SharedLinear
+from flexigpt.pruning import PruneOptions, remove
 from flexigpt.record import write_checkpoint
 from flexigpt.recovery import TRAIN
 from flexigpt.recovery.draft import Draft
@@ -30,7 +28,6 @@ from flexigpt.recovery.trainable import (
     training_flops,
 )
 from flexigpt.recovery.training import Training
-from flexigpt.replicas.initialization import initialize_replicas
 from flexigpt.runtime import ALONE
 
 BASES = {2: 1, 4: 5, 3: 1}
@@ -126,7 +123,7 @@ def test_what_changes_in_a_compact_checkpoint(
 
 
 def test_what_changes_in_an_ordinary_checkpoint(tiny_source: Path, text: Path, tmp_path: Path) -> None:
-    model, _, record = baseline(str(tiny_source), BaselineOptions(blocks=(1, 3)))
+    model, _, record = remove(str(tiny_source), PruneOptions.paper(blocks=(1, 3)))
     write_checkpoint(tmp_path / "shorter", model, record, source=str(tiny_source))
     recover(str(tmp_path / "shorter"), tmp_path / "out", options(text, lora_rank=2))
     before, after = textbook.weights(tmp_path / "shorter"), textbook.weights(tmp_path / "out")
@@ -154,12 +151,12 @@ def test_no_backward_pass_below_the_first_replica(family: str, checkpointing: bo
 
 
 def test_match_trains_as_many_parameters_to_within_a_rank(tiny_source: Path, tiny_compact: Path) -> None:
-    shorter, _, _ = baseline(str(tiny_source), BaselineOptions(blocks=(2, 4)))
+    shorter, _, _ = remove(str(tiny_source), PruneOptions.paper(blocks=(2, 4)))
     compact = textbook.opened(tiny_compact)
     rank = matching_lora_rank(shorter, compact)
     counts = []
     for given in (rank, rank + 1):
-        model, _, _ = baseline(str(tiny_source), BaselineOptions(blocks=(2, 4)))
+        model, _, _ = remove(str(tiny_source), PruneOptions.paper(blocks=(2, 4)))
         prepare_training(model, "replicas+kept", given, seed=0)
         counts.append(sum(p.numel() for p in trained_parameters(model).values()))
     prepare_training(compact, "replicas+kept", lora_rank_for(compact, None), seed=0)

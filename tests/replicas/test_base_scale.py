@@ -11,12 +11,10 @@ from test_fitting import Problem
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import Run
-from families import FULL_RANK, NUM_BLOCKS, tiny_config, tiny_model, token_ids
+from families import FULL_RANK, NUM_BLOCKS, compact_of, initialize_replicas, tiny_config, tiny_model, token_ids
 from flexigpt import FlexiGPTForCausalLM, Plan, Replica, materialize
 from flexigpt.model import SharedLinear, count_parts, model_shape
-from flexigpt.model.build import compact_of
 from flexigpt.replicas import Fits, fit_blocks
-from flexigpt.replicas.initialization import initialize_replicas
 from flexigpt.replicas.least_squares import low_rank_fit
 from flexigpt.weights import StreamedModel
 

@@ -8,9 +8,9 @@ from test_fitting import Problem, filled, fit_all, replicas
 from torch import nn
 from transformers import PreTrainedModel
 
-from families import FAMILIES, tiny_model, token_ids
+from families import FAMILIES, block_list, tiny_model, token_ids
 from flexigpt.calibration import Stream, output_weights
-from flexigpt.model import block_list, block_output
+from flexigpt.model import block_output
 from flexigpt.replicas import Fits
 from flexigpt.replicas.least_squares import low_rank_fit
 

@@ -2,12 +2,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from families import NUM_BLOCKS, tiny_model
+from families import NUM_BLOCKS, block_list, compact_of, initialize_replicas, tiny_model
 from flexigpt import FlexiGPTForCausalLM, Plan, Replica
-from flexigpt.model import NormedOutput, SharedLinear, block_list, find_architecture, weight_matrix
-from flexigpt.model.build import compact_of
+from flexigpt.model import NormedOutput, SharedLinear, find_architecture, weight_matrix
 from flexigpt.replicas import ADAPTER_INITS
-from flexigpt.replicas.initialization import initialize_replicas
 
 RANK = 5
 

@@ -10,16 +10,15 @@ import pytest
 
 from conftest import Run
 from flexigpt import (
-    BaselineOptions,
     EvalOptions,
     InputError,
     PruneOptions,
     RecoverOptions,
-    baseline,
     evaluate,
     plan_only,
     prune,
     recover,
+    remove,
     report,
     write_checkpoint,
 )
@@ -36,11 +35,11 @@ def made(tiny_source: Path, text: Path, single: Path, tmp_path_factory: pytest.T
     folder = tmp_path_factory.mktemp("made")
     out = {name: folder / name for name in ("pruned", "recovered", "shorter", "shorter-recovered", "planned")}
     texts = CHOOSING | {"calibration": str(text), "perplexity": str(single)}
-    model, _, record = prune(str(tiny_source), PruneOptions(**texts, rank=4))
+    model, _, record = prune(str(tiny_source), PruneOptions.paper(**texts, rank=4))
     write_checkpoint(out["pruned"], model, record | {"command": COMMAND}, source=str(tiny_source))
-    shorter, _, record = baseline(str(tiny_source), BaselineOptions(**texts))
+    shorter, _, record = remove(str(tiny_source), PruneOptions.paper(**texts))
     write_checkpoint(out["shorter"], shorter, record, source=str(tiny_source))
-    plan, record = plan_only(str(tiny_source), PruneOptions(**CHOOSING, calibration=str(text), rank=4))
+    plan, record = plan_only(str(tiny_source), PruneOptions.paper(**CHOOSING, calibration=str(text), rank=4))
     write_plan(out["planned"], plan, record)
     training = RecoverOptions(data=str(text), tokens="1536", window_length=64, batch_tokens=128, perplexity=str(single))
     for source, target in (("pruned", "recovered"), ("shorter", "shorter-recovered")):

@@ -30,7 +30,7 @@ def test_results_come_in_order_without_gradients(workers: int) -> None:
 
 
 def test_work_overlaps_and_no_more_is_begun_than_was_asked_for() -> None:
-    together, begun = threading.Barrier(2, timeout=20), []
+    together, begun = threading.Barrier(2, timeout=60), []
 
     def task(number: int) -> int:
         begun.append(number)

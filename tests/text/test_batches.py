@@ -179,11 +179,13 @@ def test_a_run_ends_early_where_documents_are_long(
 
 def test_the_end_of_the_text_is_told(single: str, tokenizer: PreTrainedTokenizerBase) -> None:
     every = [t for d in DOCUMENTS if d for t in (1, *tokenizer(d, add_special_tokens=False)["input_ids"], 2)]
-    for epochs, passes in ((1, "1 epoch"), (3, "3 epochs")):
+    for epochs in (1, 3):
         stream = TrainingStream(single, tokenizer, window_length=LENGTH, seed=0, epochs=epochs)
         expected = reference(tokenizer, 0, epochs, 10_000)
         stream.next_windows(len(expected) - 1)
-        reason = rf"single.jsonl ends after {len(every) * epochs:,} tokens \({passes}\): give --epochs {epochs + 1} or"
+        reason = (
+            f"single.jsonl ends after {len(every) * epochs:,} tokens with --epochs {epochs}: give --epochs {epochs + 1}"
+        )
         with pytest.raises(EndOfText, match=reason):
             stream.next_windows(2)
         # A batch that is too large takes nothing.
@@ -273,7 +275,7 @@ def test_the_next_batch_is_prepared_while_the_caller_computes(
     monkeypatch.setattr(stream, "next_windows", noted)
     running = iterate(stream, 1, 4)
     next(running)
-    assert prepared[1].wait(10)
+    assert prepared[1].wait(60)
     assert not prepared[2].is_set()
     running.close()
     assert not our_threads()
@@ -332,7 +334,7 @@ def test_too_little_text_is_refused_before_the_work(single: str, tokenizer: PreT
     tokens = sum(2 + len(tokenizer(d, add_special_tokens=False)["input_ids"]) for d in DOCUMENTS if d)
 
     def check(wanted: int, epochs: int) -> None:
-        check_enough(single, tokenizer, column="text", tokens=wanted, epochs=epochs)
+        check_enough(single, tokenizer, tokens=wanted, epochs=epochs)
 
     check(tokens - 1, 1)
     check(3 * tokens - 1, 3)
@@ -359,14 +361,14 @@ def test_no_more_is_counted_than_needed(
         yield "It was the best of times, it was the worst of times"
         pytest.fail("read on")
 
-    monkeypatch.setattr(batches, "read_documents", forbidden)
-    check_enough(single, tokenizer, column="text", tokens=8, epochs=1)
-    check_enough("nobody/nothing", tokenizer, column="text", tokens=10**9, epochs=1)
+    monkeypatch.setattr(batches, "Documents", forbidden)
+    check_enough(single, tokenizer, tokens=8, epochs=1)
+    check_enough("nobody/nothing", tokenizer, tokens=10**9, epochs=1)
     monkeypatch.setattr(batches, "_COUNTED_BYTES", 10)
-    check_enough(single, tokenizer, column="text", tokens=10**9, epochs=1)
+    check_enough(single, tokenizer, tokens=10**9, epochs=1)
 
 
 def test_no_text_is_not_enough(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     write(tmp_path / "empty.jsonl", [""])
     with pytest.raises(InputError, match="holds no text"):
-        check_enough(str(tmp_path / "empty.jsonl"), tokenizer, column="text", tokens=1, epochs=1)
+        check_enough(str(tmp_path / "empty.jsonl"), tokenizer, tokens=1, epochs=1)

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerBase
 
 from flexigpt import InputError
-from flexigpt.text import calibration_windows, check_window_length, tokenize_text
-from flexigpt.text.windows import Documents, Separators, read_documents
+from flexigpt.text import calibration_windows, check_window_length, text_fingerprint, tokenize_text
+from flexigpt.text.windows import Documents, tokenize
 
 DOCUMENTS = ["It was the best of times.", "Call me Ishmael.\nSome years ago -- never mind how long.", "Ça alors!"]
 
@@ -36,28 +36,66 @@ def write(folder: Path, kind: str, documents: list[str], column: str = "text") -
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".parquet"])
-@pytest.mark.parametrize("column", ["text", "body"])
-def test_rows_are_documents(tmp_path: Path, kind: str, column: str) -> None:
-    path = write(tmp_path, kind, [*DOCUMENTS, ""], column)
-    assert list(read_documents(path, column)) == DOCUMENTS
+def test_rows_are_documents(tmp_path: Path, kind: str) -> None:
+    assert list(Documents(write(tmp_path, kind, [*DOCUMENTS, ""]))) == DOCUMENTS
+    assert list(Documents(write(tmp_path, kind, [*DOCUMENTS, ""], "body") + "#body")) == DOCUMENTS
+
+
+def test_a_column_is_part_of_the_name_of_a_text(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """In whatever way files are named, for all that is made of a text."""
+    path = write(tmp_path, ".jsonl", DOCUMENTS, "a body")
+    for name in (path, str(tmp_path), str(tmp_path / "*.jsonl")):
+        assert list(Documents(f"{name}#a body")) == DOCUMENTS
+    for made in (
+        tokenize_text(f"{path}#a body", tokenizer, window_length=8).ids[:8],
+        calibration_windows(f"{path}#a body", tokenizer, windows=1, window_length=8, seed=0)[0],
+    ):
+        assert made[0] == 1
+        assert len(made) == 8
+    fingerprints = {text_fingerprint(name) for name in (path, f"{path}#a body", f"{path}#other")}
+    assert len(fingerprints) == 3
+
+
+@pytest.mark.parametrize(
+    "place", ["part#1.jsonl", "chapters#1", "chapters#1/*.jsonl", "part#?.jsonl", "parts#all/a.jsonl"]
+)
+def test_a_path_may_hold_what_divides_off_a_column(tmp_path: Path, place: str) -> None:
+    (tmp_path / "chapters#1").mkdir()
+    (tmp_path / "parts#all").mkdir()
+    for name in ("part#1.jsonl", "chapters#1/a.jsonl", "parts#all/a.jsonl"):
+        Path(write(tmp_path, ".jsonl", DOCUMENTS)).rename(tmp_path / name)
+    assert list(Documents(str(tmp_path / place))) == DOCUMENTS
+    assert list(Documents(str(tmp_path / f"{place}#text"))) == DOCUMENTS
+    with pytest.raises(InputError, match=r"has no column 'body': its columns are 'id', 'text'; give .*#COLUMN"):
+        list(Documents(str(tmp_path / f"{place}#body")))
+
+
+def test_a_missing_file_with_a_column_is_called_missing(tmp_path: Path) -> None:
+    for name in ("nowhere.jsonl#body", "nowhere#1.jsonl", "no#where/a.jsonl"):
+        with pytest.raises(InputError, match=r"text file .*\.jsonl is not there"):
+            Documents(str(tmp_path / name))
+    with pytest.raises(InputError, match=r"names no column: give .*\.jsonl#COLUMN, or leave the # out"):
+        Documents(write(tmp_path, ".jsonl", DOCUMENTS) + "#")
+    with pytest.raises(InputError, match="the name of the text is empty"):
+        Documents("#body")
 
 
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:
-    assert list(read_documents(write(tmp_path, ".txt", DOCUMENTS))) == ["\n".join(DOCUMENTS)]
+    assert list(Documents(write(tmp_path, ".txt", DOCUMENTS))) == ["\n".join(DOCUMENTS)]
 
 
 def test_a_seed_shuffles_the_documents(tmp_path: Path) -> None:
     path = write(tmp_path, ".jsonl", [str(i) for i in range(50)])
-    first, again, other = (list(read_documents(path, seed=seed)) for seed in (1, 1, 2))
+    first, again, other = (list(Documents(path, seed=seed)) for seed in (1, 1, 2))
     assert first == again
     assert first != other
-    assert sorted(first) == sorted(read_documents(path))
+    assert sorted(first) == sorted(Documents(path))
 
 
 def test_names_are_not_patterns(tmp_path: Path) -> None:
     (tmp_path / "a[1]*.jsonl").write_text(json.dumps({"text": "starred"}))
     (tmp_path / "a1x.jsonl").write_text(json.dumps({"text": "other"}))
-    assert list(read_documents(str(tmp_path / "a[1]*.jsonl"))) == ["starred"]
+    assert list(Documents(str(tmp_path / "a[1]*.jsonl"))) == ["starred"]
 
 
 @pytest.mark.parametrize(
@@ -70,10 +108,11 @@ def test_names_are_not_patterns(tmp_path: Path) -> None:
         ("broken.jsonl", b'{"text": "a"}\n{"text": ', "cannot be read from"),
         ("broken.parquet", b"PAR1 and nothing else", "cannot be read from"),
         ("broken.jsonl.gz", b"not gzip", "cannot be read from"),
-        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:-20], "cannot be read from"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:-20], "cannot be read from"),
         ("other.jsonl", b'{"body": "a", "title": "b"}\n', "no column 'text': its columns are 'body', 'title'"),
         ("numbers.jsonl", b'{"text": 3}\n', "holds int: expected text"),
     ],
+    ids=lambda value: "content" if isinstance(value, bytes) else None,
 )
 def test_text_that_cannot_be_used_is_one_clear_line(
     tmp_path: Path, name: str, content: bytes | None, reason: str
@@ -81,7 +120,7 @@ def test_text_that_cannot_be_used_is_one_clear_line(
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=reason) as raised:
-        list(read_documents(str(tmp_path / name)))
+        list(Documents(str(tmp_path / name)))
     assert name in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -93,12 +132,12 @@ def test_several_files_are_read_in_the_order_of_their_names(tmp_path: Path, kind
         Path(write(tmp_path / name, kind, [document])).rename(tmp_path / f"{name}{kind}")
     (tmp_path / "README.md").write_text("not a text to read")
     expected = [DOCUMENTS[1], DOCUMENTS[2], DOCUMENTS[0]]
-    assert list(read_documents(str(tmp_path))) == expected
-    assert list(read_documents(str(tmp_path / f"[ab]*{kind}"))) == expected[:2]
-    assert list(read_documents(str(tmp_path / f"?{kind}"))) == expected
+    assert list(Documents(str(tmp_path))) == expected
+    assert list(Documents(str(tmp_path / f"[ab]*{kind}"))) == expected[:2]
+    assert list(Documents(str(tmp_path / f"?{kind}"))) == expected
     if kind != ".parquet":  # `datasets` sleeps for five seconds after shuffling several of them
-        shuffled = list(read_documents(str(tmp_path), seed=1))
-        assert shuffled == list(read_documents(str(tmp_path), seed=1))
+        shuffled = list(Documents(str(tmp_path), seed=1))
+        assert shuffled == list(Documents(str(tmp_path), seed=1))
         assert sorted(shuffled) == sorted(expected)
 
 
@@ -110,13 +149,13 @@ def test_files_without_rows_give_nothing(tmp_path: Path, kind: str, rows: tuple[
         if kind == ".parquet":
             pq.write_table(pa.table({"text": pa.array([str(number)] * count, pa.string())}), path)
         else:
-            path.write_bytes(gzip.compress(f'{{"text": "{number}"}}\n'.encode() * count))
+            path.write_bytes(gzip.compress(f'{{"text": "{number}"}}\n'.encode() * count, mtime=0))
     if kind == ".parquet" or sum(rows):
         expected = [str(number) for number, count in enumerate(rows) for _ in range(count)]
-        assert list(read_documents(str(tmp_path))) == expected
+        assert list(Documents(str(tmp_path))) == expected
     else:
         with pytest.raises(InputError, match="holds no text"):
-            list(read_documents(str(tmp_path)))
+            list(Documents(str(tmp_path)))
 
 
 ROW = b'{"text": "a"}\n'
@@ -143,7 +182,7 @@ def test_files_that_cannot_be_used_together_are_one_clear_line(
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=reason) as raised:
-        list(read_documents(str(tmp_path / pattern)))
+        list(Documents(str(tmp_path / pattern)))
     assert "\n" not in str(raised.value)
 
 
@@ -165,12 +204,12 @@ def test_documents_go_on_from_a_kept_place(tmp_path: Path, kind: str) -> None:
 
 def test_a_hub_data_set_that_cannot_be_reached_is_one_clear_line() -> None:
     with pytest.raises(InputError, match="nobody/nothing") as raised:
-        list(read_documents("nobody/nothing:config@train"))
+        list(Documents("nobody/nothing:config@train"))
     assert "\n" not in str(raised.value)
 
 
 def test_documents_stand_between_separators(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    text = tokenize_text(write(tmp_path, ".jsonl", DOCUMENTS), tokenizer, column="text", window_length=2)
+    text = tokenize_text(write(tmp_path, ".jsonl", DOCUMENTS), tokenizer, window_length=2)
     expected = [
         token for document in DOCUMENTS for token in (1, *tokenizer(document, add_special_tokens=False)["input_ids"], 2)
     ]
@@ -180,43 +219,45 @@ def test_documents_stand_between_separators(tokenizer: PreTrainedTokenizerBase, 
 
 def test_one_token_that_begins_and_ends_separates_once(tokenizer: PreTrainedTokenizerBase) -> None:
     """GPT-2 and GPT-NeoX use one token for both; tokenizers without a beginning token only end."""
-    assert Separators.of(tokenizer) == Separators(before=[1], after=[2])
+    assert tokenize("", tokenizer) == [1, 2]
     other = AutoTokenizer.from_pretrained(tokenizer.name_or_path, bos_token="</s>")
-    assert Separators.of(other) == Separators(before=[2], after=[])
+    assert tokenize("", other) == [2]
+    assert tokenize("A", other)[0] == 2
     other.bos_token = None
-    assert Separators.of(other) == Separators(before=[], after=[2])
+    assert tokenize("", other) == [2]
+    assert tokenize("A", other)[-1] == 2
 
 
 def test_calibration_windows_are_the_shuffled_text_cut(tokenizer: PreTrainedTokenizerBase, text: Path) -> None:
-    windows = calibration_windows(str(text), tokenizer, column="text", windows=5, window_length=64, seed=3)
+    windows = calibration_windows(str(text), tokenizer, windows=5, window_length=64, seed=3)
     assert windows.shape == (5, 64)
     assert windows.dtype == torch.int64
     joined = [
         token
-        for document in read_documents(str(text), seed=3)
+        for document in Documents(str(text), seed=3)
         for token in (1, *tokenizer(document, add_special_tokens=False)["input_ids"], 2)
     ]
     assert windows.flatten().tolist() == joined[: 5 * 64]
 
 
 def test_a_short_text_gives_fewer_windows(tokenizer: PreTrainedTokenizerBase, text: Path) -> None:
-    tokens = len(tokenize_text(str(text), tokenizer, column="text", window_length=2).ids)
-    windows = calibration_windows(str(text), tokenizer, column="text", windows=10**6, window_length=100, seed=0)
+    tokens = len(tokenize_text(str(text), tokenizer, window_length=2).ids)
+    windows = calibration_windows(str(text), tokenizer, windows=10**6, window_length=100, seed=0)
     assert windows.shape == (tokens // 100, 100)
 
 
 def test_fewer_tokens_than_a_window_are_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path = write(tmp_path, ".jsonl", DOCUMENTS[:1])
     with pytest.raises(InputError, match=r"tokens, fewer than one window of 64.*--window-length"):
-        calibration_windows(path, tokenizer, column="text", windows=1, window_length=64, seed=0)
+        calibration_windows(path, tokenizer, windows=1, window_length=64, seed=0)
     with pytest.raises(InputError, match="fewer than one window of 64"):
-        tokenize_text(path, tokenizer, column="text", window_length=64)
+        tokenize_text(path, tokenizer, window_length=64)
 
 
 def test_text_of_empty_documents_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path = write(tmp_path, ".jsonl", ["", ""])
     with pytest.raises(InputError, match="holds no text"):
-        calibration_windows(path, tokenizer, column="text", windows=1, window_length=64, seed=0)
+        calibration_windows(path, tokenizer, windows=1, window_length=64, seed=0)
 
 
 def test_window_length_fits_the_context() -> None:

@@ -1,288 +1,244 @@
-"""Commands of baselines and training: functions that `cli.py` registers; no logic."""
+"""The commands: each calls one flow and prints what came of it. A flow, and torch with it, loads where it is called."""
 
+# ruff: noqa: PLC0415 - so that help and usage errors wait for neither torch nor transformers
+
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexigpt.cli.console import MAX_SHARD_SIZE, OVERWRITE, Bars, print_json, stdout, tell_estimate, write_and_show
-from flexigpt.cli.options import block_numbers, field_help, parse_shard_size
-from flexigpt.decoding import BenchmarkOptions, benchmark, benchmark_notes, benchmark_tables
-from flexigpt.evaluation import EvalOptions, evaluate
-from flexigpt.pruning import BLOCK_SCORES, REMOVAL_SCORE, BaselineOptions, assemble_baseline, expected_removal
-from flexigpt.record import (
-    check_recordable,
-    cost_rows,
-    evaluation_rows,
-    inspect_model,
-    inspection_rows,
-    record_evaluation,
+from flexigpt.cli.console import print_json, show, step_line, wants_line
+from flexigpt.cli.effects import warn_idle
+from flexigpt.cli.options import Asked, add_command
+from flexigpt.decoding import BenchmarkOptions, GenerateOptions
+from flexigpt.evaluation import EvalOptions
+from flexigpt.pruning import PRESETS, ExtendOptions, PruneOptions
+from flexigpt.recovery import RecoverOptions
+from flexigpt.runtime import InputError
+
+if TYPE_CHECKING:
+    from flexigpt.pruning import Estimate
+    from flexigpt.record import Record
+    from flexigpt.weights import Assembly
+
+Source = Annotated[str, typer.Argument(help="Folder or hub name of the source model.")]
+Model = Annotated[str, typer.Argument(help="Folder or hub name of a source or compact model.")]
+Out = Annotated[Path, typer.Argument(help="Folder to write to.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what flexigpt wrote to OUT before.")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON, for programs.")]
+_DEFAULT = next(iter(PRESETS))
+_PRESET = (
+    "settings that go together, each of which you can give yourself: fitted (replicas and kept blocks fitted to the "
+    "calibration text), thorough (also chooses blocks by the damage that their replicas do; takes long), paper (the "
+    f"paper's recipe). [default: {_DEFAULT}]"
 )
-from flexigpt.recovery import PRECISIONS, TRAIN, RecoverOptions, recover
-from flexigpt.report import FIGURES, report
-from flexigpt.runtime import InputError, check_output, launched_rank
-from flexigpt.weights import load_tokenizer
-
-_BASELINE, _RECOVER = field_help(BaselineOptions), field_help(RecoverOptions)
 
 
-def baseline_command(
-    context: typer.Context,
-    source: Annotated[str, typer.Argument(help="Folder or hub name of the source model.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write the shorter model's checkpoint to.")],
-    ratio: Annotated[float | None, typer.Option(help=_BASELINE["ratio"])] = None,
-    blocks: Annotated[str | None, typer.Option(help=_BASELINE["blocks"], metavar="12,13,...")] = None,
-    target_size: Annotated[str | None, typer.Option(help=_BASELINE["target_size"], metavar="4.8B|3.2GB")] = None,
-    calibration: Annotated[str | None, typer.Option(help=_BASELINE["calibration"])] = None,
-    text_column: Annotated[str | None, typer.Option(help=_BASELINE["text_column"])] = None,
-    windows: Annotated[int | None, typer.Option(help=_BASELINE["windows"])] = None,
-    window_length: Annotated[int | None, typer.Option(help=_BASELINE["window_length"])] = None,
-    block_score: Annotated[
-        str | None, typer.Option(help=_BASELINE["block_score"], metavar="|".join((*BLOCK_SCORES, REMOVAL_SCORE)))
-    ] = None,
-    refit_kept: Annotated[bool, typer.Option("--refit-kept", help=_BASELINE["refit_kept"])] = False,
-    perplexity: Annotated[str | None, typer.Option(help=_BASELINE["perplexity"])] = None,
-    dtype: Annotated[str, typer.Option(help=_BASELINE["dtype"])] = BaselineOptions.dtype,
-    device: Annotated[str, typer.Option(help=_BASELINE["device"])] = BaselineOptions.device,
-    memory: Annotated[str | None, typer.Option(help=_BASELINE["memory"], metavar="4GiB")] = None,
-    cache: Annotated[Path | None, typer.Option(help=_BASELINE["cache"])] = None,
-    seed: Annotated[int | None, typer.Option(help=_BASELINE["seed"])] = None,
-    max_shard_size: Annotated[str | None, typer.Option(help=MAX_SHARD_SIZE)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
+def prune(
+    asked: Asked,
+    source: Source,
+    out: Out,
+    preset: Annotated[str, typer.Option(help=_PRESET, metavar="NAME", autocompletion=lambda: list(PRESETS))] = (
+        _DEFAULT
+    ),
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="write only the plan, OUT/plan.json, to look at, edit and apply.")
+    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Remove blocks without a stand-in, to compare with: an ordinary, shorter model."""
-    options = BaselineOptions(
-        ratio=ratio,
-        blocks=None if blocks is None else block_numbers(blocks),
-        target_size=target_size,
-        calibration=calibration,
-        text_column=text_column,
-        windows=windows,
-        window_length=window_length,
-        block_score=block_score,
-        refit_kept=refit_kept,
-        perplexity=perplexity,
-        dtype=dtype,
-        device=device,
-        memory=memory,
-        cache=cache,
-        seed=seed,
-    )
-    check_output(out, (source, calibration, perplexity), overwrite)
-    shard_bytes = parse_shard_size(max_shard_size)
-    told = expected_removal(source, options)
-    load_tokenizer(source)
-    tell_estimate(told, out, cache)
-    with Bars() as track:
-        assembly, _, record = assemble_baseline(source, options, track)
-        write_and_show(out, source, assembly, record | {"command": context.obj}, shard_bytes, track)
+    """Prune a source model: a smaller checkpoint, in which kept blocks stand in for pruned ones."""
+    if preset not in PRESETS:
+        raise InputError(f"--preset {preset} is unknown: give {', '.join(PRESETS)}")
+    options = asked.options(**PRESETS[preset])
+    if plan_only:
+        warn_idle("plan", asked.typed, options)
+    from flexigpt.pruning import assemble_pruned, assemble_removed
+    from flexigpt.pruning import plan_only as decide
+    from flexigpt.record import notes, plan_rows, write_plan
+    from flexigpt.runtime import check_output
+
+    check_output(out, (source, options.plan, options.calibration, options.perplexity), overwrite)
+    if plan_only:
+        with asked.reporting() as track:
+            plan, record = decide(source, options, track, _announce(out, track.note))
+        write_plan(out, plan, record | {"command": asked.call.command})
+        show(plan_rows(plan, record), *notes(record), f"plan written to {out / 'plan.json'}; apply it with --plan")
+        return
+    with asked.reporting() as track:
+        given = (source, options, track, _announce(out, track.note))
+        if options.remove:
+            made, _, record = assemble_removed(*given)
+            _write(asked, out, source, made, record, track)
+            return
+        with assemble_pruned(*given) as (made, _, record):
+            _write(asked, out, source, made, record, track)
 
 
-def recover_command(
-    context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder or hub name of a compact model, or of one without replicas.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write the recovered model to.")],
-    data: Annotated[str, typer.Option(help=_RECOVER["data"], metavar="FILE|FOLDER|NAME")] = RecoverOptions.data,
-    tokens: Annotated[str, typer.Option(help=_RECOVER["tokens"], metavar="1B|600M|100K")] = RecoverOptions.tokens,
-    epochs: Annotated[int, typer.Option(help=_RECOVER["epochs"])] = RecoverOptions.epochs,
-    text_column: Annotated[str, typer.Option(help=_RECOVER["text_column"])] = RecoverOptions.text_column,
-    window_length: Annotated[int | None, typer.Option(help=_RECOVER["window_length"])] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help=_RECOVER["batch_tokens"])] = None,
-    micro_batch: Annotated[int | None, typer.Option(help=_RECOVER["micro_batch"])] = None,
-    lr: Annotated[float, typer.Option(help=_RECOVER["lr"])] = RecoverOptions.lr,
-    replica_lr: Annotated[float | None, typer.Option(help=_RECOVER["replica_lr"])] = None,
-    warmup: Annotated[float, typer.Option(help=_RECOVER["warmup"])] = RecoverOptions.warmup,
-    weight_decay: Annotated[float, typer.Option(help=_RECOVER["weight_decay"])] = RecoverOptions.weight_decay,
-    clip: Annotated[float, typer.Option(help=_RECOVER["clip"])] = RecoverOptions.clip,
-    train: Annotated[str, typer.Option(help=_RECOVER["train"], metavar="|".join(TRAIN))] = RecoverOptions.train,
-    lora_rank: Annotated[int | None, typer.Option(help=_RECOVER["lora_rank"])] = None,
-    match: Annotated[str | None, typer.Option(help=_RECOVER["match"], metavar="COMPACT")] = None,
-    precision: Annotated[str | None, typer.Option(help=_RECOVER["precision"], metavar="|".join(PRECISIONS))] = None,
-    activation_checkpointing: Annotated[
-        bool, typer.Option("--activation-checkpointing", help=_RECOVER["activation_checkpointing"])
-    ] = RecoverOptions.activation_checkpointing,
-    teacher: Annotated[str | None, typer.Option(help=_RECOVER["teacher"], metavar="SOURCE")] = None,
-    distill_weight: Annotated[float | None, typer.Option(help=_RECOVER["distill_weight"])] = None,
-    draft_weight: Annotated[float | None, typer.Option(help=_RECOVER["draft_weight"])] = None,
-    perplexity: Annotated[str | None, typer.Option(help=_RECOVER["perplexity"])] = None,
-    eval_every: Annotated[int | None, typer.Option(help=_RECOVER["eval_every"])] = None,
-    save_every: Annotated[int, typer.Option(help=_RECOVER["save_every"])] = RecoverOptions.save_every,
-    report_to: Annotated[str | None, typer.Option(help=_RECOVER["report_to"])] = None,
-    fsdp: Annotated[bool, typer.Option("--fsdp", help=_RECOVER["fsdp"])] = RecoverOptions.fsdp,
-    device: Annotated[str, typer.Option(help=_RECOVER["device"])] = RecoverOptions.device,
-    seed: Annotated[int, typer.Option(help=_RECOVER["seed"])] = RecoverOptions.seed,
+def extend(asked: Asked, source: Source, out: Out, overwrite: Overwrite = False) -> None:
+    """Repeat blocks of a source model: a deeper model for almost no storage."""
+    options = asked.options()
+    from flexigpt.pruning import assemble_extended
+    from flexigpt.runtime import check_output
+
+    check_output(out, (source, options.perplexity), overwrite)
+    with asked.reporting() as track:
+        made, _, record = assemble_extended(source, options, track, _announce(out, track.note))
+        _write(asked, out, source, made, record, track)
+
+
+def _announce(out: Path, note: Callable[[str], None]) -> "Callable[[Estimate], None]":
+    """What a flow calls before its work: says what it will take, and refuses a disk too small for it."""
+
+    def announce(estimate: "Estimate") -> None:
+        from flexigpt.runtime import check_space, default_folder
+
+        check_space(out, estimate.written)
+        check_space(default_folder(), estimate.scratch, "scratch files in the cache need")
+        note(estimate.line())
+
+    return announce
+
+
+def _write(asked: Asked, out: Path, source: str, assembly: "Assembly", record: "Record", track: Any) -> None:
+    """Writes a checkpoint, and prints what became of its blocks, what it cost, and where it lies."""
+    from flexigpt.record import result_rows, write_checkpoint
+    from flexigpt.report import plan_picture
+
+    config = assembly.model.config
+    record = record | {"command": asked.call.command}
+    write_checkpoint(out, assembly, record, source=source, extras=plan_picture(config), track=track)
+    show(*result_rows(config, record), f"checkpoint written to {out}")
+
+
+def recover(
+    asked: Asked,
+    model: Model,
+    out: Out,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint of the same, unfinished run.")
+        bool, typer.Option("--resume", help="go on from the last checkpoint of the same, unfinished run.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the model in OUT, or an unfinished run.")
-    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train a compact model back; under torchrun, on many devices."""
-    options = RecoverOptions(
-        data=data,
-        tokens=tokens,
-        epochs=epochs,
-        text_column=text_column,
-        window_length=window_length,
-        batch_tokens=batch_tokens,
-        micro_batch=micro_batch,
-        lr=lr,
-        warmup=warmup,
-        replica_lr=replica_lr,
-        weight_decay=weight_decay,
-        clip=clip,
-        train=train,
-        lora_rank=lora_rank,
-        match=match,
-        precision=precision,
-        activation_checkpointing=activation_checkpointing,
-        teacher=teacher,
-        distill_weight=distill_weight,
-        draft_weight=draft_weight,
-        perplexity=perplexity,
-        eval_every=eval_every,
-        save_every=save_every,
-        report_to=report_to,
-        fsdp=fsdp,
-        device=device,
-        seed=seed,
-    )
-    with Bars(shown=launched_rank() == 0) as bars:
-        record = recover(
-            model, out, options, resume=resume, overwrite=overwrite, command=context.obj, track=bars, log=bars.tell
+    options = asked.options()
+    from flexigpt import recovery
+    from flexigpt.record import cost_rows
+
+    with asked.reporting() as track:
+
+        def log(values: dict[str, float], steps: int) -> None:
+            if wants_line(values, steps):
+                track.note(step_line(values, steps))
+
+        command = asked.call.command
+        record = recovery.recover(
+            model, out, options, resume=resume, overwrite=overwrite, command=command, track=track, log=log
         )
     if record is None:
         return
-    stdout.print(cost_rows(record).terminal())
-    recovery = record["recovery"]
-    print(f"{recovery['trained_parameters']:,} parameters trained at {recovery['tokens_per_second']:,.0f} tokens/s")
-    if "stopped" in recovery:
-        raise InputError(recovery["stopped"])
-    print(f"checkpoint written to {out}")
+    done = record["recovery"]
+    trained = f"{done['trained_parameters']:,} parameters trained at {done['tokens_per_second']:,.0f} tokens/s"
+    show(cost_rows(record), trained)
+    if "stopped" in done:
+        raise InputError(done["stopped"])
+    show(f"checkpoint written to {out}")
 
 
-_BENCHMARK = field_help(BenchmarkOptions)
-
-_SIZES = ",".join(map(str, BenchmarkOptions.batch_sizes))
-
-
-def benchmark_command(
-    context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder or hub name of a compact model.")],
-    against: Annotated[str, typer.Option(help=_BENCHMARK["against"], metavar="SOURCE")],
-    removal: Annotated[str | None, typer.Option(help=_BENCHMARK["removal"], metavar="DIR")] = None,
-    speculative: Annotated[bool, typer.Option("--speculative", help=_BENCHMARK["speculative"])] = False,
-    batch_sizes: Annotated[str, typer.Option(help=_BENCHMARK["batch_sizes"], metavar="1,8,...")] = _SIZES,
-    prompt_tokens: Annotated[int, typer.Option(help=_BENCHMARK["prompt_tokens"])] = BenchmarkOptions.prompt_tokens,
-    new_tokens: Annotated[int, typer.Option(help=_BENCHMARK["new_tokens"])] = BenchmarkOptions.new_tokens,
-    repeats: Annotated[int, typer.Option(help=_BENCHMARK["repeats"])] = BenchmarkOptions.repeats,
-    prompt: Annotated[str | None, typer.Option(help=_BENCHMARK["prompt"], metavar="FILE")] = None,
-    cpu_time: Annotated[bool, typer.Option("--cpu-time", help=_BENCHMARK["cpu_time"])] = False,
-    dtype: Annotated[str, typer.Option(help=_BENCHMARK["dtype"])] = BenchmarkOptions.dtype,
-    device: Annotated[str, typer.Option(help=_BENCHMARK["device"])] = BenchmarkOptions.device,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Time a compact model and its variants against its source: prefill, decoding, throughput, memory, storage."""
-    options = BenchmarkOptions(
-        against=against,
-        removal=removal,
-        speculative=speculative,
-        batch_sizes=_numbers(batch_sizes),
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        repeats=repeats,
-        prompt=prompt,
-        cpu_time=cpu_time,
-        dtype=dtype,
-        device=device,
-    )
-    with Bars() as track:
-        result = benchmark(model, options, track) | {"command": context.obj}
-    if as_json:
-        print_json(result)
-        return
-    for table in benchmark_tables(result):
-        stdout.print(table)
-    for note in benchmark_notes(result):
-        print(note)
-
-
-def _numbers(sizes: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(size) for size in sizes.split(","))
-    except ValueError:
-        raise InputError(f"--batch-sizes {sizes} cannot be read: give numbers with commas between, as 1,8") from None
-
-
-_EVAL = field_help(EvalOptions)
-
-_RECORD_HELP = "Write the result into the first model's folder too: evaluation.json, and a table in its model card."
-
-
-def inspect_command(
-    model: Annotated[str, typer.Argument(help="Folder or hub name of a source or compact model.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+def inspect(model: Model, as_json: Json = False) -> None:
     """Show the plan, stored and effective parameters, and the bytes of each part."""
+    from flexigpt.record import inspect_model, inspection_rows
+
     inspection = inspect_model(model)
     if as_json:
         print_json(inspection)
-        return
-    for rows in inspection_rows(inspection):
-        stdout.print(rows.terminal())
+    else:
+        show(*inspection_rows(inspection))
 
 
-def eval_command(
-    context: typer.Context,
+def evaluate(
+    asked: Asked,
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Source or compact models, side by side.")],
-    perplexity: Annotated[str | None, typer.Option(help=_EVAL["perplexity"])] = None,
-    window_length: Annotated[int | None, typer.Option(help=_EVAL["window_length"])] = None,
-    against: Annotated[str | None, typer.Option(help=_EVAL["against"], metavar="SOURCE")] = None,
-    tasks: Annotated[str | None, typer.Option(help=_EVAL["tasks"], metavar="arc_easy,piqa,...")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help=_EVAL["num_fewshot"])] = None,
-    limit: Annotated[int | None, typer.Option(help=_EVAL["limit"])] = None,
-    batch_size: Annotated[str | None, typer.Option(help=_EVAL["batch_size"], metavar="auto|N")] = None,
-    include_path: Annotated[Path | None, typer.Option(help=_EVAL["include_path"], metavar="DIR")] = None,
-    dtype: Annotated[str, typer.Option(help=_EVAL["dtype"])] = EvalOptions.dtype,
-    device: Annotated[str, typer.Option(help=_EVAL["device"])] = EvalOptions.device,
-    record: Annotated[bool, typer.Option("--record", help=_RECORD_HELP)] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    record: Annotated[
+        bool,
+        typer.Option(
+            "--record", help="write the result into the first model's folder too: evaluation.json, and its model card."
+        ),
+    ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Measure perplexity, benchmark tasks and fidelity to the source, of several models side by side."""
-    options = EvalOptions(
-        perplexity=perplexity,
-        window_length=window_length,
-        against=against,
-        tasks=None if tasks is None else [name.strip() for name in tasks.split(",")],
-        num_fewshot=num_fewshot,
-        limit=limit,
-        batch_size=EvalOptions.batch_size if batch_size is None else batch_size,
-        include_path=include_path,
-        dtype=dtype,
-        device=device,
-    )
+    """Measure perplexity, benchmark tasks and nearness to the source, of several models side by side."""
+    options = asked.options()
+    from flexigpt.evaluation import evaluate as measure
+    from flexigpt.record import check_recordable, evaluation_rows, record_evaluation
+
     if record:
         check_recordable(models[0])
-    with Bars() as track:
-        evaluation = evaluate(models, options, track) | {"command": context.obj}
+    with asked.reporting() as track:
+        evaluation = measure(models, options, track) | {"command": asked.call.command}
     if record:
         record_evaluation(models[0], evaluation)
     if as_json:
         print_json(evaluation)
-        return
-    stdout.print(evaluation_rows(evaluation).terminal())
+    else:
+        show(evaluation_rows(evaluation))
 
 
-def report_command(
+def generate(asked: Asked, model: Model) -> None:
+    """Continue a prompt; the text appears as it is made."""
+    options = asked.options()
+    from flexigpt.decoding import generate as write
+
+    statistics = write(model, options, lambda piece: print(piece, end="", flush=True))
+    print()
+    if statistics is not None:
+        print(statistics.line(), file=sys.stderr)
+
+
+def benchmark(asked: Asked, model: Model, as_json: Json = False) -> None:
+    """Time a model and its variants, against its source where one is given: prefill, decoding, memory, storage."""
+    options = asked.options()
+    from flexigpt.decoding import benchmark as measure
+    from flexigpt.decoding import benchmark_rows
+
+    with asked.reporting() as track:
+        result = measure(model, options, track) | {"command": asked.call.command}
+    if as_json:
+        print_json(result)
+    else:
+        show(benchmark_rows(result))
+
+
+def report(
     folders: Annotated[
         list[Path], typer.Argument(metavar="DIR...", help="Checkpoint or plan folders that flexigpt wrote.")
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Page to write, or folder for report.html; default: DIR.", metavar="PAGE.html|FOLDER"),
+        typer.Option(help="page to write, or folder for report.html; default: DIR.", metavar="PAGE.html|FOLDER"),
     ] = None,
 ) -> None:
     """Draw what was recorded: one HTML page that needs nothing else, and its figures as PNG files beside it."""
-    written = report(folders, out)
-    print(f"report written to {written}, its figures to {written.parent / FIGURES}")
+    from flexigpt.report import FIGURES
+    from flexigpt.report import report as draw
+
+    written = draw(folders, out)
+    show(f"report written to {written}, its figures to {written.parent / FIGURES}")
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Adds every command to the app."""
+    data = "examples/novel16"
+    text = f"--calibration {data}/calibration.jsonl"
+    for name, function, options, example in (
+        ("prune", prune, PruneOptions, f"flexigpt prune {data} out/small --ratio 0.3 {text} --window-length 256"),
+        ("extend", extend, ExtendOptions, f"flexigpt extend {data} out/deep --blocks 4:12 --times 2"),
+        ("recover", recover, RecoverOptions, "flexigpt recover out/small out/again --data my-text.jsonl --tokens 10M"),
+        ("eval", evaluate, EvalOptions, f"flexigpt eval out/small {data} --perplexity {data}/validation.jsonl"),
+        ("generate", generate, GenerateOptions, 'flexigpt generate out/small --prompt "It was a dark"'),
+        ("benchmark", benchmark, BenchmarkOptions, f"flexigpt benchmark out/small --against {data}"),
+        ("inspect", inspect, None, "flexigpt inspect out/small"),
+        ("report", report, None, "flexigpt report out/small out/again --out report.html"),
+    ):
+        add_command(app, name, function, options, example=example)

@@ -1,36 +1,60 @@
-"""What commands share: help of options, progress bars, printing, writing what a flow made. No command, no app."""
+"""What commands print: progress on standard error, results on standard output."""
+
+# ruff: noqa: PLC0415 - rich loads where something is printed: help and usage errors do not wait for it
 
 import json
 import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, TypeVar
+from enum import IntEnum
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from flexigpt.cli.options import SHARD_SIZE
-from flexigpt.pruning import Estimate
-from flexigpt.record import Record, result_rows, write_checkpoint
-from flexigpt.report import plan_picture
-from flexigpt.runtime import Track, check_space, default_folder
-from flexigpt.weights import Assembly
+if TYPE_CHECKING:
+    from rich.console import Console
 
 T = TypeVar("T")
-
-stdout = Console(soft_wrap=True)
-
+# Between two lines of a stage, where there is no terminal.
+_LINE_SECONDS = 30.0
 _STEP_LINES = 20
 
-MAX_SHARD_SIZE = f"largest weight file: larger checkpoints are split; default: {SHARD_SIZE}."
 
-OVERWRITE = "replace the checkpoint or plan in OUT."
+class Verbosity(IntEnum):
+    """How much is printed beside the result: nothing, progress, or progress and what libraries say."""
+
+    QUIET = 0
+    NORMAL = 1
+    VERBOSE = 2
 
 
-class Bars:
-    """Progress bars on stderr, one for each stage, with the time left."""
+class Reporting(Protocol):
+    """What reports the progress of stages, and notes beside it."""
 
-    def __init__(self, shown: bool = True) -> None:
+    def __enter__(self) -> "Reporting": ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def __call__(self, items: Iterable[T], stage: str, total: int) -> Iterator[T]: ...
+
+    def note(self, line: str) -> None: ...
+
+
+class _Bars:
+    """Progress bars on a terminal, one for each stage, with the time left."""
+
+    def __init__(self) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
         self._progress = Progress(
             TextColumn("{task.description:22}"),
             BarColumn(),
@@ -39,11 +63,10 @@ class Bars:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=Console(stderr=True, soft_wrap=True),
-            disable=not shown,
+            console=_console(stderr=True),
         )
 
-    def __enter__(self) -> "Bars":
+    def __enter__(self) -> "_Bars":
         self._progress.start()
         return self
 
@@ -53,11 +76,92 @@ class Bars:
     def __call__(self, items: Iterable[T], stage: str, total: int) -> Iterator[T]:
         return iter(self._progress.track(items, total=total, description=stage))
 
-    def tell(self, values: dict[str, float], steps: int) -> None:
-        """A line about a step of training, for some twenty steps of a run and wherever perplexity was measured."""
-        step = int(values["step"])
-        if step * _STEP_LINES // steps > (step - 1) * _STEP_LINES // steps or "perplexity" in values:
-            self._progress.console.print(step_line(values, steps), highlight=False)
+    def note(self, line: str) -> None:
+        """A line above the bars."""
+        self._progress.console.print(line, highlight=False)
+
+
+class Lines:
+    """Plain lines where nobody draws bars (`nohup`, Slurm, a notebook): when a stage begins, while it runs, at its end.
+
+    Args:
+        seconds: between two lines of a running stage.
+    """
+
+    def __init__(self, seconds: float = _LINE_SECONDS) -> None:
+        self._seconds = seconds
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def __call__(self, items: Iterable[T], stage: str, total: int) -> Iterator[T]:
+        began, done, ended = time.monotonic(), 0, threading.Event()
+
+        def run() -> None:  # a single item may take minutes
+            while not ended.wait(self._seconds):
+                passed = time.monotonic() - began
+                left = f", some {_clock(passed / done * (total - done))} left" if done else ""
+                self.note(f"{stage}: {done} of {total} after {_clock(passed)}{left}")
+
+        self.note(f"{stage}: begins")
+        teller = threading.Thread(target=run, daemon=True)
+        teller.start()
+        try:
+            for item in items:
+                yield item
+                done += 1
+            self.note(f"{stage}: done in {_clock(time.monotonic() - began)}")
+        finally:
+            ended.set()
+            teller.join()
+
+    def note(self, line: str) -> None:
+        """A line."""
+        print(line, file=sys.stderr, flush=True)
+
+
+class _Silent:
+    """Nothing at all."""
+
+    def __enter__(self) -> "_Silent":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def __call__(self, items: Iterable[T], stage: str, total: int) -> Iterator[T]:
+        return iter(items)
+
+    def note(self, line: str) -> None:
+        """Nothing."""
+
+
+def reporting(verbosity: Verbosity) -> Reporting:
+    """Bars on a terminal, lines elsewhere, or nothing."""
+    if verbosity is Verbosity.QUIET:
+        return _Silent()
+    return _Bars() if _console(stderr=True).is_terminal else Lines()
+
+
+def _console(stderr: bool = False) -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=stderr, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def wants_line(values: dict[str, float], steps: int) -> bool:
+    """Whether a step of training is worth a line: some twenty of a run are, and each that measured perplexity."""
+    step = int(values["step"])
+    return step * _STEP_LINES // steps > (step - 1) * _STEP_LINES // steps or "perplexity" in values
 
 
 def step_line(values: dict[str, float], steps: int) -> str:
@@ -68,33 +172,18 @@ def step_line(values: dict[str, float], steps: int) -> str:
     if "draft_divergence" in values:
         parts.append(f"draft's divergence {values['draft_divergence']:.4f}")
     parts += [f"lr {values['lr']:.2e}", f"{values['tokens_per_second']:,.0f} tokens/s"]
-    if "model_flops_utilisation" in values:
-        parts.append(f"{values['model_flops_utilisation']:.1%} of peak FLOPs")
     if "perplexity" in values:
         parts.append(f"held-out perplexity {values['perplexity']:.2f}")
     return "  ".join(parts)
 
 
+def show(*parts: Any) -> None:
+    """Tables (`record.Rows`) and lines on standard output."""
+    console = _console()
+    for part in parts:
+        console.print(part if isinstance(part, str) else part.terminal(), markup=False, highlight=False)
+
+
 def print_json(data: dict[str, Any]) -> None:
-    """Data on stdout, for programs."""
+    """Data on standard output, for programs."""
     print(json.dumps(data, indent=2))
-
-
-def tell_estimate(estimate: Estimate, out: Path, cache: str | Path | None) -> None:
-    """Says on stderr what a run will take.
-
-    Raises:
-        InputError: a disk too small for it.
-    """
-    check_space(out, estimate.written)
-    check_space(default_folder() if cache is None else cache, estimate.scratch, "scratch files in --cache need")
-    print(estimate.line(), file=sys.stderr)
-
-
-def write_and_show(out: Path, source: str, assembly: Assembly, record: Record, shard_bytes: int, track: Track) -> None:
-    """Writes a checkpoint, and prints what became of its blocks, what it cost, and where it lies."""
-    extras = plan_picture(assembly.model.config)
-    write_checkpoint(out, assembly, record, source=source, max_shard_size=shard_bytes, extras=extras, track=track)
-    for rows in result_rows(assembly.model.config, record):
-        stdout.print(rows.terminal())
-    print(f"checkpoint written to {out}")

@@ -1,392 +1,271 @@
-"""What a compact model costs to run, held against its source: time, throughput, memory, storage (tables 6 and 7)."""
+"""What a model costs to run: time, throughput, memory and storage, beside what its source costs.
 
-import os
+Each variant is measured in a process of its own, one after the other: its peak memory is its own, and only one model is
+in memory at a time.
+"""
+
+import json
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, StoppingCriteriaList
 
-from flexigpt.decoding.variants import (
-    Clock,
-    Models,
-    Opened,
-    PeakRequest,
-    Timing,
-    open_variants,
-    peak_memory,
-    pruned_of,
-    spread,
-    time_generation,
+from flexigpt.decoding.draft import SpeculateStatistics
+from flexigpt.decoding.options import BenchmarkOptions
+from flexigpt.decoding.speculate import speculative_generate
+from flexigpt.model import fast_half, materialize
+from flexigpt.record import Rows, inspect_model
+from flexigpt.runtime import (
+    InputError,
+    Track,
+    device_name,
+    find_device,
+    megabytes,
+    one_line,
+    peak_bytes,
+    silent,
+    versions,
 )
-from flexigpt.model import FlexiGPTConfig, config_dtype, stored_bytes
-from flexigpt.record import Rows
-from flexigpt.runtime import InputError, Track, check_dtype, device_name, find_device, flag, megabytes, silent
-from flexigpt.text import tokenize_text
-from flexigpt.weights import load_tokenizer, read_config
+from flexigpt.weights import has_replicas, load_model, load_tokenizer, read_config
 
 Benchmark = dict[str, Any]
 
-_SHAPE = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+PROMPT_TOKENS, NEW_TOKENS, REPEATS = 128, 32, 3
 
 _WARM_UP_TOKENS = 4
 
-
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkOptions:
-    """What to time, and how.
-
-    Attributes:
-        against: source that the model was made from: all times are told in percent of its.
-        removal: source with the pruned blocks removed, as flexigpt baseline wrote it; default: made from the source.
-        speculative: times speculative decoding too, one sequence at a time.
-        batch_sizes: sequences that are generated at once.
-        prompt_tokens: tokens in each prompt.
-        new_tokens: tokens that follow each prompt.
-        repeats: times that all is measured, every variant in turn.
-        prompt: text that the prompts are taken from: a .txt, .jsonl, .jsonl.gz or .parquet file; default: random
-            tokens.
-        cpu_time: counts the process's CPU time instead of time passed: with one thread, beside other work.
-        dtype: auto (each checkpoint's), float32, bfloat16 or float16.
-        device: auto (a GPU where there is one), cpu, cuda or cuda:N.
-    """
-
-    against: str
-    removal: str | None = None
-    speculative: bool = False
-    batch_sizes: Sequence[int] = (1, 8)
-    prompt_tokens: int = 128
-    new_tokens: int = 32
-    repeats: int = 5
-    prompt: str | None = None
-    cpu_time: bool = False
-    dtype: str = "auto"
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        sizes = list(self.batch_sizes)
-        if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
-            given = ",".join(map(str, sizes)) or "none"
-            raise InputError(f"--batch-sizes {given} cannot be used: give different numbers from 1, as 1,8")
-        if self.speculative and 1 not in sizes:
-            raise InputError("--speculative decodes one sequence at a time: add 1 to --batch-sizes, or leave it out")
-        for name, least in (("prompt_tokens", 1), ("new_tokens", 2), ("repeats", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{flag(name)} {getattr(self, name)} is too small: give at least {least}")
+# Text and not random tokens, of which a draft guesses hardly any.
+_TEXT = """The ferry left the island before dawn with eleven passengers, four crates of pears and a dog that nobody
+claimed. By the time the lamps on the pier were out of sight, the wind had turned, and the captain sent the boy below to
+count the blankets. There were nine. He counted them again, because his uncle had told him once that a number which
+displeases people should always be brought to them twice, and then he sat down on the pears and thought about what to
+say. Above him somebody had begun to sing, an old song about a bridge and a miller's daughter, and one after another the
+others joined in, although it was clear that no two of them had learned the same words."""
 
 
 def benchmark(model: str, options: BenchmarkOptions, track: Track = silent) -> Benchmark:
-    """Times a model's variants and its source, every variant in turn, and measures what memory each takes.
-
-    The variants are the source, plain removal of the pruned blocks, the compact model, the same materialised, and
-    decoded speculatively. All of them are in memory at once, or their times could not be taken in turn: source and
-    compact model, and of the materialised one the replicas.
+    """Measures a model and, where it has replicas, the same materialised and decoded speculatively; and its source.
 
     Args:
-        model: folder or hub name of a compact model, or of another model of the source's shape.
-        options: against what, and how.
-        track: told of the progress of each stage.
+        model: folder or hub name of a compact or other model.
+        options: what to measure, and against what.
+        track: reports the progress: one item for each variant.
 
     Returns:
-        JSON-ready: `format` (1), `versions`, `command` (None: the command line fills it in), `device`, `dtype`,
-        `threads`, `load` (of the machine at the end, in processes), `clock` (wall or cpu), `peak_bytes_of_libraries`
-        (None on a GPU), `options`, and `variants`: each with `variant`, `model` (None: made from the source),
-        `parameters` and `weight_bytes` in memory, `stored_bytes` on disk, `load_seconds`, `peak_bytes` and `batches`,
-        one for each batch size: seconds, rates and percent of the source's, each as median, least and most; percent
-        are of ratios within a repeat.
+        JSON-ready: `format` (2), `versions`, `command` (None: the command line fills it in), `device`, `threads`,
+        `prompt_tokens`, `new_tokens`, `repeats`, `options`, and `variants`, each with `variant`, `model`,
+        `stored_bytes` (of its weight files), `library_bytes` (held before a model was opened) and `batches`. A batch
+        has `batch_size`, medians of `prefill_seconds` (until the first token), `tokens_per_second` (of each sequence,
+        from the first token on) and `throughput` (tokens of all sequences by the whole time), and `peak_bytes`. Against
+        a source it has `time_percent` and `throughput_percent` of the source's. Where it applies, a variant has
+        `same_tokens_as_compact` and `acceptance` (of the draft's tokens).
 
     Raises:
-        InputError: options that do not fit the models; a model that cannot be opened.
+        InputError: a model that cannot be opened or run; `--against` another kind of model.
     """
-    check_dtype(options.dtype)
     device = find_device(options.device)
-    if options.cpu_time and device.type != "cpu":
-        raise InputError(f"--cpu-time counts nothing of what {device} does: leave it out")
     variants = variants_of(model, options)
-    models = Models(
-        model=model, source=options.against, removal=options.removal, dtype=options.dtype, device=options.device
-    )
-    ids = _prompts(model, options)
-    peaks = {} if device.type == "cuda" else _peaks_alone(variants, models, ids, options)
-    opened = open_variants(variants, models)
-    cases = [(variant, size) for size in options.batch_sizes for variant in variants if _is_run(variant, size)]
-    clock = time.process_time if options.cpu_time else time.perf_counter
-    run = _Run(opened, ids, clock, peaks)
-    for case in track(cases, "warming up", len(cases)):
-        run.once(*case, min(options.new_tokens, _WARM_UP_TOKENS))
-    turns = cases * options.repeats
-    timings: dict[tuple[str, int], list[Timing]] = {case: [] for case in cases}
-    for case in track(turns, "timing", len(turns)):
-        timings[case].append(run.once(*case, options.new_tokens))
+    ids = _prompts(model, max(options.batch_sizes))
+    bytes_of = {name: inspect_model(name)["bytes"] for name in set(variants.values())}
+    measured = []
+    for variant, name in track(list(variants.items()), "timing", len(variants)):
+        sizes = [1] if variant == "speculative" else sorted(options.batch_sizes)
+        asked = {"variant": variant, "model": name, "dtype": options.dtype, "device": str(device), "sizes": sizes}
+        answer = _alone(asked | {"ids": ids, "threads": torch.get_num_threads()})
+        stored = bytes_of[name]["files"] or bytes_of[name]["stored"]
+        measured.append({"variant": variant, "model": name, "stored_bytes": stored, **answer})
+    made = {one["variant"]: one.pop("made") for one in measured}
+    source = measured[0]["batches"] if options.against is not None else []
+    for one in measured:
+        for batch, its in zip(one["batches"], source, strict=False):  # sizes go up: speculative has the first alone
+            share = batch["throughput"] / its["throughput"]
+            batch |= {"time_percent": 100 / share, "throughput_percent": 100 * share}
+        if one["variant"] in ("materialised", "speculative"):
+            own = made[one["variant"]]
+            one["same_tokens_as_compact"] = all(own[size] == made["compact"][size] for size in own)
     return {
-        "format": 1,
-        "versions": {name: version(name) for name in ("flexigpt", "torch", "transformers")},
+        "format": 2,
+        "versions": versions(),
         "command": None,
         "device": device_name(device),
-        "dtype": str(opened["source"].model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),
-        "clock": "cpu" if options.cpu_time else "wall",
-        "peak_bytes_of_libraries": peaks.get(""),
-        "options": {name: value for name, value in asdict(options).items() if value is not None},
-        "variants": [_entry(variant, models, opened, timings, peaks[variant]) for variant in variants],
+        "prompt_tokens": len(ids[0]),
+        "new_tokens": NEW_TOKENS,
+        "repeats": REPEATS,
+        "options": asdict(options),
+        "variants": measured,
     }
 
 
-def variants_of(model: str, options: BenchmarkOptions) -> tuple[str, ...]:
-    """What there is to time of a model; no weight is read.
+def variants_of(model: str, options: BenchmarkOptions) -> dict[str, str]:
+    """What there is to measure, and the model that it is made of; no weight is read.
 
     Raises:
-        InputError: models that cannot be held against each other.
+        InputError: as `read_config`; `--against` what cannot be the model's source.
     """
-    config, source = read_config(model), read_config(options.against)
-    if isinstance(source, FlexiGPTConfig):
-        raise InputError(f"--against {options.against} is a compact model: give the source that {model} was made from")
-    others = {model: config} | ({} if options.removal is None else {options.removal: read_config(options.removal)})
-    for name, other in others.items():
-        own = other.get_text_config()
-        for field in _SHAPE:
-            mine, its = getattr(own, field, None), getattr(source, field, None)
-            if mine != its:
-                raise InputError(
-                    f"--against {options.against} has {field} {its}, {name} has {mine}: give the source of the model"
-                )
-    longest = min(getattr(one, "max_position_embeddings", None) or 2**62 for one in (source, *others.values()))
-    if options.prompt_tokens + options.new_tokens > longest:
-        raise InputError(
-            f"--prompt-tokens {options.prompt_tokens} and --new-tokens {options.new_tokens} exceed the context of "
-            f"{longest}: give fewer of one"
-        )
-    pruned = pruned_of(model)
-    if options.speculative and not pruned:
-        raise InputError(f"{model} has no replicas to skip, so it has no draft: leave --speculative out")
-    if options.removal is not None and pruned_of(options.removal):
-        raise InputError(f"--removal {options.removal} is a compact model: give what flexigpt baseline wrote")
-    deeper = config.get_text_config().num_hidden_layers - source.num_hidden_layers
-    if pruned and deeper < 0:
-        raise InputError(f"--against {options.against} has {-deeper} more blocks than {model}: give its source")
-    removal = ["removal"] if options.removal is not None or (pruned and not deeper) else []
-    own_variants = ["compact", "materialised"] if pruned else ["model"]
-    return ("source", *removal, *own_variants, *(["speculative"] if options.speculative else []))
+    variants = {}
+    if options.against is not None:
+        source, own = read_config(options.against), read_config(model).get_text_config()
+        shape = ("model_type", "vocab_size", "hidden_size")
+        if any(getattr(source, field, None) != getattr(own, field, None) for field in shape):
+            raise InputError(f"{model} was not made from --against {options.against}: give its source")
+        variants["source"] = options.against
+    if not has_replicas(model):
+        return variants | {"model": model}
+    own_variants = ("compact", "materialised", *(["speculative"] if 1 in options.batch_sizes else []))
+    return variants | dict.fromkeys(own_variants, model)
 
 
-def _prompts(model: str, options: BenchmarkOptions) -> torch.Tensor:
-    """(largest batch, prompt) ids: random ones, or those of a text, one prompt after the other."""
-    count, length = max(options.batch_sizes), options.prompt_tokens
-    if options.prompt is None:
-        vocabulary = read_config(model).get_text_config().vocab_size
-        return torch.randint(vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
-    ids = tokenize_text(options.prompt, load_tokenizer(model), column="text", window_length=length).ids
-    if len(ids) < count * length:
-        raise InputError(
-            f"--prompt {options.prompt} has {len(ids)} tokens, {count} prompts of {length} take {count * length}: give "
-            "a longer text, smaller --batch-sizes or fewer --prompt-tokens"
-        )
-    return torch.as_tensor(ids[: count * length]).long().view(count, length)
+def _prompts(model: str, count: int) -> list[list[int]]:
+    """Ids of the text from one word after the other on; all as long as the shortest, and no longer than fits."""
+    words = _TEXT.split()
+    starts = [number % len(words) for number in range(count)]
+    rows: list[list[int]] = load_tokenizer(model)([" ".join(words[at:] + words[:at]) for at in starts]).input_ids
+    context = getattr(read_config(model).get_text_config(), "max_position_embeddings", None)
+    most = max(1, context - NEW_TOKENS) if context else PROMPT_TOKENS
+    length = min(PROMPT_TOKENS, most, *map(len, rows))
+    return [row[:length] for row in rows]
 
 
-def _peaks_alone(
-    variants: Sequence[str], models: Models, ids: torch.Tensor, options: BenchmarkOptions
-) -> dict[str, int]:
-    """Peak memory of each variant alone, at the largest batch that it is run at; of the libraries under ''."""
-    threads = torch.get_num_threads()
-    requests = [
-        PeakRequest(
-            variant=variant or None,
-            models=models,
-            ids=ids[: max(size for size in options.batch_sizes if _is_run(variant, size))].tolist(),
-            new_tokens=options.new_tokens,
-            threads=threads,
-        )
-        for variant in ("", *variants)
-    ]
-    return dict(zip(("", *variants), peak_memory(requests), strict=True))
+def _alone(asked: dict[str, Any]) -> dict[str, Any]:
+    """What `_measure` returns in a process of its own.
+
+    Raises:
+        InputError: the process failed, mostly for want of memory.
+    """
+    command = [sys.executable, "-W", "ignore", "-m", __name__]
+    ran = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
+    if ran.returncode:
+        why = one_line((ran.stderr.strip().splitlines() or [f"the process ended with {ran.returncode}"])[-1])
+        raise InputError(f"{asked['variant']} cannot be measured, perhaps with smaller --batch-sizes: {why}")
+    return dict(json.loads(ran.stdout.splitlines()[-1]))
 
 
-def _is_run(variant: str, size: int) -> bool:
-    return variant != "speculative" or size == 1
-
-
-class _Run:
-    """Generation with one variant at one batch size; on a GPU the peak memory of each goes into `peaks`."""
-
-    def __init__(self, opened: dict[str, Opened], ids: torch.Tensor, clock: Clock, peaks: dict[str, int]) -> None:
-        self._opened, self._ids, self._clock, self._peaks = opened, ids, clock, peaks
-
-    def once(self, variant: str, size: int, new_tokens: int) -> Timing:
-        model = self._opened[variant].model
-        on_gpu = model.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(model.device)
-            before = torch.cuda.memory_allocated(model.device)
-        speculative = variant == "speculative"
-        timing = time_generation(model, self._ids[:size], new_tokens, speculative=speculative, clock=self._clock)
-        if on_gpu:
-            # The other variants' weights are there as well.
-            peak = torch.cuda.max_memory_allocated(model.device) - before + stored_bytes(model)
-            self._peaks[variant] = max(peak, self._peaks.get(variant, 0))
-        return timing
-
-
-def _entry(
-    variant: str, models: Models, opened: dict[str, Opened], timings: dict[tuple[str, int], list[Timing]], peak: int
+def _measure(
+    variant: str, model: str, dtype: str, device: str, sizes: list[int], ids: list[list[int]], threads: int
 ) -> dict[str, Any]:
-    """One variant's part of the result."""
-    own = {size: its for (name, size), its in timings.items() if name == variant}
-    model = opened[variant].model
-    entry: dict[str, Any] = {
-        "variant": variant,
-        "model": {"source": models.source, "removal": models.removal}.get(variant, models.model),
-        "parameters": model.num_parameters(),
-        "weight_bytes": stored_bytes(model),
-        "stored_bytes": _bytes_on_disk(variant, models, opened),
-        "load_seconds": opened[variant].load_seconds,
-        "peak_bytes": peak,
-        "batches": [_batch(size, its, timings[("source", size)]) for size, its in own.items()],
-    }
-    if variant in ("materialised", "speculative"):
-        compact = {size: timings[("compact", size)] for size in own}
-        entry["same_ids_as_compact"] = all(
-            torch.equal(one.ids, other.ids)
-            for size, its in own.items()
-            for one, other in zip(its, compact[size], strict=True)
+    """Times a variant at each batch size. Peaks are those up to that size, so sizes go up."""
+    torch.set_num_threads(threads)
+    where = find_device(device)
+    libraries = None if where.type == "cuda" else peak_bytes(where)
+    loaded = load_model(model, dtype, device)
+    if variant == "materialised":
+        materialize(loaded)
+    prompts = torch.tensor(ids)
+    run = partial(time_generation, loaded, speculative=variant == "speculative")
+    batches, made = [], {}
+    for size in sizes:
+        run(prompts[:size], _WARM_UP_TOKENS)
+        runs: list[Any] = [run(prompts[:size], NEW_TOKENS) for _ in range(REPEATS)]
+        prefill, total = (median(one[place] for one in runs) for place in (1, 2))
+        decoding = median(one[2] - one[1] for one in runs)
+        batches.append(
+            {
+                "batch_size": size,
+                "prefill_seconds": prefill,
+                "tokens_per_second": (NEW_TOKENS - 1) / decoding,
+                "throughput": size * NEW_TOKENS / total,
+                "peak_bytes": peak_bytes(where),
+            }
         )
-        for batch in entry["batches"]:
-            size = batch["batch_size"]
-            batch["throughput_percent_of_compact"] = _percent(compact[size], own[size])
-    done = own[1][-1].statistics if variant == "speculative" else None
-    if done is not None:
-        entry["acceptance"] = done.acceptance
-        entry["block_evaluations_per_token"] = done.block_evaluations_per_token
-    return entry
+        made[size] = runs[-1][0].tolist()
+    answer = {"library_bytes": libraries, "batches": batches, "made": made}
+    return answer | ({"acceptance": runs[-1][3].acceptance} if variant == "speculative" else {})
 
 
-def _bytes_on_disk(variant: str, models: Models, opened: dict[str, Opened]) -> int:
-    """Of a folder's weight files, or what such files would hold."""
-    lies_in = {"source": models.source, "removal": models.removal}.get(variant, models.model)
-    files = list(Path(lies_in).glob("*.safetensors")) if lies_in is not None else []
-    if files:
-        return sum(file.stat().st_size for file in files)
-    stored = opened["compact"] if variant in ("materialised", "speculative") else opened[variant]
-    dtype = config_dtype(read_config(models.source if lies_in is None else lies_in))
-    return stored.model.num_parameters() * dtype.itemsize
+def time_generation(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    new_tokens: int,
+    speculative: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[torch.Tensor, float, float, SpeculateStatistics]:
+    """Generates greedily, past any end of text, and times it.
+
+    Args:
+        model: in eval mode.
+        ids: (batch, prompt) ids; one sequence where `speculative`.
+        new_tokens: tokens to make of each sequence.
+        speculative: whether the model's own draft proposes them.
+        clock: seconds.
+
+    Returns:
+        (batch, prompt + new) ids; seconds until the first new token of each sequence stands, and until all do; what
+        speculative decoding did.
+    """
+    ids, times = ids.to(model.device), [0.0]
+
+    def now() -> float:
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        return clock()
+
+    def note_first(*_: Any, **__: Any) -> torch.Tensor:
+        if len(times) < 2:
+            times.append(now())
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    seen = SpeculateStatistics()
+    given: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "eos_token_id": None, "pad_token_id": 0}
+    if speculative:
+        given |= {"custom_generate": speculative_generate, "statistics": seen}
+    generate: Any = model.generate
+    criteria = StoppingCriteriaList([note_first])
+    times[0] = now()
+    with fast_half(model):
+        made = generate(ids, max_new_tokens=new_tokens, do_sample=False, stopping_criteria=criteria, **given)
+    return made, times[1] - times[0], now() - times[0], seen
 
 
-def _batch(size: int, its: list[Timing], source: list[Timing]) -> dict[str, Any]:
-    """What one variant took at one batch size: seconds for the whole batch, rates of all its tokens."""
-    return {
-        "batch_size": size,
-        "prefill_seconds": spread([one.prefill for one in its]),
-        "token_seconds": spread([_per_token(one) for one in its]),
-        "tokens_per_second": spread([size * one.new_tokens / one.total for one in its]),
-        "prefill_percent": spread([100 * (a.prefill / b.prefill) for a, b in zip(its, source, strict=True)]),
-        "token_percent": spread([100 * (_per_token(a) / _per_token(b)) for a, b in zip(its, source, strict=True)]),
-        "time_percent": _percent(its, source),
-        "throughput_percent": _percent(source, its),
-    }
-
-
-def _per_token(one: Timing) -> float:
-    """Seconds from the first new token to the last, by the tokens between: what a reader waits for each."""
-    return (one.total - one.prefill) / (one.new_tokens - 1)
-
-
-def _percent(one: list[Timing], other: list[Timing]) -> dict[str, float]:
-    """All of one's time in percent of the other's, within each repeat."""
-    return spread([100 * (a.total / b.total) for a, b in zip(one, other, strict=True)])
-
-
-_COST = ("variant", "parameters in memory", "weights, MB", "stored, MB", "load, s", "peak, MB", "of source, %")
-
-_TIME = ("batch", "variant", "prefill, ms", "a token, ms", "tokens/s", "time, %", "least-most", "throughput, %")
-
-
-def cost_rows(result: Benchmark) -> Rows:
-    """What each variant takes of disk and memory."""
-    source = result["variants"][0]
-    rows = [
-        [
-            variant["variant"],
-            f"{variant['parameters']:,}",
-            megabytes(variant["weight_bytes"]),
-            megabytes(variant["stored_bytes"]),
-            "" if variant["load_seconds"] is None else f"{variant['load_seconds']:.2f}",
-            megabytes(variant["peak_bytes"]),
-            f"{100 * variant['peak_bytes'] / source['peak_bytes']:.1f}",
-        ]
-        for variant in result["variants"]
-    ]
-    return Rows(_COST, rows)
-
-
-def time_rows(result: Benchmark) -> Rows:
-    """How long each takes, and in percent of the source, as in the paper's tables 6 and 7."""
+def benchmark_rows(result: Benchmark) -> Rows:
+    """A row for each batch size and variant; throughput in percent of the source's, where there is one."""
     rows = []
-    for size in result["options"]["batch_sizes"]:
+    for size in sorted(result["options"]["batch_sizes"]):
         for variant in result["variants"]:
-            rows += [[str(size), variant["variant"], *_times(b)] for b in variant["batches"] if b["batch_size"] == size]
-    return Rows(_TIME, rows, align="llrrrrrr")
+            for batch in (one for one in variant["batches"] if one["batch_size"] == size):
+                row = {
+                    "batch": str(size),
+                    "variant": variant["variant"],
+                    "prefill, ms": f"{1000 * batch['prefill_seconds']:.1f}",
+                    "tokens/s each": f"{batch['tokens_per_second']:.1f}",
+                    "tokens/s all": f"{batch['throughput']:.1f}",
+                }
+                if "throughput_percent" in batch:
+                    row["of source, %"] = f"{batch['throughput_percent']:.1f}"
+                row |= {"peak, MB": megabytes(batch["peak_bytes"]), "stored, MB": megabytes(variant["stored_bytes"])}
+                rows.append(row)
+    sides = "rl".ljust(len(rows[0]), "r")
+    return Rows(list(rows[0]), [list(row.values()) for row in rows], align=sides, notes=_notes(result))
 
 
-def _times(batch: dict[str, Any]) -> list[str]:
-    share = batch["time_percent"]
-    return [
-        f"{1000 * batch['prefill_seconds']['median']:.1f}",
-        f"{1000 * batch['token_seconds']['median']:.2f}",
-        f"{batch['tokens_per_second']['median']:.1f}",
-        f"{share['median']:.1f}",
-        f"{share['min']:.1f}-{share['max']:.1f}",
-        f"{batch['throughput_percent']['median']:.1f}",
-    ]
-
-
-def benchmark_tables(result: Benchmark) -> list[Any]:
-    """Costs and times, for a terminal of 80 columns."""
-    return [cost_rows(result).terminal(), time_rows(result).terminal()]
-
-
-def benchmark_notes(result: Benchmark) -> list[str]:
-    """What a reader of the tables has to know."""
-    options, versions = result["options"], result["versions"]
-    kind = "of CPU time" if result["clock"] == "cpu" else "passed"
-    text = options.get("prompt", "random tokens")
+def _notes(result: Benchmark) -> list[str]:
+    """What a reader of the rows has to know."""
+    libraries, versions = result["variants"][0]["library_bytes"], result["versions"]
     lines = [
-        f"greedy, prompts of {options['prompt_tokens']} tokens ({text}), {options['new_tokens']} new ones; seconds "
-        f"{kind}; medians (least-most) of {options['repeats']} repeats, all variants in turn; % of the source's within "
-        "a repeat",
+        f"greedy, prompts of {result['prompt_tokens']} tokens, {result['new_tokens']} new ones; medians of "
+        f"{result['repeats']} runs; each variant in a process of its own",
+        f"peak: memory of that process, {megabytes(libraries)} MB of it libraries"
+        if libraries
+        else "peak: memory on the GPU, weights included",
     ]
-    if result["peak_bytes_of_libraries"] is None:
-        lines.append("peak memory: weights, and what the GPU's allocator gave besides while the variant ran")
-    else:
-        libraries = megabytes(result["peak_bytes_of_libraries"])
-        lines.append(f"peak memory: RSS of a process of its own, {libraries} MB of it libraries")
-    lines += [line for variant in result["variants"] for line in _of_compact(variant)]
-    names = ", ".join(f"{name} {versions[name]}" for name in ("flexigpt", "torch", "transformers"))
-    machine = f"{result['device']}, {result['dtype']}, {result['threads']} threads, load {result['load']}"
-    return [*lines, f"{machine}; {names}"]
+    for variant in result["variants"]:
+        if "same_tokens_as_compact" in variant:
+            same = "the tokens" if variant["same_tokens_as_compact"] else "by rounding, not all of the tokens"
+            accepted = f"; {variant['acceptance']:.0%} of drafted tokens accepted" if "acceptance" in variant else ""
+            lines.append(f"{variant['variant']}: {same} that compact gives{accepted}")
+    names = ", ".join(f"{name} {versions[name]}" for name in versions)
+    return [*lines, f"{result['device']}, torch threads: {result['threads']}; {names}"]
 
 
-def _of_compact(variant: dict[str, Any]) -> list[str]:
-    if "same_ids_as_compact" not in variant:
-        return []
-    shares = [
-        f"{batch['throughput_percent_of_compact']['median']:.1f} % at batch {batch['batch_size']}"
-        for batch in variant["batches"]
-    ]
-    same = "the same tokens" if variant["same_ids_as_compact"] else "other tokens (the last bit decided otherwise)"
-    line = f"{variant['variant']}: {same} as compact, its throughput {', '.join(shares)}"
-    if "acceptance" in variant:
-        line += (
-            f"; {100 * variant['acceptance']:.0f} % of the draft's tokens accepted, "
-            f"{variant['block_evaluations_per_token']:.1f} block evaluations a token"
-        )
-    return [line]
-
-
-def benchmark_markdown(result: Benchmark) -> str:
-    """Tables and notes in Markdown."""
-    notes = "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in benchmark_notes(result))
-    return f"{cost_rows(result).markdown()}\n{time_rows(result).markdown()}{notes}"
+if __name__ == "__main__":  # what `_alone` starts
+    try:
+        print(json.dumps(_measure(**json.load(sys.stdin))))
+    except InputError as error:
+        sys.exit(str(error))

@@ -1,7 +1,7 @@
 """Self-speculative decoding: the draft proposes tokens, the compact model verifies them; same output, fewer passes.
 
 1. The draft, the model with its replicas skipped, decodes k tokens.
-2. The target takes them all at once, from the first skipped block on: what comes before was computed for the draft.
+2. The target takes them all at once, from the first replica on: what comes before was computed for the draft.
 3. They are accepted up to the first that the target would not have chosen; there the target puts its own, and after the
    last accepted one it adds one.
 
@@ -10,19 +10,20 @@ Sampling keeps the target's distribution exactly by the rule of Leviathan et al.
 from the normalised positive part of p - q. Both p and q are taken after the same logits processors.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-from flexigpt.decoding.draft import DraftLength, SpeculateOptions, SpeculateStatistics, expected_speedup, skipped_blocks
+from flexigpt.decoding.draft import DraftLength, SpeculateStatistics, expected_speedup
+from flexigpt.decoding.options import SpeculateOptions
 from flexigpt.decoding.split import SplitDecoder
+from flexigpt.model import CACHE_NAMES
 from flexigpt.runtime import InputError
 
 # What `generate` hands on besides ids, and what of it is used here.
-_KNOWN_INPUTS = frozenset(("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"))
+_KNOWN_INPUTS = frozenset(("attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "logits_to_keep"))
 
 # Settings of `generate` that ask for another way of decoding, or for output that this one does not have.
 _REFUSED = (
@@ -30,12 +31,6 @@ _REFUSED = (
     *("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "force_words_ids", "prefill_chunk_size"),
     *("guidance_scale", "watermarking_config", "return_dict_in_generate"),
 )
-
-# Tokens in a row that must have come before in the text, for what followed them there to be proposed.
-_MATCH_LENGTH = 3
-
-# What each token after the first adds to a pass over a block, for choosing the draft length.
-_ROW_COST = 0.0
 
 
 @torch.no_grad()
@@ -57,7 +52,7 @@ def speculative_generate(
     samples have the same distribution.
 
     Args:
-        model: with replicas, or with `speculate.draft_blocks`.
+        model: a compact model with replicas.
         input_ids: (1, prompt) ids.
         logits_processor: as `generate` prepares them; what depends on more than ids and logits is refused.
         stopping_criteria: as `generate` prepares them, asked after every token.
@@ -66,7 +61,7 @@ def speculative_generate(
             `functools.partial`.
         speculate: how to draft; an argument of `generate`, too.
         statistics: filled in; an argument of `generate`, too.
-        inputs: `attention_mask`, `position_ids` and `past_key_values`, as `generate` prepares them.
+        inputs: `attention_mask`, `position_ids` and the cache, as `generate` prepares them.
 
     Returns:
         (1, prompt + new) ids.
@@ -75,18 +70,16 @@ def speculative_generate(
         InputError: several sequences, another decoding method, output other than ids, or a cache that cannot be taken
             back; a model that has no draft.
     """
-    options = speculate or SpeculateOptions()
     _check_request(input_ids, generation_config, inputs)
-    skipped = skipped_blocks(model, options)
-    positions = inputs["position_ids"]
-    decoder = SplitDecoder(model, skipped, inputs.get("past_key_values"), inputs.get("attention_mask"), positions)
+    cache = next((inputs[name] for name in CACHE_NAMES if name in inputs), None)
+    decoder = SplitDecoder(model, cache, inputs.get("attention_mask"), inputs["position_ids"])
     chooser = Chooser(logits_processor, bool(generation_config.do_sample))
     statistics = SpeculateStatistics() if statistics is None else statistics
-    speculation = Speculation(decoder, chooser, options, statistics)
+    speculation = Speculation(decoder, chooser, speculate or SpeculateOptions(), statistics)
     ids, done = input_ids, False
     with decoder.running():
-        new = speculation.begin(ids)
-        while True:
+        new = [chooser.choose(chooser.scores(ids, decoder.prompt(ids)))]
+        while not done:
             for token in new:
                 ids = torch.cat((ids, token[None]), 1)
                 statistics.tokens += 1
@@ -95,9 +88,8 @@ def speculative_generate(
                 done = bool(stopping_criteria(ids, None).all())
                 if done:
                     break
-            if done:
-                break
-            new = speculation.round(ids, generation_config.max_length - ids.shape[1])
+            else:
+                new = speculation.round(ids, generation_config.max_length - ids.shape[1])
         decoder.finish(ids.shape[1] - 1)
     if streamer is not None:
         streamer.end()
@@ -134,21 +126,17 @@ class Chooser:
         """(1, vocabulary) -> (1,) a token."""
         return torch.multinomial(scores, 1)[:, 0] if self._sampling else scores.argmax(-1)
 
-    def judge(
-        self, target: torch.Tensor, draft: torch.Tensor | None, drafted: torch.Tensor
-    ) -> tuple[torch.Tensor, bool]:
+    def judge(self, target: torch.Tensor, draft: torch.Tensor, drafted: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """The token that stands where one was drafted, and whether it is that one.
 
         Args:
             target: (1, vocabulary) scores of the target.
-            draft: (1, vocabulary) scores of the draft; None: it could have proposed nothing else.
+            draft: (1, vocabulary) scores of the draft.
             drafted: (1,) what it proposed.
         """
         if not self._sampling:
             token = target.argmax(-1)
             return token, bool(token == drafted)
-        if draft is None:
-            draft = torch.zeros_like(target).scatter_(1, drafted[None], 1.0)
         if bool(torch.rand_like(target[0, :1]) * draft[0, drafted] < target[0, drafted]):
             return drafted, True
         left = (target - draft).clamp(min=0)
@@ -160,92 +148,53 @@ class Speculation:
     """Rounds of drafting and verifying."""
 
     def __init__(
-        self,
-        decoder: SplitDecoder,
-        chooser: Chooser,
-        options: SpeculateOptions,
-        statistics: SpeculateStatistics,
+        self, decoder: SplitDecoder, chooser: Chooser, options: SpeculateOptions, statistics: SpeculateStatistics
     ) -> None:
-        self._decoder, self._chooser, self._options = decoder, chooser, options
-        self._statistics = statistics
+        self._decoder, self._chooser, self._statistics = decoder, chooser, statistics
         statistics.num_blocks = decoder.num_blocks
         speedup = partial(
             expected_speedup,
             num_blocks=decoder.num_blocks,
-            num_skipped=decoder.num_skipped,
-            first_skipped=decoder.entry,
-            row_cost=_ROW_COST,
+            num_replicas=decoder.num_replicas,
             head_cost=decoder.head_cost,
         )
         self._lengths = DraftLength(options.draft_length, speedup)
 
-    def begin(self, ids: torch.Tensor) -> list[torch.Tensor]:
-        """The token after the prompt."""
-        token = self._chooser.choose(self._chooser.scores(ids, self._decoder.prompt(ids)))
-        self._decoder.work.blocks = self._decoder.work.rows = 0
-        return [token]
-
     def round(self, ids: torch.Tensor, room: int) -> list[torch.Tensor]:
         """The next tokens, one at least and `room` at most; `ids`, (1, tokens), ends in one that nothing has seen."""
-        found = self._look_up(ids, room - 1)
-        if found:
-            logits = self._decoder.target(torch.cat((ids[:, -1:], *(token[None] for token in found)), 1))
-            new, accepted = self._judge(ids, logits, found, [None] * len(found))
-            self._statistics.looked_up += len(found)
-            self._statistics.looked_up_accepted += accepted
-        else:
-            drafted, scores = self._draft(ids, min(self._lengths.next(), room - 1))
-            logits = self._decoder.verify() if drafted else self._decoder.target(ids[:, -1:])
-            new, accepted = self._judge(ids, logits, drafted, scores)
-            self._lengths.saw(accepted, len(drafted))
-            self._statistics.drafted += len(drafted)
-            self._statistics.accepted += accepted
-        self._decoder.keep(ids.shape[1] + accepted)
-        self._statistics.target_passes += 1
-        self._statistics.block_evaluations = self._decoder.work.blocks
-        self._statistics.block_rows = self._decoder.work.rows
+        decoder, statistics = self._decoder, self._statistics
+        drafted = self._draft(ids, min(self._lengths.next(), room - 1))
+        logits = decoder.verify() if drafted else decoder.target(ids[:, -1:])
+        new, accepted = self._judge(ids, logits, drafted)
+        self._lengths.saw(accepted, len(drafted))
+        decoder.keep(ids.shape[1] + accepted)
+        statistics.target_passes += 1
+        statistics.drafted += len(drafted)
+        statistics.accepted += accepted
+        statistics.block_evaluations = decoder.block_evaluations
         return new
 
-    def _draft(self, ids: torch.Tensor, count: int) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    def _draft(self, ids: torch.Tensor, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """`count` tokens of the draft's, which the first blocks have then seen, and the scores they were chosen by."""
-        drafted: list[torch.Tensor] = []
-        scores: list[torch.Tensor | None] = []
+        drafted = []
         for _ in range(count):
-            its = self._chooser.scores(ids, self._decoder.draft(ids[:, -1:]))
-            drafted.append(self._chooser.choose(its))
-            scores.append(its)
-            ids = torch.cat((ids, drafted[-1][None]), 1)
+            scores = self._chooser.scores(ids, self._decoder.draft(ids[:, -1:]))
+            drafted.append((self._chooser.choose(scores), scores))
+            ids = torch.cat((ids, drafted[-1][0][None]), 1)
         if drafted:
             self._decoder.first(ids[:, -1:])
-        self._statistics.draft_passes += count
-        return drafted, scores
+        return drafted
 
     def _judge(
-        self,
-        ids: torch.Tensor,
-        logits: torch.Tensor,
-        drafted: list[torch.Tensor],
-        scores: Sequence[torch.Tensor | None],
+        self, ids: torch.Tensor, logits: torch.Tensor, drafted: list[tuple[torch.Tensor, torch.Tensor]]
     ) -> tuple[list[torch.Tensor], int]:
         """The tokens that come out of a round, and how many of them were drafted."""
         new: list[torch.Tensor] = []
-        for number, (token, its) in enumerate(zip(drafted, scores, strict=True)):
-            chosen, is_it = self._chooser.judge(self._chooser.scores(ids, logits[:, number]), its, token)
+        for number, (token, scores) in enumerate(drafted):
+            chosen, is_it = self._chooser.judge(self._chooser.scores(ids, logits[:, number]), scores, token)
             new.append(chosen)
             if not is_it:
                 return new, number
             ids = torch.cat((ids, chosen[None]), 1)
         new.append(self._chooser.choose(self._chooser.scores(ids, logits[:, -1])))
         return new, len(drafted)
-
-    def _look_up(self, ids: torch.Tensor, most: int) -> list[torch.Tensor]:
-        """What followed the last time that the text's last tokens stood in it before."""
-        most = min(most, self._options.prompt_lookup or 0)
-        if most < 1 or ids.shape[1] <= _MATCH_LENGTH:
-            return []
-        runs = ids[0].unfold(0, _MATCH_LENGTH, 1)
-        places = (runs[:-1] == runs[-1]).all(1).nonzero()
-        if not len(places):
-            return []
-        start = int(places[-1]) + _MATCH_LENGTH
-        return list(ids[0, start : start + most, None])

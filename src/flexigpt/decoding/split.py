@@ -1,34 +1,21 @@
-"""A model's blocks run in parts: those before the first skipped block, the rest of the draft, the rest of the target.
+"""A model's blocks run in parts: those before the first replica, the rest of the draft, the rest of the target.
 
-Up to the first skipped block draft and target compute the same, so hidden states and cache entries of these blocks are
-made once and serve both. After it the draft has a cache of its own. The model's own forward prepares embeddings, masks
-and positions for every part; blocks that do not belong to it hand their input on.
+Up to the first replica draft and target compute the same, so hidden states and cache entries of these blocks are made
+once and serve both. After it the draft has a cache of its own. The model's own forward prepares embeddings, masks and
+positions for every part; blocks that do not belong to it hand their input on.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from flexigpt.model import layout_of, replaced_forwards
+from flexigpt.model import cache_name, layout_of, replaced_forwards
 from flexigpt.runtime import InputError
-
-
-@dataclass
-class Work:
-    """Block evaluations counted as they happen.
-
-    Attributes:
-        blocks: calls of a block, each over one or more tokens: how often a block's weights were read.
-        rows: tokens that blocks computed, summed over those calls.
-    """
-
-    blocks: int = 0
-    rows: int = 0
 
 
 class SplitDecoder:
@@ -38,40 +25,36 @@ class SplitDecoder:
     only); `verify` takes the target to where the first blocks are. `keep` takes everything back to a length.
 
     Args:
-        model: compact or ordinary, as in `running`.
-        skipped: blocks that the draft skips; some, not all.
+        model: a compact model with replicas, which the draft skips.
         cache: empty; afterwards the target's.
         mask: (1, prompt) 1 for tokens, 0 for padding; None: no padding.
         positions: (1, prompt) positions of the prompt's tokens.
 
     Attributes:
-        entry: the first skipped block.
+        entry: the first replica.
         head_cost: the output head's weights over those of a kept block.
-        work: counts what blocks do.
+        block_evaluations: calls of a block since the prompt, each over one or more tokens.
 
     Raises:
-        InputError: a cache that holds tokens already, or that cannot be taken back to a length.
+        InputError: a model without replicas; a cache that holds tokens already, or that cannot be taken back to a
+            length.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        skipped: frozenset[int],
-        cache: Any,
-        mask: torch.Tensor | None,
-        positions: torch.Tensor,
-    ) -> None:
-        self._blocks = layout_of(model).blocks
-        self.num_blocks, self.num_skipped, self.entry = len(self._blocks), len(skipped), min(skipped)
-        self._draft_blocks = frozenset(range(self.num_blocks)) - skipped
-        self._model: Any = model
-        self.head_cost = head_cost(model)
-        self._mask, self._positions = mask, positions
+    def __init__(self, model: PreTrainedModel, cache: Any, mask: torch.Tensor | None, positions: torch.Tensor) -> None:
+        layout = layout_of(model)
+        if not layout.bases:
+            raise InputError("the model has no replicas to skip, so it has no draft: decode it without --speculative")
         _check_cache(cache)
-        self._cache = cache
-        self.work = Work()
+        self._model: Any = model
+        self._blocks, self._draft_blocks = layout.blocks, frozenset(layout.kept)
+        self.num_blocks, self.num_replicas, self.entry = len(layout.blocks), len(layout.bases), min(layout.bases)
+        head: Any = model.get_output_embeddings()
+        self.head_cost = head.weight.numel() / sum(p.numel() for p in layout.blocks[layout.kept[0]].parameters())
+        self._cache, self._cache_name = cache, cache_name(model.get_decoder())
+        self._mask, self._positions = mask, positions
+        self.block_evaluations = 0
         self.length = self.target_length = self.draft_length = 0  # of the first blocks, and of the rest of each
-        # Tokens, and what they gave the first skipped block, from the shorter of the two rests on.
+        # Tokens, and what they gave the first replica, from the shorter of the two rests on.
         self._ids = positions.new_empty(1, 0)
         self._stream: torch.Tensor | None = None
         self._running: frozenset[int] = frozenset()
@@ -90,8 +73,7 @@ class SplitDecoder:
                         hidden_states = self._injected
                     self._entering = hidden_states
                 if index in self._running:
-                    self.work.blocks += 1
-                    self.work.rows += hidden_states.shape[1]
+                    self.block_evaluations += 1
                     return forward(hidden_states, *args, **kwargs)
                 return (hidden_states, None) if as_tuple else hidden_states
 
@@ -108,6 +90,7 @@ class SplitDecoder:
         self._make_views()
         self._draft_rest(num_logits=0)
         self.keep(self.length)
+        self.block_evaluations = 0
         return logits[:, -1]
 
     def _make_views(self) -> None:
@@ -122,6 +105,7 @@ class SplitDecoder:
         self._rollback = [layer for layer in own + self._own_layers if isinstance(layer, DynamicSlidingWindowLayer)]
         for layer in self._rollback:
             layer.activate_past_recording()
+            layer.update = partial(_in_window, layer, layer.update)  # type: ignore[method-assign]
         live = own[0] if entry else self._own_layers[0]
         some: Any = self._own_layers[0] if self._own_layers else _fresh(own[entry])
         self._target_rest_view = Cache(layers=[own[entry]] * entry + own[entry:])
@@ -169,18 +153,18 @@ class SplitDecoder:
     def _rest(self, blocks: Any, view: Cache, start: int, num_logits: int) -> torch.Tensor:
         """What the first blocks made of the tokens from `start` on, through these blocks."""
         count = self.length - start
-        self._injected = None if self._stream is None else self._stream[:, -count:]
-        try:
-            return self._pass(self._ids[:, -count:], blocks, view, start, num_logits)
-        finally:
-            self._injected = None
+        entering = None if self._stream is None else self._stream[:, -count:]
+        return self._pass(self._ids[:, -count:], blocks, view, start, num_logits, entering)
 
-    def _pass(self, ids: torch.Tensor, blocks: Any, view: Cache, start: int, num_logits: int) -> torch.Tensor:
+    def _pass(
+        self, ids: torch.Tensor, blocks: Any, view: Cache, start: int, num_logits: int, entering: Any = None
+    ) -> torch.Tensor:
         """Runs some of the blocks on tokens whose first is number `start` of the sequence.
 
-        Returns the logits after the last `num_logits` of them; with none, the final norm's output instead.
+        The first replica is given `entering`, where there is one, in the place of what came to it. Returns the logits
+        after the last `num_logits` tokens; with none, the final norm's output instead.
         """
-        self._running = frozenset(blocks)
+        self._running, self._injected = frozenset(blocks), entering
         end, prompt = start + ids.shape[1], self._positions.shape[1]
         positions = self._positions[:, start:end]
         if end > prompt:
@@ -188,7 +172,7 @@ class SplitDecoder:
         mask = self._mask
         if mask is not None:
             mask = torch.cat((mask, mask.new_ones(1, max(end - prompt, 0))), 1)
-        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": view}
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, self._cache_name: view}
         if num_logits:
             logits: torch.Tensor = self._model(**given, use_cache=True, logits_to_keep=num_logits).logits
             return logits
@@ -200,8 +184,8 @@ class SplitDecoder:
         self._ids = torch.cat((self._ids, ids), 1)
         if self.entry:
             assert self._entering is not None
-            seen = self._entering
-            self._stream = seen if self._stream is None else torch.cat((self._stream, seen), 1)
+            parts = (self._entering,) if self._stream is None else (self._stream, self._entering)
+            self._stream = torch.cat(parts, 1)
         self.length += ids.shape[1]
 
     def keep(self, length: int) -> None:
@@ -228,14 +212,7 @@ class SplitDecoder:
         self.keep(length)
         for layer in self._rollback:
             layer.record_past = False
-
-
-def head_cost(model: PreTrainedModel) -> float:
-    """The output head's weights over those of a kept block."""
-    layout = layout_of(model)
-    head: Any = model.get_output_embeddings()
-    weights = sum(parameter.numel() for parameter in layout.blocks[min(layout.kept)].parameters())
-    return float(head.weight.numel() / weights)
+            del layer.update
 
 
 def _check_cache(cache: Any) -> None:
@@ -243,7 +220,7 @@ def _check_cache(cache: Any) -> None:
         kind = type(cache).__name__ if cache is not None else "no cache"
         raise InputError(
             f"speculative decoding takes back rejected tokens, which it cannot with {kind} as set up here: leave out "
-            "past_key_values, cache_implementation and use_cache"
+            "the cache, cache_implementation and use_cache"
         )
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer):
@@ -251,9 +228,7 @@ def _check_cache(cache: Any) -> None:
                 f"speculative decoding cannot take back tokens of a {type(layer).__name__}: decode without it"
             )
     if cache.get_seq_length():
-        raise InputError(
-            "the cache holds tokens that the draft has not seen: give the whole text and no past_key_values"
-        )
+        raise InputError("the cache holds tokens that the draft has not seen: give the whole text and no cache")
 
 
 def _fresh(layer: Any) -> Any:
@@ -263,6 +238,12 @@ def _fresh(layer: Any) -> Any:
     if isinstance(layer, StaticLayer):
         return StaticLayer(max_cache_len=layer.max_cache_len)
     return type(layer)()
+
+
+def _in_window(layer: Any, update: Callable[..., Any], keys: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What the masks are made for: transformers 5.17 gives out all that it keeps for a way back."""
+    visible = layer.sliding_window - 1 + keys.shape[-2]
+    return tuple(kept[:, :, -visible:] for kept in update(keys, *args, **kwargs))
 
 
 def _drop(layer: Any, tokens: int) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from flexigpt.evaluation.fidelity import measure_fidelity
 from flexigpt.evaluation.options import EvalOptions
 from flexigpt.evaluation.perplexity import check_stride, perplexity
 from flexigpt.model import stored_bytes
-from flexigpt.runtime import InputError, T, Track, device_name, find_device, silent
+from flexigpt.runtime import InputError, T, Track, device_name, find_device, silent, versions
 from flexigpt.text import check_window_length, tokenize_text
 from flexigpt.weights import load_model, load_tokenizer, model_fingerprint, read_config
 
@@ -60,7 +59,7 @@ def evaluate(models: str | Sequence[str], options: EvalOptions, track: Track = s
     texts = {}
     if options.perplexity is not None:
         for name, tokenizer in tokenizers.items():
-            texts[name] = tokenize_text(options.perplexity, tokenizer, column="text", window_length=window_length)
+            texts[name] = tokenize_text(options.perplexity, tokenizer, window_length=window_length)
     source = None if against is None else load_model(against, options.dtype, options.device)
     entries, dtypes = [], []
     for number, (name, tokenizer) in enumerate(tokenizers.items(), 1):
@@ -85,7 +84,7 @@ def evaluate(models: str | Sequence[str], options: EvalOptions, track: Track = s
         del model  # before the next one is read
     return {
         "format": 1,
-        "versions": {name: version(name) for name in ("flexigpt", "torch", "transformers", "lm_eval", "datasets")},
+        "versions": versions("lm_eval", "datasets"),
         "command": None,
         "device": device_name(device),
         "dtype": ", ".join(dict.fromkeys(dtypes)),

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from flexigpt.model.architecture import (
         ARCHITECTURES,
         Roles,
-        block_list,
         find_architecture,
         model_shape,
         num_blocks,
@@ -22,27 +21,31 @@ if TYPE_CHECKING:
         all_tensors,
         check_depth,
         config_dtype,
-        config_with_blocks,
         empty_compact,
         empty_model,
+        empty_of_blocks,
         fill_model,
         materialize,
-        names_of_blocks,
-        sharing_copy,
     )
     from flexigpt.model.configuration_flexigpt import FlexiGPTConfig
     from flexigpt.model.layout import (
         INNER,
         OUTPUT_NORM,
         REPLICA_PARTS,
-        Layout,
         count_parts,
         layout_of,
         linear_tensors,
         plan_of,
         stored_bytes,
     )
-    from flexigpt.model.modeling_flexigpt import FlexiGPTForCausalLM, NormedOutput, SharedLinear, linear_size
+    from flexigpt.model.modeling_flexigpt import (
+        CACHE_NAMES,
+        FlexiGPTForCausalLM,
+        NormedOutput,
+        SharedLinear,
+        cache_name,
+        linear_size,
+    )
     from flexigpt.model.plan import ModelShape, Plan, Replica, default_rank, plan_in_words
     from flexigpt.model.run import Seen, block_output, fast_half, replaced_forwards, watched
 else:

@@ -186,24 +186,32 @@ def fill_model(empty: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> N
     empty.tie_weights()
 
 
-def names_of_blocks(source: PreTrainedModel, source_blocks: Sequence[int]) -> dict[str, str]:
+def _names_of_blocks(source: PreTrainedModel, source_blocks: Sequence[int]) -> dict[str, str]:
     """What the model that consists of these blocks of the source, repeats allowed, calls its tensors, buffers included.
 
     Returns:
         Name in that model -> name in the source.
     """
-    prefix = layout_of(source).prefix
+    prefix = f"{layout_of(source).prefix}."
     names: dict[str, str] = {}
-    own: dict[int, list[str]] = {}
     for name in all_tensors(source):
-        if name.startswith(f"{prefix}."):
-            block, _, path = name.removeprefix(f"{prefix}.").partition(".")
-            own.setdefault(int(block), []).append(path)
+        if name.startswith(prefix):
+            block, _, path = name.removeprefix(prefix).partition(".")
+            names |= {f"{prefix}{i}.{path}": name for i, origin in enumerate(source_blocks) if origin == int(block)}
         else:
             names[name] = name
-    for index, source_block in enumerate(source_blocks):
-        names |= {f"{prefix}.{index}.{path}": f"{prefix}.{source_block}.{path}" for path in own[source_block]}
     return names
+
+
+def empty_of_blocks(source: PreTrainedModel, blocks: Sequence[int]) -> tuple[PreTrainedModel, dict[str, str]]:
+    """The model of the source's own family that consists of these blocks of it, its parameters on the meta device.
+
+    Returns:
+        The model, and name in it -> name in the source, buffers included.
+    """
+    config = config_with_blocks(source.config, blocks)
+    config.dtype = source.dtype
+    return empty_model(config), _names_of_blocks(source, blocks)
 
 
 def empty_compact(
@@ -230,7 +238,7 @@ def empty_compact(
     text_config._name_or_path = ""  # where the source lay when it was pruned; the record says so
     text_config.dtype = source.dtype
     model = cast(FlexiGPTForCausalLM, empty_model(compact_config(text_config, plan, output_norm, base_scale)))
-    names = {f"{SOURCE_PREFIX}{name}": origin for name, origin in names_of_blocks(source, origins).items()}
+    names = {f"{SOURCE_PREFIX}{name}": origin for name, origin in _names_of_blocks(source, origins).items()}
     taken = {}
     for name in all_tensors(model):
         # A family's own norm that an output norm follows lies one level deeper in a replica.
@@ -239,27 +247,3 @@ def empty_compact(
         if origin is not None:
             taken[name] = origin
     return model, taken
-
-
-def compact_of(
-    source: PreTrainedModel,
-    plan: Plan,
-    output_norm: bool = True,
-    source_blocks: Sequence[int] | None = None,
-    base_scale: bool = False,
-) -> FlexiGPTForCausalLM:
-    """The compact model that shares the tensors of a source in memory; what is the replicas' own is on the meta device.
-
-    Arguments are those of `empty_compact`.
-    """
-    model, taken = empty_compact(source, plan, output_norm, source_blocks, base_scale)
-    there = all_tensors(source)
-    tensors: dict[str, torch.Tensor] = {}
-    used: set[str] = set()
-    for name, origin in taken.items():
-        # What a repeated block keeps as its own (input norms, biases) must not share the memory of the first one's.
-        tensors[name] = there[origin].clone() if origin in used else there[origin]
-        used.add(origin)
-    fill_model(model, tensors)
-    model.generation_config = source.generation_config
-    return model

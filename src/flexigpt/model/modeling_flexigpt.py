@@ -5,6 +5,7 @@ linears are exchanged: each computes with the base's weight, to which it adds it
 when the layer runs and is not registered a second time, so every tensor exists once in the module tree and on disk.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -16,6 +17,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from .configuration_flexigpt import FlexiGPTConfig
+
+# What transformers calls the key/value cache: since 5.24, and before.
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def cache_name(model: nn.Module) -> str:
+    """The name under which the forward of this model takes its key/value cache."""
+    known = inspect.signature(model.forward).parameters
+    return next(name for name in CACHE_NAMES if name in known)
 
 
 def linear_size(linear: nn.Module) -> tuple[int, int]:
@@ -97,6 +107,7 @@ class FlexiGPTForCausalLM(PreTrainedModel, GenerationMixin):
             object.__setattr__(self, flag, getattr(source_class, flag))
         super().__init__(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
+        self._cache_name = cache_name(self.language_model)
         for replica in config.replicas:
             self._share(**replica)
         self.post_init()
@@ -129,14 +140,23 @@ class FlexiGPTForCausalLM(PreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As the source's own: (batch, tokens) ids -> (batch, tokens, vocabulary) logits, and the loss for labels."""
+        """As the source's own: (batch, tokens) ids -> (batch, tokens, vocabulary) logits, and the loss for labels.
+
+        The key/value cache may be called `cache` or `past_key_values`, whichever name this transformers knows.
+
+        Raises:
+            ValueError: both of them.
+        """
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one thing: give one of them")
+        kwargs[self._cache_name] = past_key_values if cache is None else cache
         return self.language_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,

@@ -1,10 +1,8 @@
 """The record: what a flow was asked, what it ran on, and what it measured. JSON-ready."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from transformers import PreTrainedModel
 
 from flexigpt.evaluation import perplexity
 from flexigpt.model import FlexiGPTForCausalLM, SharedLinear, config_dtype, count_parts, plan_of, stored_bytes
-from flexigpt.runtime import Cache, Track
+from flexigpt.runtime import Cache, Track, digest, versions
 from flexigpt.text import TokenizedText
 from flexigpt.weights import Source, StreamedModel, open_empty
 
@@ -31,7 +29,7 @@ def new_record(source: str, options: Any, resolved: dict[str, Any]) -> Record:
     return {
         "format": FORMAT,
         "source_name": source,
-        "versions": {name: version(name) for name in ("flexigpt", "torch", "transformers")},
+        "versions": versions(),
         "options": {name: value if isinstance(value, plain) else str(value) for name, value in given.items()},
     }
 
@@ -66,11 +64,10 @@ def measure_both(
     if text is None:
         return record
     record["perplexity"] = {"text": name}
-    digest = hashlib.sha256(text.ids.numpy().tobytes()).hexdigest()
     for label, model in models.items():
         measure = partial(perplexity, model, text, window_length=window_length, spill=spill, track=track)
         if isinstance(model, Source):
-            with cache.stage("perplexity", text=digest, window_length=window_length) as stage:
+            with cache.stage("perplexity", text=digest(text.ids), window_length=window_length) as stage:
                 record["perplexity"][label] = stage.result or stage.finish(measure())
         else:
             record["perplexity"][label] = measure()

@@ -54,7 +54,7 @@ def write_checkpoint(
         model: a compact model, or an ordinary one of its source's family; of one that was assembled, what it shares
             with its source is copied from file to file.
         record: as the flow that made the model returned it.
-        source: where the tokenizer lies; None: no tokenizer is written.
+        source: where the tokenizer lies, if the assembly does not have it; None: no other is written.
         max_shard_size: largest weight file, in bytes or as 5GB.
         extras: further files by their names; the model card shows plan.png, a picture of the plan.
         track: reports each tensor of a model that was assembled.
@@ -64,7 +64,8 @@ def write_checkpoint(
     """
     assembly, model = (model, model.model) if isinstance(model, Assembly) else (None, model)
     check_space(out, stored_bytes(model))
-    tokenizer = None if source is None else load_tokenizer(source)
+    opened = None if assembly is None else assembly.tokenizer
+    tokenizer = opened or (None if source is None else load_tokenizer(source))
     with replaced_folder(out) as folder:
         if assembly is None:
             model.save_pretrained(folder, max_shard_size=max_shard_size)

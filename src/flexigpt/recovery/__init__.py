@@ -11,7 +11,5 @@ from flexigpt.runtime.doors import lazy_door
 if TYPE_CHECKING:
     from flexigpt.recovery.options import RecoverOptions
     from flexigpt.recovery.recover import recover
-    from flexigpt.recovery.trainable import TRAIN
-    from flexigpt.recovery.training import PRECISIONS
 else:
     lazy_door(__name__)

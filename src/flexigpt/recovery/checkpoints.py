@@ -4,6 +4,7 @@ import contextlib
 import json
 import pickle
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,12 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from flexigpt.runtime import InputError, World, one_line
 
-_IDENTITY, _STATE = "run.json", "state.json"
+# Between two checkpoints, which a killed run loses at most; as much more as writing one takes longer than `_QUICK`.
+SECONDS, _QUICK = 300.0, 15.0
 
-_KEPT = 2
+_IDENTITY, _STATE, _KEPT = "run.json", "state.json", 2
+
+_DISK_FULL = ("No space left", "File too large", "quota", "file write failed", "PytorchStreamWriter")
 
 
 class RunFolder:
@@ -31,19 +35,22 @@ class RunFolder:
     def __init__(self, out: Path, world: World) -> None:
         self.path = out.with_name(f"{out.name}.recovery")
         self._world = world
-
-    def exists(self) -> bool:
-        return self.path.exists()
+        self._since, self._took = time.monotonic(), 0.0
 
     def start(self, identity: dict[str, Any]) -> None:
-        """Makes the folder anew for a run of this identity (JSON-ready)."""
-        self._world.lead(lambda: self._start(identity))
+        """Makes a new folder for a run of this identity (JSON-ready)."""
 
-    def _start(self, identity: dict[str, Any]) -> None:
-        with self._writing("started"):
-            shutil.rmtree(self.path, ignore_errors=True)
-            self.path.mkdir(parents=True)
-            _write(self.path / _IDENTITY, identity)
+        def make() -> None:
+            with self._writing("started"):
+                shutil.rmtree(self.path, ignore_errors=True)
+                self.path.mkdir(parents=True)
+                _write(self.path / _IDENTITY, identity)
+
+        self._world.lead(make)
+
+    def is_due(self) -> bool:
+        """Whether it is time for a checkpoint, by this process's clock."""
+        return time.monotonic() - self._since >= SECONDS * max(1.0, self._took / _QUICK)
 
     def check(self, identity: dict[str, Any]) -> None:
         """Refuses to resume a run of another identity.
@@ -60,18 +67,16 @@ class RunFolder:
             if started.get(name) != given.get(name):
                 raise InputError(
                     f"the run in {self.path} was started with {name} = {started.get(name)}, now it is "
-                    f"{given.get(name)}: resume with the same, or start anew with --overwrite"
+                    f"{given.get(name)}: resume with the same, or start again with --overwrite"
                 )
 
     def steps(self) -> list[int]:
         """The steps after which a complete checkpoint lies here, ascending."""
-        names = [path.name for path in self.path.glob("checkpoint-*")]
-        return sorted(
-            int(name.removeprefix("checkpoint-")) for name in names if name.removeprefix("checkpoint-").isdigit()
-        )
+        found = [path.name.removeprefix("checkpoint-") for path in self.path.glob("checkpoint-*")]
+        return sorted(int(step) for step in found if step.isdigit())
 
     def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
-        """Writes a checkpoint beside the ones that are there, then lets go of all but the newest two.
+        """Writes a checkpoint beside the ones that are there, then removes all but the newest two.
 
         Args:
             step: steps done.
@@ -81,11 +86,13 @@ class RunFolder:
         Raises:
             InputError: a disk that is full or cannot be written to; the checkpoints before stay.
         """
-        partial = self.path / f"checkpoint-{step}.partial"
+        began, partial = time.monotonic(), self.path / f"checkpoint-{step}.partial"
         self._world.lead(lambda: shutil.rmtree(partial, ignore_errors=True))
         with self._writing("saved", partial), _quietly():
             save_tensors(tensors, checkpoint_id=partial, no_dist=not self._world.joined)
         self._world.lead(lambda: self._complete(step, partial, state))
+        self._since = time.monotonic()
+        self._took = self._since - began
 
     def _complete(self, step: int, partial: Path, state: dict[str, Any]) -> None:
         with self._writing("saved", partial):
@@ -126,10 +133,9 @@ class RunFolder:
         except (OSError, CheckpointException, RuntimeError) as error:
             if partial is not None:
                 shutil.rmtree(partial, ignore_errors=True)
-            survivors = (
-                f"; the state after step {self.steps()[-1]} is safe, --resume goes on from it" if self.steps() else ""
-            )
-            raise InputError(f"the run cannot be {what} in {self.path}: {_reason(error)}{survivors}") from error
+            steps = self.steps()
+            safe = f"; the state after step {steps[-1]} is safe, --resume goes on from it" if steps else ""
+            raise InputError(f"the run cannot be {what} in {self.path}: {_reason(error)}{safe}") from error
 
 
 @contextlib.contextmanager
@@ -148,11 +154,8 @@ def _cause(error: BaseException) -> BaseException:
 
 def _reason(error: BaseException) -> str:
     error = _cause(error)
-    full = any(
-        sign in str(error)
-        for sign in ("No space left", "File too large", "quota", "file write failed", "PytorchStreamWriter")
-    )
-    return "the disk is full, free space" if full else one_line(error)[:200]
+    is_full = any(sign in str(error) for sign in _DISK_FULL)
+    return "the disk is full, free space" if is_full else one_line(error)[:200]
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:

@@ -16,6 +16,21 @@ from flexigpt.runtime import ALONE, InputError, Track, World, silent
 from flexigpt.text import TokenizedText
 
 
+@contextlib.contextmanager
+def entering(block: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Within it each forward pass leaves in the list what enters the block, (batch, tokens, hidden)."""
+    seen: list[torch.Tensor] = []
+
+    def catch(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    handle = block.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 class Draft:
     """A compact model without its replicas, on the model's own tensors.
 
@@ -41,36 +56,26 @@ class Draft:
         self._skipped = frozenset(layout.bases)
         self.entry = min(self._skipped)
 
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[list[torch.Tensor]]:
+    def watched(self) -> contextlib.AbstractContextManager[list[torch.Tensor]]:
         """Within it each forward pass of the model leaves in the list what enters the first replica."""
-        entering: list[torch.Tensor] = []
+        return entering(self._blocks[self.entry])
 
-        def catch(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            entering.append(args[0] if args else kwargs["hidden_states"])
-
-        handle = self._blocks[self.entry].register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            yield entering
-        finally:
-            handle.remove()
-
-    def logits(self, ids: torch.Tensor, entering: torch.Tensor) -> torch.Tensor:
+    def logits(self, ids: torch.Tensor, entered: torch.Tensor) -> torch.Tensor:
         """The draft's logits, (batch, tokens, vocabulary).
 
         Args:
             ids: (batch, tokens), those of the model's forward pass.
-            entering: (batch, tokens, hidden), what entered the first replica in it.
+            entered: (batch, tokens, hidden), what entered the first replica in it.
         """
 
         def switched(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
             def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
                 if index > self.entry and index not in self._skipped:
                     return forward(hidden_states, *args, **kwargs)
-                if index < self.entry:  # what comes out of these stands in `entering` already
+                if index < self.entry:  # what comes out of these stands in `entered` already
                     handed_on = hidden_states.detach()
                 else:  # a copy: FSDP2's hooks would be lost on a block that puts out a view, as its input may be
-                    handed_on = (entering if index == self.entry else hidden_states).clone()
+                    handed_on = (entered if index == self.entry else hidden_states).clone()
                 return (handed_on, None) if self._returns_tuple else handed_on
 
             return run

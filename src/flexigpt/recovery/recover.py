@@ -3,24 +3,26 @@
 import json
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from flexigpt.model import layout_of, stored_bytes
-from flexigpt.record import Record, model_size, new_record, write_checkpoint
+from flexigpt.model import all_tensors, fill_model, layout_of, stored_bytes
+from flexigpt.record import Record, find_in, model_size, new_record, write_checkpoint
 from flexigpt.recovery.checkpoints import RunFolder
 from flexigpt.recovery.measuring import HeldOut
-from flexigpt.recovery.options import RecoverOptions, resolve_settings
+from flexigpt.recovery.options import RecoverOptions
 from flexigpt.recovery.teacher import Teacher, check_teacher
-from flexigpt.recovery.tracking import Trackers
-from flexigpt.recovery.trainable import USES_LORA, lora_rank_for, matching_lora_rank, merge_lora, prepare_training
-from flexigpt.recovery.training import NotFiniteError, Speed, Training, hold_in
+from flexigpt.recovery.tracking import Trackers, tracker_classes
+from flexigpt.recovery.trainable import USES_LORA, lora_rank_for, merge_lora, prepare_training
+from flexigpt.recovery.training import PRECISIONS, NotFiniteError, Training, hold_in, resolve_settings
 from flexigpt.runtime import (
     RECORD,
     InputError,
@@ -29,10 +31,10 @@ from flexigpt.runtime import (
     check_output,
     check_space,
     find_device,
-    joined_world,
-    local_device,
-    part,
+    launched,
+    on_signals,
     peak_bytes,
+    processes,
     silent,
 )
 from flexigpt.text import (
@@ -46,7 +48,9 @@ from flexigpt.text import (
 )
 from flexigpt.weights import find_file, load_model, load_tokenizer, model_fingerprint, open_empty
 
+# How often perplexity is measured in a run, and the options that another may have when it is resumed.
 _EVALUATIONS = 10
+_MAY_DIFFER = {"tokens", "epochs", "activation_checkpointing", "fsdp", "report_to", "device"}
 
 # A checkpoint holds each trained parameter and AdamW's two averages in float32; there are two, and one being written.
 _BYTES_PER_TRAINED, _CHECKPOINTS = 12, 3
@@ -77,8 +81,8 @@ def recover(
         resume: goes on from the last checkpoint of the same run that was killed or interrupted.
         overwrite: whether what flexigpt wrote to `out` before, or an unfinished run, may be replaced.
         command: that ran it, for the model card.
-        track: told of the progress of each stage.
-        log: told of each step's loss, learning rate and speed, and of each measured perplexity.
+        track: reports the progress of each stage.
+        log: reports each step's loss, learning rate and speed, and each measured perplexity.
 
     Returns:
         The record, JSON-ready; None in all processes but the first. Where the loss ceased to be finite,
@@ -89,14 +93,19 @@ def recover(
     """
     out = Path(out)
     check_output(out, (model, options.data, options.teacher, options.perplexity), overwrite)
-    device = find_device(local_device(options.device))
-    with joined_world(device) as world:
+    tracker_classes(options.report_to)
+    if options.fsdp and not launched():
+        raise InputError(
+            "--fsdp shards over processes, and there is one: start it with torchrun --nproc-per-node N -m flexigpt"
+        )
+    device = find_device(processes.local_device(options.device))
+    with processes.joined_world(device) as world:
         run = _Run(model, out, options, world, device)
         if world.leads:
             run.track, run.log = track, log
         world.lead(lambda: run.open_folder(resume, overwrite))
         trained = run.train(resume)
-        part()  # what follows is one process's work
+        processes.part()  # what follows is one process's work
         try:
             return run.finish(trained, command) if world.leads else None
         except KeyboardInterrupt:
@@ -111,27 +120,29 @@ class _Run:
         self.track: Track = silent
         self.log: Log | None = None
         self.folder = RunFolder(out, world)
-        empty = open_empty(model)
+        # Filled in the end, when the model in training is in no state to be written.
+        self.empty = open_empty(model)
+        self.stored: dict[str, torch.Tensor] = {}
         self.tokenizer = load_tokenizer(model)
-        self.window_length = check_window_length(options.window_length, empty.config)
+        self.window_length = check_window_length(options.window_length, self.empty.config)
         if options.teacher is not None:
-            check_teacher(options.teacher, self.tokenizer, self.window_length)
-        if options.draft_weight is not None and not layout_of(empty).bases:
-            raise InputError(
-                f"--draft-weight has no effect, since {model} has no replicas and so no draft: leave it out"
-            )
-        rank = options.lora_rank
-        if options.match is not None:
-            rank = matching_lora_rank(empty, open_empty(options.match))
-        self.lora_rank = lora_rank_for(empty, rank) if options.train in USES_LORA else 0
-        if options.replica_lr is not None and not layout_of(empty).bases:
-            raise InputError(f"--replica-lr has no effect, since {model} has no replicas: leave it out")
-        self.origin = _record_of(model)
-        self.settings = resolve_settings(options, self.window_length, world, device, self.origin or {})
-        self.eval_every = options.eval_every or max(1, round(self.settings.steps / _EVALUATIONS))
+            check_teacher(options.teacher, self.empty, self.tokenizer, self.window_length)
+        self.lora_rank = lora_rank_for(self.empty, options.lora_rank) if options.train in USES_LORA else 0
+        self.origin, self.has_replicas = _record_of(model), bool(layout_of(self.empty).bases)
+        of_model = {"replicas": self.has_replicas, "fitted": bool(find_in(self.origin or {}, "fitted"))}
+        self.settings = resolve_settings(options, self.window_length, world, device, **of_model)
+        self.eval_every = max(1, round(self.settings.steps / _EVALUATIONS))
         self.history: list[dict[str, float]] = []
         self.measured: dict[str, Any] = {}
         self.stopped: str | None = None
+
+    @cached_property
+    def held_out(self) -> HeldOut | None:
+        """The text to measure on, where there is one."""
+        if self.options.perplexity is None:
+            return None
+        text = tokenize_text(self.options.perplexity, self.tokenizer, window_length=self.window_length)
+        return HeldOut(text=text, window_length=self.window_length, draft=bool(self.settings.draft_weight))
 
     def open_folder(self, resume: bool, overwrite: bool) -> None:
         """Makes sure that the run's folder holds this very run, or none."""
@@ -139,118 +150,79 @@ class _Run:
             self.folder.check(self._identity())
         elif self.folder.path.exists() and not overwrite:
             raise InputError(
-                f"{self.folder.path} holds an unfinished run: go on with --resume, or start anew with --overwrite"
+                f"{self.folder.path} holds an unfinished run: go on with --resume, or start again with --overwrite"
             )
+
+    @cached_property
+    def resolved(self) -> dict[str, Any]:
+        """The options, with what their defaults stand for."""
+        settings = self.settings
+        return asdict(self.options) | {
+            "window_length": self.window_length,
+            "batch_tokens": settings.batch_tokens,
+            "lora_rank": self.lora_rank or None,
+            "replica_lr": settings.lr * settings.replica_share if self.has_replicas else None,
+            "precision": next(name for name, dtype in PRECISIONS.items() if dtype is settings.dtype),
+        }
 
     def _identity(self) -> dict[str, Any]:
         """All that the result depends on: what must be the same when a run is resumed."""
-        options, settings = self.options, self.settings
-        return {
-            "model": model_fingerprint(self.model),
-            "data": text_fingerprint(options.data),
-            "text_column": options.text_column,
-            "window_length": self.window_length,
-            "batch_tokens": settings.batch_tokens,
-            "steps": settings.steps,
-            "train": options.train,
-            "lora_rank": self.lora_rank,
-            "teacher": None if options.teacher is None else model_fingerprint(options.teacher),
-            "distill_weight": settings.distill_weight,
-            "draft_weight": options.draft_weight,
-            "perplexity": None if options.perplexity is None else text_fingerprint(options.perplexity),
-            "lr": settings.lr,
-            "replica_lr": settings.lr * settings.replica_share,
-            "warmup_steps": settings.warmup_steps,
-            "weight_decay": settings.weight_decay,
-            "clip": settings.clip,
-            "precision": str(settings.dtype).removeprefix("torch."),
-            "seed": options.seed,
-        }
+        asked = self.resolved
+        found = {"model": model_fingerprint(self.model), "steps": self.settings.steps}
+        found |= {name: value for name, value in asked.items() if name not in _MAY_DIFFER}
+        found |= {name: text_fingerprint(asked[name]) for name in ("data", "perplexity") if asked[name]}
+        return found | ({"teacher": model_fingerprint(asked["teacher"])} if asked["teacher"] else {})
 
     def train(self, resume: bool) -> dict[str, torch.Tensor]:
         """Loads, prepares and trains; returns what was trained, by name, on the CPU."""
-        held_out = self._held_out()
+        options, settings, held_out = self.options, self.settings, self.held_out
         if not resume:
-            self.world.lead(self._check_enough)
+            enough = {"tokens": settings.steps * settings.batch_tokens, "epochs": options.epochs}
+            self.world.lead(lambda: check_enough(options.data, self.tokenizer, **enough))
         training = self._prepare()
-        stream = self._stream()
+        given = {"window_length": self.window_length, "seed": options.seed, "epochs": options.epochs}
+        stream = TrainingStream(options.data, self.tokenizer, **given)
         if resume and self.folder.steps():
-            self._restore(training, self.folder.steps()[-1], stream)
+            stream.load_state_dict(self._restore(training, self.folder.steps()[-1]))
         else:
             self.folder.start(self._identity())
         if held_out is not None and "before" not in self.measured:
             self.measured["before"] = held_out.of_training(training)
-        trackers = self._trackers()
+        classes = tracker_classes(options.report_to if self.world.leads else None)
+        trackers = Trackers(classes, run=self.out.name, folder=self.out.parent / "logs", options=asdict(options))
         with _interruptions() as interrupted, closing(trackers):
             try:
-                self._loop(training, stream, held_out, trackers, interrupted)
+                self._loop(training, stream, trackers, interrupted)
             except NotFiniteError as error:
                 self._fall_back(training, str(error))
         self.measured["trained_parameters"] = training.trained_parameters
+        self.measured["micro_batch"] = training.settings.micro_batch
         self.measured["peak_bytes"] = peak_bytes(self.device)
         return training.trained_tensors()
 
-    def _held_out(self) -> HeldOut | None:
-        if self.options.perplexity is None:
-            return None
-        text = tokenize_text(
-            self.options.perplexity, self.tokenizer, column=self.options.text_column, window_length=self.window_length
-        )
-        return HeldOut(text=text, window_length=self.window_length, draft=self.options.draft_weight is not None)
-
-    def _check_enough(self) -> None:
-        check_enough(
-            self.options.data,
-            self.tokenizer,
-            column=self.options.text_column,
-            tokens=self.settings.steps * self.settings.batch_tokens,
-            epochs=self.options.epochs,
-        )
-
-    def _stream(self) -> TrainingStream:
-        return TrainingStream(
-            self.options.data,
-            self.tokenizer,
-            column=self.options.text_column,
-            window_length=self.window_length,
-            seed=self.options.seed,
-            epochs=self.options.epochs,
-        )
-
     def _prepare(self) -> Training:
         model = load_model(self.model, device="cpu")
+        if self.world.leads:  # what training moves, casts or wraps stays here as it was read
+            self.stored = all_tensors(model)
+            self.empty.generation_config = model.generation_config
         stored, dtype = stored_bytes(model), self.settings.dtype
         teacher = None if self.options.teacher is None else Teacher(self.options.teacher, model, dtype)
         prepare_training(model, self.options.train, self.lora_rank, self.options.seed)
         training = Training(model, self.settings, self.world, self.device, teacher)
         needed = stored + _CHECKPOINTS * _BYTES_PER_TRAINED * training.trained_parameters
         self.world.lead(lambda: check_space(self.out, needed))
+        training.fit_memory()
         if teacher is not None:
-            self.measured["teacher"] = {
-                "shared_bytes": teacher.shared_bytes,
-                "own_bytes": teacher.own_bytes,
-                "blocks_run_once": teacher.shared_blocks,
-            }
+            sizes = ("shared_bytes", "own_bytes", "blocks_run_once")
+            self.measured["teacher"] = {name: getattr(teacher, name) for name in sizes}
         return training
 
-    def _trackers(self) -> Trackers:
-        options = asdict(self.options)
-        report_to = self.options.report_to if self.world.leads else None
-        return Trackers(report_to, run=self.out.name, folder=self.out.parent / "logs", options=options)
-
     def _loop(
-        self,
-        training: Training,
-        stream: TrainingStream,
-        held_out: HeldOut | None,
-        trackers: Trackers,
-        interrupted: threading.Event,
+        self, training: Training, stream: TrainingStream, trackers: Trackers, interrupted: threading.Event
     ) -> None:
-        settings, start = self.settings, len(self.history)
-        speed = Speed(training)
+        settings, start, seconds = self.settings, len(self.history), 0.0
         batches = iterate(stream, settings.batch_windows, settings.steps - start)
-        saved = start
-        state = stream.state_dict()
+        saved, state = start, stream.state_dict()
         self.measured["tokens_per_second"] = 0.0
         with closing(batches):
             for step in self.track(range(start, settings.steps), "recovering", settings.steps - start):
@@ -259,55 +231,60 @@ class _Run:
                 except EndOfText as error:
                     self._save(training, step, saved, state)
                     raise InputError(f"{error}; --resume with more --epochs goes on after step {step}") from error
-                with speed.timing(settings.batch_tokens):
-                    values = training.step(step, windows)
+                done, began = step + 1, time.perf_counter()
+                values = training.step(step, windows)
+                took = time.perf_counter() - began
+                seconds += took
+                self.measured["tokens_per_second"] = (done - start) * settings.batch_tokens / seconds
+                values |= {"step": done, "tokens": done * settings.batch_tokens}
+                values["tokens_per_second"] = settings.batch_tokens / took
                 self.history.append(values)
-                self.measured["tokens_per_second"] = speed.mean()
-                done = step + 1
-                values |= {"step": done, "tokens": done * settings.batch_tokens, **speed.read()}
-                if held_out is not None and (done % self.eval_every == 0) and done < settings.steps:
-                    try:
-                        values["perplexity"] = held_out.perplexity_of_training(training)
-                    except InputError as error:  # the text was fine before
-                        raise NotFiniteError(f"the held-out perplexity after step {done} is not finite") from error
+                if done % self.eval_every == 0 and done < settings.steps:
+                    self._measure(training, values)
                 trackers.log(values, done)
                 if self.log is not None:
                     self.log(values, settings.steps)
-                stop = self._agree(interrupted)
-                if stop or done % self.options.save_every == 0 or done == settings.steps:
+                stop, due = self._agree(interrupted)
+                if stop or due or done == settings.steps:
                     self._save(training, done, saved, state)
                     saved = done
                 if stop and done < settings.steps:
                     raise InputError(f"interrupted after step {done} of {settings.steps}: --resume goes on from there")
 
-    def _agree(self, interrupted: threading.Event) -> bool:
-        """Whether any process was told to stop: all have to save together."""
-        told = torch.tensor([float(interrupted.is_set())], device=self.device)
-        return self.world.sum(told).item() > 0
+    def _measure(self, training: Training, values: dict[str, float]) -> None:
+        if self.held_out is None:
+            return
+        try:
+            values["perplexity"] = self.held_out.perplexity_of_training(training)
+        except InputError as error:  # the text was fine before
+            raise NotFiniteError(f"the held-out perplexity after step {values['step']} is not finite") from error
+
+    def _agree(self, interrupted: threading.Event) -> tuple[bool, bool]:
+        """Whether any process was told to stop, or finds a checkpoint due: all have to save together."""
+        told = torch.tensor([interrupted.is_set(), self.folder.is_due()], dtype=torch.float32, device=self.device)
+        stop, due = self.world.sum(told).tolist()
+        return stop > 0, due > 0
 
     def _save(self, training: Training, done: int, saved: int, stream_state: dict[str, Any]) -> None:
         if done == saved:
             return
-        state = training.state() | {
-            "stream": stream_state,
-            "history": self.history,
-            "before": self.measured.get("before"),
-        }
-        self.folder.save(done, training.tensors(), state)
+        state = {"stream": stream_state, "history": self.history, "before": self.measured.get("before")}
+        self.folder.save(done, training.tensors(), training.state() | state)
 
-    def _restore(self, training: Training, step: int, stream: TrainingStream | None = None) -> None:
+    def _restore(self, training: Training, step: int) -> dict[str, Any]:
+        """Takes over a checkpoint; returns its place in the text."""
         tensors = training.tensors()
         state = self.folder.load(step, tensors)
         training.restore(tensors, state)
         self.history = state["history"]
         if state["before"] is not None:
             self.measured["before"] = state["before"]
-        if stream is not None:
-            stream.load_state_dict(state["stream"])
+        place: dict[str, Any] = state["stream"]
+        return place
 
     def _fall_back(self, training: Training, reason: str) -> None:
         """Goes back to the newest checkpoint from which a finite step was taken."""
-        advice = f"lower --lr (it was {self.settings.lr}), or raise --warmup"
+        advice = f"lower --lr (it was {self.settings.lr})"
         good = [step for step in self.folder.steps() if step < len(self.history)]
         if not good:
             self.folder.remove()
@@ -317,8 +294,8 @@ class _Run:
 
     def finish(self, trained: dict[str, torch.Tensor], command: str | None) -> Record:
         """Merges what was trained into the model as it was, measures it, and writes it."""
-        model = load_model(self.model, device="cpu")
-        stored = model.dtype
+        model, stored = self.empty, self.empty.dtype
+        fill_model(model, self.stored)
         before = model_size(model)
         prepare_training(model, self.options.train, self.lora_rank, self.options.seed)
         model.load_state_dict(trained, strict=False)
@@ -332,28 +309,17 @@ class _Run:
         return record
 
     def _record(self, model: PreTrainedModel, before: dict[str, int]) -> Record:
-        settings = self.settings
-        resolved = {
-            "window_length": self.window_length,
-            "batch_tokens": settings.batch_tokens,
-            "micro_batch": settings.micro_batch,
-            "lora_rank": self.lora_rank or None,
-            "replica_lr": settings.lr * settings.replica_share if layout_of(model).bases else None,
-            "precision": str(settings.dtype).removeprefix("torch."),
-        }
-        record = new_record(self.model, self.options, resolved)
+        record = new_record(self.model, self.options, self.resolved)
         record |= {"compared": ["before", "after"], "before": before, "after": model_size(model)}
-        held_out = self._held_out()
-        if held_out is not None:
-            measured = held_out.computed_in(model, settings.dtype, self.device, self.track)
+        if self.held_out is not None:
             record["perplexity"] = {
                 "text": self.options.perplexity,
                 "before": self.measured["before"],
-                "after": measured,
+                "after": self.held_out.computed_in(model, self.settings.dtype, self.device, self.track),
             }
         steps = len(self.history)
         record["recovery"] = {
-            "tokens": steps * settings.batch_tokens,
+            "tokens": steps * self.settings.batch_tokens,
             "steps": steps,
             "train": self.options.train,
             "processes": self.world.size,
@@ -373,30 +339,20 @@ def _record_of(model: str) -> Record | None:
     if file is None:
         return None
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON ({error}): get it again, or remove it") from error
-    if not isinstance(record, dict):
-        raise InputError(f"{file} holds no record: get it again, or remove it")
-    return record
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file} is no record in JSON ({error}): get it again, or remove it") from error
 
 
 @contextmanager
 def _interruptions() -> Iterator[threading.Event]:
     """Within it the first Ctrl-C or SIGTERM is only noted, for the step to end well; the next one interrupts."""
     noted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
 
-    def note(*_: object) -> None:
+    def note() -> None:
         if noted.is_set():
             raise KeyboardInterrupt
         noted.set()
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with on_signals(note, signal.SIGINT, signal.SIGTERM):
         yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

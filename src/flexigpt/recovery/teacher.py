@@ -2,33 +2,42 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flexigpt.model import find_architecture, layout_of, replaced_forwards
-from flexigpt.recovery.trainable import first_trained_block
+from flexigpt.recovery.draft import entering
 from flexigpt.runtime import InputError
 from flexigpt.text import check_window_length
 from flexigpt.weights import load_model, load_tokenizer, move, open_empty
 
 
-def check_teacher(source: str, tokenizer: PreTrainedTokenizerBase, window_length: int) -> None:
+def check_teacher(source: str, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
     """Refuses a teacher before any weight is read.
 
+    Args:
+        source: folder or hub name of the teacher.
+        student: the model to train; the meta device will do.
+        tokenizer: the student's.
+        length: tokens in a window.
+
     Raises:
-        InputError: a teacher that cannot be opened, is itself compact, has another tokenizer than the model, or too
-            short a context.
+        InputError: a teacher that cannot be opened, is itself compact, has another tokenizer or vocabulary than the
+            student, or too short a context.
     """
     empty = open_empty(source)
     find_architecture(empty.config)
+    theirs, own = (model.config.get_text_config().vocab_size for model in (empty, student))
     if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
-        raise InputError(
-            f"the teacher {source} has another tokenizer than the model: give the source model that it was made from"
-        )
-    check_window_length(window_length, empty.config)
+        other = "another tokenizer than the model"
+    elif theirs != own:
+        other = f"a vocabulary of {theirs:,}, the model one of {own:,}"
+    else:
+        check_window_length(length, empty.config)
+        return
+    raise InputError(f"the teacher {source} has {other}: give the source model that it was made from")
 
 
 class Teacher:
@@ -43,23 +52,23 @@ class Teacher:
         student: as loaded, nothing prepared or moved; compact or ordinary.
         dtype: of the frozen weights.
 
+    Attributes:
+        model: the source model.
+        shared_bytes: of it that are the student's own tensors.
+        own_bytes: all others.
+        blocks_run_once: blocks, counted from the first, that run for teacher and student together.
+
     Raises:
-        InputError: a source that cannot be opened, or of another vocabulary than the student's.
+        InputError: a source that cannot be opened.
     """
 
     def __init__(self, source: str, student: PreTrainedModel, dtype: torch.dtype) -> None:
         self.model = load_model(source, str(student.dtype).removeprefix("torch."), "cpu")
         self.dtype = dtype
-        sizes = [m.config.get_text_config().vocab_size for m in (self.model, student)]
-        if sizes[0] != sizes[1]:
-            raise InputError(
-                f"the teacher {source} has a vocabulary of {sizes[0]:,}, the model one of {sizes[1]:,}: "
-                "give the source model that it was made from"
-            )
         self._same = _same_tensors(self.model, student)
         self.shared_bytes = 0
         self.own_bytes = 0
-        self._entry = 0
+        self.blocks_run_once = 0
 
     def settle(self, student: PreTrainedModel, device: torch.device, share: bool = True) -> None:
         """Moves the teacher to the device, on the student's tensors where those are frozen.
@@ -81,22 +90,14 @@ class Teacher:
                 parameter.data = parameter.data.to(device=device, dtype=self.dtype)
                 self.own_bytes += parameter.nbytes
         move(self.model, device)
-        first = first_trained_block(student)
-        if self._names_before(first) <= taken:
-            self._entry = first
         self._student_blocks, layout = layout_of(student).blocks, layout_of(self.model)
         self._blocks, self._returns_tuple = layout.blocks, layout.returns_tuple
-
-    def _names_before(self, block: int) -> set[str]:
-        """The teacher's parameters outside its blocks and in those before this one."""
-        prefix = f"{layout_of(self.model).prefix}."
-        names = [name for name, _ in self.model.named_parameters()]
-        return {n for n in names if not n.startswith(prefix) or int(n.removeprefix(prefix).split(".")[0]) < block}
-
-    @property
-    def shared_blocks(self) -> int:
-        """Blocks, counted from the first, that run once for teacher and student."""
-        return self._entry
+        # The backward pass ends at the first block of which something is trained.
+        is_trained = [any(p.requires_grad for p in block.parameters()) for block in self._student_blocks]
+        first = min(is_trained.index(True), len(self._blocks) - 1)
+        later = {id(parameter) for block in layout.blocks[first:] for parameter in block.parameters()}
+        if all(name in taken or id(parameter) in later for name, parameter in self.model.named_parameters()):
+            self.blocks_run_once = first
 
     @torch.no_grad()
     def logits(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -104,23 +105,16 @@ class Teacher:
 
         The latter, (batch, tokens, hidden), is None where teacher and student share no first blocks.
         """
-        entering: list[torch.Tensor] = []
-
-        def catch(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            entering.append(args[0] if args else kwargs["hidden_states"])
-
-        with contextlib.ExitStack() as undo:
-            if self._entry:
-                handle = self._blocks[self._entry].register_forward_pre_hook(catch, with_kwargs=True)
-                undo.callback(handle.remove)
+        once = self.blocks_run_once > 0
+        with entering(self._blocks[self.blocks_run_once]) if once else contextlib.nullcontext() as entered:
             logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
-        return logits, entering[0] if entering else None
+        return logits, entered[0] if entered else None
 
     @contextlib.contextmanager
     def entered(self, hidden: torch.Tensor | None) -> Iterator[None]:
         """Within it the student's first blocks do not run: what the teacher's have put out stands in for them."""
         output = (hidden, None) if self._returns_tuple else hidden
-        first = () if hidden is None else self._student_blocks[: self._entry]
+        first = () if hidden is None else self._student_blocks[: self.blocks_run_once]
         with replaced_forwards(first, lambda *_: lambda *args, **kwargs: output):
             yield
 

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from flexigpt.model import REPLICA_PARTS, Layout, default_rank, layout_of, linear_size
+from flexigpt.model import REPLICA_PARTS, default_rank, layout_of, linear_size
 from flexigpt.runtime import InputError
 
 # How the names of what is a replica's own and trained end; its biases and input norms are the block's.
@@ -16,6 +16,10 @@ REPLICA_PARAMETERS = tuple(REPLICA_PARTS)
 
 def _train_replicas(model: PreTrainedModel, lora_rank: int) -> None:
     model.requires_grad_(False)
+    _train_own(model)
+
+
+def _train_own(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith(REPLICA_PARAMETERS):
             parameter.requires_grad_(True)
@@ -33,9 +37,7 @@ def _train_replicas_and_kept(model: PreTrainedModel, lora_rank: int) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = False  # autocast does it, without a detour through float32
-    for name, parameter in model.named_parameters():
-        if name.endswith(REPLICA_PARAMETERS):
-            parameter.requires_grad_(True)
+    _train_own(model)
 
 
 def _train_all(model: PreTrainedModel, lora_rank: int) -> None:
@@ -81,19 +83,6 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def by_owner(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """What is trained: the replicas' own adapters, output norms and base scales, and all else."""
-    trained = trained_parameters(model)
-    own = [parameter for name, parameter in trained.items() if name.endswith(REPLICA_PARAMETERS)]
-    return own, [parameter for name, parameter in trained.items() if not name.endswith(REPLICA_PARAMETERS)]
-
-
-def first_trained_block(model: PreTrainedModel) -> int:
-    """The first block of which something is trained: the backward pass ends there."""
-    blocks = layout_of(model).blocks
-    return next(i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters()))
-
-
 def merge_lora(model: PreTrainedModel) -> None:
     """Adds the LoRA of the kept blocks to their weights and takes it off: nothing more is stored.
 
@@ -121,58 +110,3 @@ def lora_rank_for(model: PreTrainedModel, rank: int | None) -> int:
     if not 1 <= rank <= most:
         raise InputError(f"a LoRA of rank {rank} does not fit the linears: give --lora-rank 1 to {most}")
     return rank
-
-
-def matching_lora_rank(model: PreTrainedModel, compact: PreTrainedModel) -> int:
-    """The rank at which LoRA on all blocks of `model` trains most nearly what recovery trains of `compact` by default.
-
-    Both may be on the meta device.
-
-    Raises:
-        InputError: a model with replicas of its own, or a compact model without.
-    """
-    layout, other = layout_of(model), layout_of(compact)
-    if layout.bases or not other.bases:
-        raise InputError("--match is for a model without replicas, and names a compact model: give --lora-rank instead")
-    trained = lora_rank_for(compact, None) * len(other.kept) * _sides(other)
-    trained += sum(
-        parameter.numel() for name, parameter in compact.named_parameters() if name.endswith(REPLICA_PARAMETERS)
-    )
-    return max(1, round(trained / (len(layout.kept) * _sides(layout))))
-
-
-def _sides(layout: Layout) -> int:
-    """Parameters that one rank of LoRA on a block's linears has."""
-    block = layout.blocks[layout.kept[0]]
-    return sum(sum(linear_size(block.get_submodule(path))) for path in layout.linears)
-
-
-def training_flops(model: PreTrainedModel, window_length: int, draft: bool = False) -> int:
-    """Floating-point operations of training on one token, by the usual count.
-
-    A forward pass takes 2 for each weight that a token meets (a base's once more for each of its replicas) and, in each
-    block, the causal half of attention's 4 x tokens x hidden size. A backward pass takes 2 again for each weight and
-    twice attention's, from the head down to the first trained block, and 2 for each trained weight (a base's likewise).
-    With a draft that is trained too, the kept blocks after the first replica and the head go through both once more.
-    """
-    layout, first = layout_of(model), first_trained_block(model)
-    weights = [sum(p.numel() for p in block.parameters() if p.ndim == 2) for block in layout.blocks]
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2)
-    for block, base in layout.bases.items():
-        for path in layout.linears:
-            again = [p for p in layout.blocks[base].get_submodule(path).parameters() if p.ndim == 2]
-            weights[block] += sum(p.numel() for p in again)
-            trained += sum(p.numel() for p in again if p.requires_grad)
-    attention = 2 * window_length * model.config.get_text_config().hidden_size
-    head = model.get_output_embeddings()
-    outside = 0 if head is None else 2 * head.weight.numel()
-    forward = outside + sum(2 * number + attention for number in weights)
-    backward = outside + sum(2 * number + 2 * attention for number in weights[first:])
-    if draft:
-        after = [block for block in layout.kept if block > min(layout.bases)]
-        forward += outside + sum(2 * weights[block] + attention for block in after)
-        backward += outside + sum(2 * weights[block] + 2 * attention for block in after)
-        again = [p for block in after for p in layout.blocks[block].parameters()]
-        again += [] if head is None else [head.weight]
-        trained += sum(p.numel() for p in again if p.requires_grad and p.ndim == 2)
-    return forward + backward + 2 * trained

@@ -2,9 +2,8 @@
 
 import contextlib
 import math
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,19 +14,32 @@ from transformers import PreTrainedModel
 
 from flexigpt.model import layout_of
 from flexigpt.recovery.draft import Draft
+from flexigpt.recovery.options import RecoverOptions
 from flexigpt.recovery.teacher import Teacher
-from flexigpt.recovery.trainable import by_owner, trained_parameters, training_flops
-from flexigpt.runtime import World, reduced, replicate, shard, whole
+from flexigpt.recovery.trainable import REPLICA_PARAMETERS, USES_LORA, trained_parameters
+from flexigpt.runtime import InputError, World, flag, parse_tokens, processes
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Sequences in a step (appendix A).
+_PAPER_BATCH = 480
+
+# Tokens in one forward pass of one process: what fills a GPU, what fits a CPU's caches.
+_PASS_TOKENS = {"cuda": 8192, "cpu": 1024}
+
+# What was fitted wants less than LoRA: on novel16 a thirtieth and a tenth are as good, a third is worse.
+_FITTED_SHARE = 0.1
+
+# The norm that gradients are scaled down to.
+_CLIP = 1.0
+
+# Of a GPU's free memory.
+_USABLE = 0.9
 
 # fp16 loses small gradients: the loss is scaled up, by less after an overflow, by more after as many steps without.
 _FIRST_LOSS_SCALE, _STEPS_TO_RAISE, _MOST_SKIPPED = 2.0**16, 200, 16
 
 _TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
-
-# Dense FLOP/s without sparsity by the makers' data sheets, 16-bit; by what torch calls the device.
-_PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "L4": 121e12}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +54,11 @@ class Settings:
         lr: the learning rate after warm-up.
         replica_share: of that rate, what the replicas' own parameters get.
         warmup_steps: over which it rises from near zero; a cosine to zero follows.
-        weight_decay: AdamW's.
-        clip: the norm that gradients are scaled down to.
         dtype: to compute in; what is trained is held in float32.
         fsdp: whether parameters are sharded.
         activation_checkpointing: whether a block's activations are computed again in the backward pass.
         distill_weight: of the divergence from the teacher.
-        draft_weight: of the divergence of the draft from the whole model; 0: the draft is not trained.
+        draft_weight: of the divergence of the draft from the whole model; at 0 the draft is not trained.
         seed: of dropout, where the model has any.
     """
 
@@ -59,8 +69,6 @@ class Settings:
     lr: float
     replica_share: float
     warmup_steps: int
-    weight_decay: float
-    clip: float
     dtype: torch.dtype
     fsdp: bool
     activation_checkpointing: bool
@@ -78,6 +86,62 @@ class Settings:
         rise = min(1.0, (step + 1) / max(1, self.warmup_steps))
         done = max(0, step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return self.lr * rise * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def resolve_settings(
+    options: RecoverOptions, window_length: int, world: World, device: torch.device, *, replicas: bool, fitted: bool
+) -> Settings:
+    """What the options make of one step of training.
+
+    Args:
+        options: of the run.
+        window_length: of its windows, in tokens.
+        world: the processes.
+        device: of this process.
+        replicas: whether the model has any.
+        fitted: whether they were fitted to calibration text.
+
+    Raises:
+        InputError: tokens that are fewer than a step, or a step that windows and processes do not divide.
+    """
+    batch_tokens = options.batch_tokens or _PAPER_BATCH * window_length
+    batch_windows, rest = divmod(batch_tokens, window_length)
+    if rest or batch_windows % world.size:
+        unit = window_length * world.size
+        near = max(unit, batch_tokens // unit * unit)
+        raise InputError(
+            f"{flag('batch_tokens')} {batch_tokens} is no multiple of {window_length} tokens x {world.size} processes: "
+            f"give {near} or {near + unit}"
+        )
+    steps = parse_tokens(options.tokens) // batch_tokens
+    if steps == 0:
+        raise InputError(
+            f"--tokens {options.tokens} is less than one step of {batch_tokens:,} tokens: "
+            "give more, or fewer --batch-tokens"
+        )
+    alone = options.train == "replicas"  # then --lr is theirs, and nothing of a draft is trained
+    replica_lr = options.lr * _FITTED_SHARE if fitted and options.train in USES_LORA else options.lr
+    replica_lr = options.lr if alone else options.replica_lr or replica_lr
+    return Settings(
+        steps=steps,
+        batch_windows=batch_windows,
+        micro_batch=_part_of(batch_windows // world.size, _PASS_TOKENS.get(device.type, 1024) // window_length),
+        window_length=window_length,
+        lr=options.lr,
+        replica_share=replica_lr / options.lr,
+        warmup_steps=round(options.warmup * steps),
+        dtype=PRECISIONS[options.precision or ("bf16" if device.type == "cuda" else "fp32")],
+        fsdp=options.fsdp,
+        activation_checkpointing=options.activation_checkpointing,
+        distill_weight=0.0 if options.teacher is None else options.distill_weight,
+        draft_weight=options.draft_weight if replicas and not alone else 0.0,
+        seed=options.seed,
+    )
+
+
+def _part_of(share: int, most: int) -> int:
+    """Windows in one forward pass: the most that divide a process's share of a step, up to `most`, or 1."""
+    return max(n for n in range(1, max(1, min(most, share)) + 1) if share % n == 0)
 
 
 class NotFiniteError(Exception):
@@ -115,30 +179,66 @@ class Training:
         self.model, self.settings, self.world, self.device, self.teacher = model, settings, world, device, teacher
         hold_in(model, settings.dtype, frozen_only=True)
         self.draft = Draft(model) if settings.draft_weight else None
-        self.flops_per_token = training_flops(model, settings.window_length, draft=self.draft is not None)
         self.trained_parameters = sum(p.numel() for p in trained_parameters(model).values())
         if settings.activation_checkpointing:
             _checkpoint_activations(model)
         if settings.fsdp:
             if teacher is not None:
                 teacher.settle(model, device, share=False)
-                shard(teacher.model, [[b] for b in layout_of(teacher.model).blocks], device, world, settings.dtype)
-            shard(model, layout_of(model).groups, device, world, settings.dtype)
+                processes.shard(
+                    teacher.model, [[b] for b in layout_of(teacher.model).blocks], device, world, settings.dtype
+                )
+            processes.shard(model, layout_of(model).groups, device, world, settings.dtype)
             self.wrapped: nn.Module = model
         else:
             nn.Module.to(model, device)
             if teacher is not None:
                 teacher.settle(model, device)
-            self.wrapped = replicate(model, world)
+            self.wrapped = processes.replicate(model, world)
         model.train()
-        groups = [
-            {"params": parameters, "share": share}
-            for parameters, share in zip(by_owner(model), (settings.replica_share, 1.0), strict=True)
-            if parameters
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+        trained = trained_parameters(model)
+        groups = []
+        for own, share in ((True, settings.replica_share), (False, 1.0)):
+            parameters = [p for name, p in trained.items() if name.endswith(REPLICA_PARAMETERS) is own]
+            groups += [{"params": parameters, "share": share}] if parameters else []
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=0.0)
         fp16 = settings.dtype is torch.float16
         self._scale = {"loss_scale": _FIRST_LOSS_SCALE if fp16 else 1.0, "since": 0, "skipped": 0}
+
+    def fit_memory(self) -> None:
+        """Lets fewer windows through at a time where a GPU's memory holds no more, by what one of them takes.
+
+        Every process must call it, before the first step.
+
+        Raises:
+            InputError: not even one window fits.
+        """
+        if self.device.type != "cuda":
+            return
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        try:
+            self._try_window()
+        except torch.OutOfMemoryError as error:
+            advice = "give --activation-checkpointing, a smaller --window-length, or --fsdp on more GPUs"
+            raise InputError(f"this GPU's memory does not hold the training of one window: {advice}") from error
+        taken = torch.cuda.max_memory_allocated(self.device) - before
+        held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        free = _USABLE * (torch.cuda.mem_get_info(self.device)[0] + held)
+        # Gradients and AdamW's two averages stay beside the windows.
+        free -= 12 * self.trained_parameters / (self.world.size if self.settings.fsdp else 1)
+        fits = torch.zeros(self.world.size, device=self.device)
+        fits[self.world.rank] = free // taken
+        most = min(self.settings.micro_batch, int(self.world.sum(fits).min()))
+        share = self.settings.batch_windows // self.world.size
+        self.settings = replace(self.settings, micro_batch=_part_of(share, most))
+
+    def _try_window(self) -> None:
+        """Trains on one window, but for the step: no trace is left."""
+        window = torch.zeros(1, self.settings.window_length + 1, dtype=torch.int64, device=self.device)
+        with processes.reduced(self.wrapped, last=True):
+            self._backward(window, 0.0)
+        self.optimizer.zero_grad()
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
@@ -166,16 +266,11 @@ class Training:
         torch.manual_seed(hash((settings.seed, number, world.rank)) % 2**63)
         share = windows.tensor_split(world.size)[world.rank].to(self.device)
         parts = share.split(settings.micro_batch)
+        scale = self._scale["loss_scale"] / (share.shape[0] * settings.window_length)
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for index, part in enumerate(parts):
-            with reduced(self.wrapped, last=index == len(parts) - 1):
-                loss, drafted = self._losses(
-                    part, self._scale["loss_scale"] / (share.shape[0] * settings.window_length)
-                )
-                # One backward pass for both: what they share is run through once, and DDP sees each gradient once.
-                (loss.loss if drafted is None else loss.loss + drafted.loss).backward()
-            apart = torch.zeros_like(loss.divergence) if drafted is None else drafted.divergence
-            sums += torch.stack((loss.cross_entropy, loss.divergence, apart))
+            with processes.reduced(self.wrapped, last=index == len(parts) - 1):
+                sums += self._backward(part, scale)
         entropy, divergence, draft = (world.sum(sums) / settings.batch_tokens).tolist()
         mean = (1 - settings.distill_weight) * entropy + settings.distill_weight * divergence
         mean += settings.draft_weight * draft
@@ -187,17 +282,21 @@ class Training:
         values |= {} if self.draft is None else {"draft_divergence": draft}
         return values | ({"gradient_norm": norm} if math.isfinite(norm) else {})
 
-    def _losses(self, part: torch.Tensor, scale: float) -> tuple[TokenLoss, TokenLoss | None]:
-        """Of the model, and of its draft where that is trained too."""
+    def _backward(self, part: torch.Tensor, scale: float) -> torch.Tensor:
+        """Adds to the gradients; (3,) sums over the tokens: cross-entropy, divergence, the draft's divergence."""
         targets, settings = part[:, 1:].flatten(), self.settings
         with self.computing():
             logits, teacher_logits, drafted = self._logits(part[:, :-1])
-        draft_loss = None
+        of_draft = None
         if drafted is not None:  # first, since it reads the model's logits, and the other loss writes over them
-            of_draft = {"scale": scale * settings.draft_weight, "distill_weight": 1.0}
-            draft_loss = token_loss(drafted, targets, teacher_logits=logits.detach(), **of_draft)
-        of_model = {"scale": scale, "distill_weight": settings.distill_weight}
-        return token_loss(logits, targets, teacher_logits=teacher_logits, **of_model), draft_loss
+            given = {"scale": scale * settings.draft_weight, "distill_weight": 1.0}
+            of_draft = token_loss(drafted, targets, teacher_logits=logits.detach(), **given)
+        given = {"scale": scale, "distill_weight": settings.distill_weight}
+        of_model = token_loss(logits, targets, teacher_logits=teacher_logits, **given)
+        # One backward pass for both: what they share is run through once, and DDP sees each gradient once.
+        (of_model.loss if of_draft is None else of_model.loss + of_draft.loss).backward()
+        apart = torch.zeros_like(of_model.divergence) if of_draft is None else of_draft.divergence
+        return torch.stack((of_model.cross_entropy, of_model.divergence, apart))
 
     def _logits(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """(batch, tokens) ids -> (batch x tokens, vocabulary) logits of model, teacher and draft."""
@@ -218,9 +317,9 @@ class Training:
     def _update(self, number: int, lr: float) -> float:
         """Clips and steps; returns the gradients' norm. Steps whose fp16 gradients overflow are skipped."""
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients)).item() / self._scale["loss_scale"]
+        norm = processes.whole(torch.nn.utils.get_total_norm(gradients)).item() / self._scale["loss_scale"]
         if math.isfinite(norm):
-            torch._foreach_mul_(gradients, min(1.0, self.settings.clip / (norm + 1e-6)) / self._scale["loss_scale"])
+            torch._foreach_mul_(gradients, min(1.0, _CLIP / (norm + 1e-6)) / self._scale["loss_scale"])
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["share"]
             self.optimizer.step()
@@ -261,42 +360,7 @@ class Training:
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
         """What is trained, in full, on the CPU, by name; every process must call it."""
-        return {name: whole(p.detach()).cpu() for name, p in trained_parameters(self.model).items()}
-
-
-class Speed:
-    """Tokens a second, and what share of the device's peak that is.
-
-    Args:
-        training: whose device and operations count.
-    """
-
-    def __init__(self, training: Training) -> None:
-        self._flops, self._size = training.flops_per_token, training.world.size
-        name = torch.cuda.get_device_name(training.device) if training.device.type == "cuda" else ""
-        self._peak = next((peak for known, peak in _PEAK_FLOPS.items() if known in name), None)
-        self._last, self._seconds, self._tokens = (0, 1.0), 0.0, 0
-
-    @contextlib.contextmanager
-    def timing(self, tokens: int) -> Iterator[None]:
-        """Counts what happens within it as training of so many tokens."""
-        started = time.perf_counter()
-        yield
-        self._last = (tokens, time.perf_counter() - started)
-        self._tokens += tokens
-        self._seconds += self._last[1]
-
-    def read(self) -> dict[str, float]:
-        """tokens_per_second of the last timing and, where the peak is known, model_flops_utilisation."""
-        tokens, seconds = self._last
-        reading = {"tokens_per_second": tokens / seconds}
-        if self._peak is not None:
-            reading["model_flops_utilisation"] = tokens / seconds * self._flops / (self._peak * self._size)
-        return reading
-
-    def mean(self) -> float:
-        """Tokens a second over all timings; 0 before the first."""
-        return self._tokens / self._seconds if self._seconds else 0.0
+        return {name: processes.whole(p.detach()).cpu() for name, p in trained_parameters(self.model).items()}
 
 
 def hold_in(model: nn.Module, dtype: torch.dtype, frozen_only: bool = False) -> None:

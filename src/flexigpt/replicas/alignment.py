@@ -92,7 +92,8 @@ def align(pruned: Mapping[str, Tensor], base: Mapping[str, Tensor], symmetries: 
     places of the key-value heads.
 
     Scales (of `up` against `down`, values against outputs, queries against keys) are symmetries, too. They are left
-    alone: choosing them lessened the distance, but left adapters more to mend on calibration text (docs/lab-notes.md).
+    alone: choosing them lessened the distance, but left adapters more to mend on calibration text
+    (benchmarks/LAB_NOTES.md).
 
     Args:
         pruned: path within the block + ".weight" or ".bias" -> tensor, of all linears. Others are not looked at.

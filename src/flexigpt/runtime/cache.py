@@ -1,28 +1,25 @@
 """What long stages gave, kept in a folder by what they depend on: found again, and continued where they were killed."""
 
 import contextlib
-import fcntl
-import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flexigpt.runtime.errors import InputError
-from flexigpt.runtime.files import replace_json
+from flexigpt.runtime.files import digest, replace_json, replaced_file
+from flexigpt.runtime.machine import versions
 
 CACHE_VARIABLE = "FLEXIGPT_CACHE"
-
-_DIGITS = 24
 
 _SAVE_SECONDS = 10.0
 
@@ -31,7 +28,7 @@ def default_folder() -> Path:
     """$FLEXIGPT_CACHE, or flexigpt in the user's cache folder."""
     given = os.environ.get(CACHE_VARIABLE)
     if given:
-        return Path(given)
+        return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flexigpt"
 
 
@@ -44,8 +41,8 @@ class Cache:
     """
 
     def __init__(self, folder: str | Path | None, **depends: Any) -> None:
-        self.folder = default_folder() if folder is None else Path(folder)
-        self._depends = depends | {name: version(name) for name in ("flexigpt", "torch", "transformers")}
+        self.folder = default_folder() if folder is None else Path(folder).expanduser()
+        self._depends = depends | versions()
 
     @contextlib.contextmanager
     def stage(self, name: str, **depends: Any) -> Iterator["CachedStage"]:
@@ -60,13 +57,15 @@ class Cache:
         Raises:
             InputError: a cache folder that cannot be written to.
         """
-        digest = hashlib.sha256(json.dumps([self._depends, depends], sort_keys=True, default=str).encode())
-        place = self.folder / f"{name}-{digest.hexdigest()[:_DIGITS]}"
+        key = json.dumps([self._depends, depends], sort_keys=True, default=str)
+        place = self.folder / f"{name}-{digest(key.encode())}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with contextlib.ExitStack() as opened:
                 folder = place
-                if not _locked(opened.enter_context(place.with_suffix(".lock").open("w"))):
+                try:
+                    opened.enter_context(FileLock(place.with_suffix(".lock")).acquire(blocking=False))
+                except Timeout:
                     folder = Path(opened.enter_context(tempfile.TemporaryDirectory(dir=self.folder)))
                 stage = CachedStage(place.with_suffix(".json"), folder)
                 yield stage
@@ -132,27 +131,18 @@ class CachedStage:
         file = self.folder / f"{name}.safetensors"
         with contextlib.suppress(SafetensorError, OSError):
             return load_file(file)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        save_file({key: value.detach().cpu().contiguous() for key, value in make().items()}, temporary)
-        temporary.replace(file)
+        with replaced_file(file) as temporary:
+            save_file({key: value.detach().cpu().contiguous() for key, value in make().items()}, temporary)
         return load_file(file)
 
     def discard(self) -> None:
         """Removes the folder: what it holds is of no more use."""
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._file.with_suffix(".lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # Windows lets nobody remove what is open
+            self._file.with_suffix(".lock").unlink()
 
     def finish(self, result: Any) -> Any:
         """Keeps the result and returns it as the next run will find it."""
         replace_json(self._file, result)
         self.result = json.loads(json.dumps(result))
         return self.result
-
-
-def _locked(file: IO[str]) -> bool:
-    """Whether no other process holds the file; held until it is closed, however this process ends."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -9,42 +9,56 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 
 from flexigpt.runtime.errors import InputError, one_line
 
-
-def replace_json(path: Path, data: Any) -> None:
-    """Written beside its place and renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(data), encoding="utf-8")
-    temporary.replace(path)
+if TYPE_CHECKING:
+    import torch
 
 
 _MIB = 2**20
 
 
+def digest(*parts: "bytes | torch.Tensor | None") -> str:
+    """16 hexadecimal digits that tell these bytes, or values and shapes on the CPU, from others; None adds nothing."""
+    found = hashlib.sha256()
+    for part in parts:
+        if part is not None:
+            found.update(part if isinstance(part, bytes) else f"{tuple(part.shape)}".encode() + part.numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 def fingerprint(name: str, files: Sequence[Path]) -> str:
     """16 hexadecimal digits of these files' names without folders, sizes, first and last MiB, or of `name` alone."""
-    digest = hashlib.sha256(b"" if files else name.encode())
+    parts = [] if files else [name.encode()]
     for file in files:
         size = file.stat().st_size
-        digest.update(f"{file.name}\n{size}\n".encode())
         with file.open("rb") as opened:
-            digest.update(opened.read(_MIB))
+            parts += [f"{file.name}\n{size}\n".encode(), opened.read(_MIB)]
             opened.seek(max(0, size - _MIB))
-            digest.update(opened.read(_MIB))
-    return digest.hexdigest()[:16]
+            parts.append(opened.read(_MIB))
+    return digest(*parts)
 
 
-def digest(windows: torch.Tensor | None) -> str:
-    """What tells calibration windows from others, as a key of the cache."""
-    if windows is None:
-        return ""
-    return f"{tuple(windows.shape)} {hashlib.sha256(windows.numpy().tobytes()).hexdigest()}"
+def local_path(name: str | Path, what: str = "folder") -> Path | None:
+    """The path that a user's name means, `~` expanded; None: nothing here is called so, it may be a name of the hub.
+
+    Raises:
+        InputError: what can only be a path, and is not there: it begins with . / or ~, has more than one slash, or
+            names something in a folder that is there.
+    """
+    path, given, beside = Path(name), str(name).replace(os.sep, "/"), False
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # too long, the ~ of nobody here, a NUL
+        path = path.expanduser()
+        if path.exists():
+            return path
+        beside = "/" in given and path.parent.is_dir()
+    if beside or given.startswith((".", "/", "~")) or path.is_absolute() or given.count("/") > 1:
+        raise InputError(f"no such {what}: {path}")
+    return None
 
 
 RECORD = "record.json"
@@ -62,7 +76,7 @@ def check_output(out: str | Path, inputs: Iterable[str | Path | None], overwrite
         InputError: a place that cannot be written to; a folder that is not empty (without `overwrite`), that flexigpt
             did not write (with it), or in which an input lies.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     try:
         parent = existing_parent(out)
         if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -75,7 +89,9 @@ def check_output(out: str | Path, inputs: Iterable[str | Path | None], overwrite
             raise InputError(f"{out} cannot be replaced by a new folder: give a folder inside it")
         if not out.is_dir() or not any(out.iterdir()):
             return
-        for path in (Path(name) for name in inputs if name):
+        # A text may be FILE#COLUMN.
+        parts = (part for name in inputs if name for part in (name, str(name).rpartition("#")[0]) if part)
+        for path in (Path(part).expanduser() for part in parts):
             if path.exists() and path.resolve().is_relative_to(out.resolve()):
                 raise InputError(f"{path} lies in {out}, which is to be replaced: give another folder to write to")
         if not overwrite:
@@ -97,7 +113,7 @@ def replaced_folder(out: str | Path) -> Iterator[Path]:
     Raises:
         InputError: a disk that is full or cannot be written to.
     """
-    out = Path(out).resolve()
+    out = Path(out).expanduser().resolve()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -135,7 +151,7 @@ def _write_error(out: Path, error: Exception) -> InputError:
 
 def check_space(out: str | Path, num_bytes: int, what: str = "the checkpoint needs") -> None:
     """Raises InputError where the disk that `out` will lie on has less free space than a checkpoint needs."""
-    folder = existing_parent(Path(out))
+    folder = existing_parent(Path(out).expanduser())
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise InputError(
@@ -144,15 +160,33 @@ def check_space(out: str | Path, num_bytes: int, what: str = "the checkpoint nee
         )
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Written beside its place and renamed."""
-    path = path.resolve()
+@contextlib.contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` for a file that takes its place when the block ends without an error, or vanishes."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         temporary.replace(path)
-    except OSError as error:
-        raise _write_error(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_json(path: Path, data: Any) -> None:
+    """Writes JSON-ready data; the file is complete or what it was."""
+    with replaced_file(path) as temporary:
+        temporary.write_text(json.dumps(data), encoding="utf-8")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a text; the file is complete or what it was.
+
+    Raises:
+        InputError: a disk that is full or cannot be written to.
+    """
+    path = path.expanduser().resolve()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise _write_error(path, error) from error

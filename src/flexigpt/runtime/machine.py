@@ -1,7 +1,9 @@
 """The machine: devices, dtypes, memory."""
 
 import platform
+import re
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ import psutil
 import torch
 
 from flexigpt.runtime.errors import InputError
+from flexigpt.runtime.options import RunOptions, choices_of
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = choices_of(RunOptions.__annotations__["dtype"])
 
 DEVICES = "auto, cpu, cuda or cuda:N"
 
@@ -37,6 +40,11 @@ def check_dtype(dtype: str) -> None:
         raise InputError(f"dtype {dtype} is unknown: give {', '.join(DTYPES)}")
 
 
+def versions(*others: str) -> dict[str, str]:
+    """Of flexigpt, of the libraries that results depend on, and of these others."""
+    return {name: version(name) for name in ("flexigpt", "torch", "transformers", *others)}
+
+
 def device_name(device: torch.device) -> str:
     """What the device calls itself."""
     if device.type == "cuda":
@@ -51,6 +59,9 @@ def peak_bytes(device: torch.device) -> int:
     """The most memory that this process has held: on its GPU, or, without one, in all."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))):
+        return int(found[1]) * 1024  # Linux, whose `resource` also counts the program that started this one
     process: Any = psutil.Process().memory_info()
     if hasattr(process, "peak_wset"):  # Windows, which has no `resource`
         return int(process.peak_wset)

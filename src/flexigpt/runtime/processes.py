@@ -1,4 +1,4 @@
-"""Processes that train together: joining them, wrapping a model for them, and what they tell each other."""
+"""Processes that train together: joining them, wrapping a model for them, and what they exchange."""
 
 import contextlib
 import gc
@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from flexigpt.runtime.errors import InputError
+from flexigpt.runtime.launch import launched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,21 +69,6 @@ class World:
 ALONE = World()
 
 
-def launched() -> bool:
-    """Whether torchrun (or what sets the same variables) started this process."""
-    return "WORLD_SIZE" in os.environ and "LOCAL_RANK" in os.environ
-
-
-def launched_rank() -> int:
-    """This process's number by torchrun; 0 where it was started without."""
-    return int(os.environ["RANK"]) if launched() else 0
-
-
-def tells() -> bool:
-    """Whether this process tells its user of errors: of those that torchrun started, one on each machine does."""
-    return not launched() or os.environ["LOCAL_RANK"] == "0"
-
-
 @contextlib.contextmanager
 def joined_world(device: torch.device) -> Iterator[World]:
     """Joins the processes that torchrun started (NCCL on GPUs, gloo on CPUs), and parts from them at the end.
@@ -92,7 +78,8 @@ def joined_world(device: torch.device) -> Iterator[World]:
     if not launched():
         yield ALONE
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=_group_device(device))
+    on_gpu = device.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     try:
         yield World(rank=dist.get_rank(), size=dist.get_world_size())
     except BaseException as error:
@@ -115,10 +102,6 @@ def _free_frames(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
-
-
-def _group_device(device: torch.device) -> torch.device | None:
-    return device if device.type == "cuda" else None
 
 
 def local_device(device: str) -> str:

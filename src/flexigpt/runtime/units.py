@@ -2,12 +2,20 @@
 
 import math
 import re
+from collections.abc import Mapping
 
 from flexigpt.runtime.errors import InputError
 
 _COUNTS = {"K": 10**3, "M": 10**6, "B": 10**9}
 
 _BYTES = {"KB": 10**3, "KIB": 2**10, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def _read(text: str, units: Mapping[str, float]) -> float:
+    """A number times its unit; 0 for what cannot be read."""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Z%]*)", text.strip().upper())
+    number = float(match[1]) * units.get(match[2], 0) if match else 0.0
+    return number if math.isfinite(number) else 0.0
 
 
 def parse_size(size: str, itemsize: int) -> int:
@@ -20,12 +28,10 @@ def parse_size(size: str, itemsize: int) -> int:
     Raises:
         InputError: a size that cannot be read.
     """
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Z]+)", size.strip().upper())
-    number, unit = (float(match[1]), match[2]) if match else (0.0, "")
-    scale = _COUNTS.get(unit, 0) or _BYTES.get(unit, 0) / itemsize
-    if math.isfinite(number) and number * scale >= 1:
-        return int(number * scale)
-    raise InputError(f"size {size!r} cannot be read: give parameters (4.8B, 350M) or bytes (3.2GB, 900MiB)")
+    found = _read(size, _COUNTS | {unit: scale / itemsize for unit, scale in _BYTES.items()})
+    if found < 1:
+        raise InputError(f"size {size!r} cannot be read: give parameters (4.8B, 350M) or bytes (3.2GB, 900MiB)")
+    return int(found)
 
 
 def parse_share(share: str) -> float:
@@ -34,10 +40,11 @@ def parse_share(share: str) -> float:
     Raises:
         InputError: what cannot be read, or is not between 0 and 100%.
     """
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*%", share.strip())
-    value = float(match[1]) / 100 if match else 0.0
+    value = _read(share, {"%": 1}) / 100
     if not 0 < value < 1:
-        raise InputError(f"--adapter-budget {share} cannot be used: give a share of the source's parameters, as 3.7%")
+        raise InputError(
+            f"--rank {share} cannot be used: give a number, as 12, or a share of the source's parameters, as 3.7%"
+        )
     return value
 
 
@@ -47,8 +54,7 @@ def parse_tokens(tokens: str) -> int:
     Raises:
         InputError: what cannot be read, or less than one token.
     """
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([KMBT]?)", str(tokens).strip().upper())
-    count = int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[match[2]]) if match else 0
+    count = int(_read(str(tokens), {"": 1, "T": 10**12, **_COUNTS}))
     if count < 1:
         raise InputError(f"--tokens {tokens} cannot be read: give a number of tokens, as 1B, 600M or 100000")
     return count

@@ -6,18 +6,16 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from flexigpt.runtime import InputError, fingerprint
-from flexigpt.text.windows import Documents, local_files, read_documents, tokenize_documents, too_short
+from flexigpt.runtime import InputError
+from flexigpt.text.windows import Documents, local_files, tokenize, too_short
 
-RUN_DOCUMENTS = 10_000
-
-_RUN_CHARACTERS = 2**28
+# Documents that are shuffled together, fewer where they have so many characters together.
+_RUN_DOCUMENTS, _RUN_CHARACTERS = 10_000, 2**28
 
 _COUNTED_BYTES = 64 * 2**20
 
@@ -32,8 +30,8 @@ class TrainingStream:
     Window k holds the tokens k T to k T + T of the stream, T being the window length: T inputs and the token after
     each. So every token but the first is predicted once, and no token is left out at an epoch's end.
 
-    The stream is a function of the text, the tokenizer, the column, the window length and the seed only: processes
-    that share a batch each read all of it and take their rows.
+    The stream is a function of the text, the tokenizer, the window length and the seed only: processes that share a
+    batch each read all of it and take their rows.
 
     Documents are shuffled within runs of `run_documents`, so that a place in the stream is a few numbers: the
     documents of a run are read again from its beginning and shuffled again. No buffer has to be saved.
@@ -54,19 +52,16 @@ class TrainingStream:
         text: str,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        column: str = "text",
         window_length: int,
         seed: int,
         epochs: int = 1,
-        run_documents: int = RUN_DOCUMENTS,
+        run_documents: int = _RUN_DOCUMENTS,
     ) -> None:
-        assert window_length >= 1
-        assert epochs >= 1
-        assert run_documents >= 1
+        assert min(window_length, epochs, run_documents) >= 1
         self._text, self._tokenizer = text, tokenizer
         self._window_length, self._seed, self._epochs = window_length, seed, epochs
         self._run_documents = run_documents
-        self._documents = Documents(text, column)
+        self._documents = Documents(text)
         self._beginning = self._documents.state_dict()
         self._check_length()
         self._tokens: list[int] = []
@@ -93,11 +88,8 @@ class TrainingStream:
         del self._tokens[:taken]
         # What is left are the last tokens of the last document, always one or more: without it the windows were not
         # full. That is why a place is a document and a token in it.
-        self._state = {
-            **self._last_document,
-            "token": self._last_length - len(self._tokens),
-            "tokens_before": self._state["tokens_before"] + taken,
-        }
+        places = {"token": self._last_length - len(self._tokens), "tokens_before": self._state["tokens_before"] + taken}
+        self._state = self._last_document | places
         return windows.clone()
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,7 +110,9 @@ class TrainingStream:
         while len(self._tokens) < wanted:
             document = next(self._incoming, None)
             if document is None:
-                raise self._end_of_text(self._state["tokens_before"] + len(self._tokens))
+                ended = f"ends after {self._state['tokens_before'] + len(self._tokens):,} tokens"
+                more = f"give --epochs {self._epochs + 1} or more, fewer --tokens, or more text"
+                raise EndOfText(f"{self._text} {ended} with --epochs {self._epochs}: {more}")
             self._last_document, ids = document
             self._last_length = len(ids)
             # Only the first document after loading begins in its middle; tokens are there after it.
@@ -134,9 +128,9 @@ class TrainingStream:
                 run_end = self._documents.state_dict()
                 # By a string: its hash seeds the same order in every Python.
                 random.Random(f"{self._seed} {epoch} {run}").shuffle(documents)
-                tokenized = tokenize_documents(iter(documents[first:]), self._tokenizer)
-                for document, ids in enumerate(tokenized, start=first):
-                    yield {"epoch": epoch, "run": run, "run_start": run_start, "document": document}, ids
+                for number, document in enumerate(documents[first:], start=first):
+                    place = {"epoch": epoch, "run": run, "run_start": run_start, "document": number}
+                    yield place, tokenize(document, self._tokenizer)
                 run, run_start, first = run + 1, run_end, 0
             run, run_start = 0, self._beginning
 
@@ -152,23 +146,14 @@ class TrainingStream:
         return documents
 
     def _check_length(self) -> None:
-        num_tokens = 0
-        for ids in tokenize_documents(iter(self._documents), self._tokenizer):
-            num_tokens += len(ids)
-            if num_tokens > self._window_length:
-                return
+        num_tokens = _count(self._documents, self._tokenizer, self._window_length + 1)
         if num_tokens == 0:
             raise too_short(self._text, 0, self._window_length)
-        raise InputError(
-            f"{self._text} has {num_tokens} tokens, fewer than one window of {self._window_length} and the token after "
-            "it: give more text or a smaller --window-length"
-        )
-
-    def _end_of_text(self, num_tokens: int) -> EndOfText:
-        return EndOfText(
-            f"{self._text} ends after {num_tokens:,} tokens ({_epochs(self._epochs)}): "
-            f"give --epochs {self._epochs + 1} or more, fewer --tokens, or more text"
-        )
+        if num_tokens <= self._window_length:
+            raise InputError(
+                f"{self._text} has {num_tokens} tokens, fewer than one window of {self._window_length} and the token "
+                "after it: give more text or a smaller --window-length"
+            )
 
 
 def iterate(
@@ -195,39 +180,26 @@ def iterate(
             yield batch
 
 
-def text_fingerprint(text: str) -> str:
-    """What tells one text from another, as 16 hexadecimal digits, without reading all of it.
-
-    Of local files their names without folders, their sizes, and the first and the last MiB of each; of a data set on
-    the hub its name.
-
-    Raises:
-        InputError: a file that is missing, empty or of another kind.
-    """
-    return fingerprint(text, local_files(text))
-
-
-def check_enough(text: str, tokenizer: PreTrainedTokenizerBase, *, column: str, tokens: int, epochs: int) -> None:
+def check_enough(text: str, tokenizer: PreTrainedTokenizerBase, *, tokens: int, epochs: int) -> None:
     """Refuses, before any work, a text that ends before `tokens` tokens were predicted in `epochs` passes.
 
     Counts the tokens of files of 64 MiB together at most, and no further than needed. Larger texts and data sets on
-    the hub are not counted: there `EndOfText` tells.
+    the hub are not counted: there `EndOfText` says so.
 
     Raises:
         InputError: too few tokens, with the number of epochs that suffices; text that cannot be read.
     """
     files = local_files(text)
-    if not files or _total_bytes(files) > _COUNTED_BYTES:
+    if not files or sum(file.stat().st_size for file in files) > _COUNTED_BYTES:
         return
     # The first token of the stream is not predicted.
-    needed, num_tokens = tokens + 1, 0
-    for ids in tokenize_documents(read_documents(text, column), tokenizer):
-        num_tokens += len(ids)
-        if num_tokens * epochs >= needed:
-            return
+    needed = tokens + 1
+    num_tokens = _count(Documents(text), tokenizer, math.ceil(needed / epochs))
+    if num_tokens * epochs >= needed:
+        return
     if num_tokens == 0:
         raise too_short(text, 0, 0)
-    passes = "" if epochs == 1 else f" in {_epochs(epochs)}"
+    passes = "" if epochs == 1 else f" in {epochs} epochs"
     first = " and the first is not predicted" if num_tokens * epochs == tokens else ""
     raise InputError(
         f"{text} has {num_tokens:,} tokens{first}, {tokens:,} are asked for{passes}: "
@@ -235,9 +207,11 @@ def check_enough(text: str, tokenizer: PreTrainedTokenizerBase, *, column: str, 
     )
 
 
-def _total_bytes(files: list[Path]) -> int:
-    return sum(file.stat().st_size for file in files)
-
-
-def _epochs(epochs: int) -> str:
-    return f"{epochs} epoch" if epochs == 1 else f"{epochs} epochs"
+def _count(documents: Documents, tokenizer: PreTrainedTokenizerBase, enough: int) -> int:
+    """Tokens of all documents, or of as many as have `enough`."""
+    num_tokens = 0
+    for document in documents:
+        num_tokens += len(tokenize(document, tokenizer))
+        if num_tokens >= enough:
+            break
+    return num_tokens

@@ -1,38 +1,45 @@
 """Text -> tokens -> windows."""
 
 import glob
-import math
 import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from flexigpt.runtime import InputError
+from flexigpt.runtime import InputError, fingerprint
 
 DEFAULT_TEXT = "JeanKaddour/minipile"
 
-DEFAULT_SPLIT = "validation"
-
-DEFAULT_WINDOW_LENGTH = 2048
-
-_READERS = {".txt": "text", ".jsonl": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
-
+# Defaults; tokens in a window where the model takes more.
+_SPLIT, _COLUMN, _WINDOW_LENGTH = "validation", "text", 2048
 _SHUFFLE_BUFFER = 10_000
+_READERS = {".txt": "text", ".jsonl": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
 
 # TypeError: what `datasets` raises for a column of other values than in the first rows.
 _READING_ERRORS = (OSError, ValueError, EOFError, TypeError, zlib.error)
 
 
-def read_documents(text: str, column: str = "text", seed: int | None = None) -> Iterator[str]:
-    """Documents of a text, streamed; empty ones are passed over. Arguments and errors are those of `Documents`."""
-    yield from Documents(text, column, seed)
+def split_column(text: str) -> tuple[str, str]:
+    """FILE and COLUMN of the text FILE#COLUMN; the column is `text` where none is named.
+
+    A # may be part of a path: what is there by its whole name is not split, nor is what no column is called.
+
+    Raises:
+        InputError: nothing after the #.
+    """
+    place, mark, column = text.rpartition("#")
+    if not mark or Path(text).exists() or set(column) & set("/\\*?") or _kind(column) is not None:
+        return text, _COLUMN
+    if not column:
+        raise InputError(f"{text} names no column: give {place}#COLUMN, or leave the # out")
+    return place, column
 
 
 class Documents:
@@ -41,8 +48,8 @@ class Documents:
     Args:
         text: a .txt file (one document), a .jsonl, .jsonl.gz or .parquet file (one document a row); a folder with such
             files or a pattern (`shards/*.jsonl.gz`) of them, all of one kind, read in the order of their names; or a
-            data set on the hub as NAME, NAME@SPLIT or NAME:CONFIG@SPLIT (the split is `validation` unless told).
-        column: the column that holds the text; a .txt file has only `text`.
+            data set on the hub as NAME[:CONFIG][@SPLIT], of which the split is `validation` by default. Each may end
+            with #COLUMN, the column that holds the text, `text` by default; a .txt file has no other.
         seed: shuffles the documents (in a buffer of 10,000); None leaves them in order.
 
     Raises:
@@ -50,13 +57,12 @@ class Documents:
             reading can tell comes when the document is asked for.
     """
 
-    def __init__(self, text: str, column: str = "text", seed: int | None = None) -> None:
-        self._text, self._column = text, column
+    def __init__(self, text: str, seed: int | None = None) -> None:
+        self._text, self._column = split_column(text)
         self._files = local_files(text)
-        self._rows: Any = None
         self._beginning: dict[str, Any] | None = None
         with self._errors_told():
-            self._rows = _open_rows(text, self._files)
+            self._rows = _open_rows(self._text, self._files)
         if seed is not None:
             self._rows = self._rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
         else:
@@ -68,7 +74,8 @@ class Documents:
         with self._errors_told():
             for row in self._rows:
                 if column not in row:
-                    raise InputError(f"{text} has no column {column!r}: its columns are {', '.join(map(repr, row))}")
+                    columns = ", ".join(map(repr, row))
+                    raise InputError(f"{text} has no column {column!r}: its columns are {columns}; give {text}#COLUMN")
                 if row[column] is not None and not isinstance(row[column], str):
                     raise InputError(f"column {column!r} of {text} holds {type(row[column]).__name__}: expected text")
                 if row[column]:
@@ -112,11 +119,12 @@ class Documents:
 
 
 def local_files(text: str) -> list[Path]:
-    """The files that a text names, by name in order; none for a data set on the hub.
+    """The files that a text, with or without a column, names, by name in order; none for a data set on the hub.
 
     Raises:
         InputError: a file that is missing, empty or of another kind; no files or files of different kinds.
     """
+    text, _ = split_column(text)
     if not text:
         raise InputError("the name of the text is empty: give a file or a data set on the hub")
     path = Path(text)
@@ -138,6 +146,19 @@ def local_files(text: str) -> list[Path]:
     if len(kinds) > 1:
         raise InputError(f"{text} has files of different kinds ({', '.join(kinds.values())}): give files of one kind")
     return files
+
+
+def text_fingerprint(text: str) -> str:
+    """What tells one text from another, without reading all of it: 16 hexadecimal digits, and the column if named.
+
+    Of local files their names without folders, their sizes, and the first and the last MiB of each; of a data set on
+    the hub its name.
+
+    Raises:
+        InputError: a file that is missing, empty or of another kind.
+    """
+    place, column = split_column(text)
+    return fingerprint(place, local_files(text)) + ("" if column == _COLUMN else f"#{column}")
 
 
 def _check_file(file: Path, one_of_several: bool) -> None:
@@ -171,34 +192,18 @@ def _open_rows(text: str, files: list[Path]) -> Any:
             raise too_short(text, 0, 0) from None
     name, _, split = text.partition("@")
     name, _, config = name.partition(":")
-    return load_dataset(name, config or None, split=split or DEFAULT_SPLIT, streaming=True)
+    return load_dataset(name, config or None, split=split or _SPLIT, streaming=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Separators:
-    """The tokens around each document, as most models saw them in training.
+def tokenize(document: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A document's token ids between the tokens that most models saw around one in training.
 
-    Attributes:
-        before: the beginning-of-sequence token, where the tokenizer has one.
-        after: the end-of-sequence token, where it has one that differs.
+    Before it the one for a beginning, after it the one for an end where that is another, as far as there are such.
     """
-
-    before: list[int]
-    after: list[int]
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Separators":
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        return cls(before=[] if bos is None else [bos], after=[] if eos is None or eos == bos else [eos])
-
-
-def tokenize_documents(documents: Iterator[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Each document's token ids between its separators."""
-    separators = Separators.of(tokenizer)
-    for document in documents:
-        # Not verbose: a document longer than the model's context is expected here.
-        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        yield separators.before + ids + separators.after
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    # Not verbose: a document longer than the model's context is expected here.
+    ids: list[int] = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    return [*([] if bos is None else [bos]), *ids, *([] if eos in (None, bos) else [eos])]
 
 
 def check_window_length(window_length: int | None, config: PreTrainedConfig) -> int:
@@ -209,14 +214,14 @@ def check_window_length(window_length: int | None, config: PreTrainedConfig) -> 
     """
     context = getattr(config, "max_position_embeddings", None)
     if window_length is None:
-        return min(context or DEFAULT_WINDOW_LENGTH, DEFAULT_WINDOW_LENGTH)
+        return min(context or _WINDOW_LENGTH, _WINDOW_LENGTH)
     if window_length < 2 or (context and window_length > context):
         raise InputError(f"window length {window_length} does not fit: give 2 to {context or 'any number of'} tokens")
     return window_length
 
 
 def calibration_windows(
-    text: str, tokenizer: PreTrainedTokenizerBase, *, column: str, windows: int, window_length: int, seed: int
+    text: str, tokenizer: PreTrainedTokenizerBase, *, windows: int, window_length: int, seed: int
 ) -> torch.Tensor:
     """Windows for calibration: the documents shuffled by seed, joined and cut. (windows, window_length) int64.
 
@@ -227,8 +232,8 @@ def calibration_windows(
     """
     wanted = windows * window_length
     tokens: list[int] = []
-    for ids in tokenize_documents(read_documents(text, column, seed), tokenizer):
-        tokens.extend(ids)
+    for document in Documents(text, seed):
+        tokens += tokenize(document, tokenizer)
         if len(tokens) >= wanted:
             break
     available = min(len(tokens), wanted) // window_length
@@ -250,24 +255,20 @@ class TokenizedText:
     num_bytes: int
 
 
-def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase, *, column: str, window_length: int) -> TokenizedText:
+def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase, *, window_length: int) -> TokenizedText:
     """All documents of a text, joined.
 
     Raises:
         InputError: text that cannot be read, or that has fewer tokens than one window.
     """
+    tokens: list[int] = []
     num_bytes = 0
-
-    def counted() -> Iterator[str]:
-        nonlocal num_bytes
-        for document in read_documents(text, column):
-            num_bytes += len(document.encode())
-            yield document
-
-    ids = torch.tensor(list(chain.from_iterable(tokenize_documents(counted(), tokenizer))), dtype=torch.int64)
-    if len(ids) < window_length:
-        raise too_short(text, len(ids), window_length)
-    return TokenizedText(ids=ids, num_bytes=num_bytes)
+    for document in Documents(text):
+        num_bytes += len(document.encode())
+        tokens.extend(tokenize(document, tokenizer))
+    if len(tokens) < window_length:
+        raise too_short(text, len(tokens), window_length)
+    return TokenizedText(ids=torch.tensor(tokens, dtype=torch.int64), num_bytes=num_bytes)
 
 
 def too_short(text: str, num_tokens: int, window_length: int) -> InputError:
@@ -287,17 +288,12 @@ def window_batches(
     overlap = window_length - starts.step
     windows = [(ids[start : start + window_length + 1], overlap if start else 0) for start in starts]
     batches: list[tuple[torch.Tensor, int]] = []
-    group: list[tuple[torch.Tensor, int]] = []
-    for window in windows:
-        alike = group and len(window[0]) == len(group[0][0]) and window[1] == group[0][1]
-        if group and (not alike or len(group) == batch_size):
-            batches.append((torch.stack([ids for ids, _ in group]), group[0][1]))
-            group = []
-        group.append(window)
-    batches.append((torch.stack([ids for ids, _ in group]), group[0][1]))
+    for (_, first), group in groupby(windows, key=lambda window: (len(window[0]), window[1])):
+        alike = [ids for ids, _ in group]
+        batches += [(torch.stack(alike[i : i + batch_size]), first) for i in range(0, len(alike), batch_size)]
     return batches
 
 
 def batch_size_for(window_length: int, floats_per_token: int, budget: int) -> int:
     """Windows in one batch so that a tensor of `floats_per_token` for each token stays within `budget` numbers."""
-    return max(1, math.floor(budget / (window_length * floats_per_token)))
+    return max(1, budget // (window_length * floats_per_token))

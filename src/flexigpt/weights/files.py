@@ -1,11 +1,10 @@
 """What lies in a checkpoint's safetensors files, and reading some of it."""
 
 import contextlib
-import hashlib
 import json
 import math
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from flexigpt.model import ARCHITECTURES
-from flexigpt.runtime import InputError, fingerprint
+from flexigpt.runtime import InputError, digest, fingerprint, local_path, one_line
 
 # In the order of safetensors' own list, which is that of the tensors in the files that it writes, backwards.
 FILE_DTYPES: dict[str, torch.dtype] = {
@@ -67,7 +66,7 @@ class StoredTensor(NamedTuple):
     num_bytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class WeightFiles:
     """The weights of one model on disk.
 
@@ -100,11 +99,13 @@ class WeightFiles:
         wanted = [self.tensors[name] for name in names]
         found = {}
         for path in dict.fromkeys(tensor.file for tensor in wanted):
-            with _errors_told(self.source), safe_open(path, "pt") as file:
+            with opening(self.source), safe_open(path, "pt") as file:
                 for tensor in (tensor for tensor in wanted if tensor.file == path):
                     values = file.get_tensor(tensor.name)
                     if (values.dtype, tuple(values.shape)) != (tensor.dtype, tensor.shape):
-                        raise InputError(f"the weights of {self.source} changed while they were being read: start anew")
+                        raise InputError(
+                            f"the weights of {self.source} changed while they were being read: start again"
+                        )
                     found[tensor.name] = values
         return {tensor.name: found[tensor.name] for tensor in wanted}
 
@@ -139,10 +140,31 @@ def open_weights(source: str) -> WeightFiles:
             place = f"{name} in {shard}, which does not hold it"
             raise InputError(f"the index of the weights of {source} places {place}: {_AGAIN}")
     parts = [file for file in (find(CONFIG_NAME), index, *files) if file is not None]
-    digest = hashlib.sha256(fingerprint(source, parts).encode())
-    for state in states:
-        digest.update(state)
-    return WeightFiles(source=source, tensors=tensors, fingerprint=digest.hexdigest()[:16])
+    return WeightFiles(source, tensors, digest(fingerprint(source, parts).encode(), *states))
+
+
+def located(model: str) -> str:
+    """A model's name as libraries take it: a folder that is there, or a name of the hub.
+
+    Raises:
+        InputError: a path that is not there.
+    """
+    path = local_path(model)
+    return model if path is None else str(path)
+
+
+@contextlib.contextmanager
+def opening(model: str, what: str = "model") -> Iterator[None]:
+    """Within it whatever libraries make of files that are wrong, or not there, becomes one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except SafetensorError as error:
+        raise InputError(f"the weights of {model} are damaged ({error}): {_AGAIN}") from error
+    except Exception as error:  # files, names and connections can be wrong in as many ways as libraries have checks
+        where = "" if Path(model).exists() else "no such folder here, and on the hub: "
+        raise InputError(f"the {what} {model} cannot be opened: {where}{one_line(error)}") from error
 
 
 def find_file(model: str, name: str) -> Path | None:
@@ -156,6 +178,7 @@ def find_file(model: str, name: str) -> Path | None:
 
 def _finder(source: str) -> Callable[[str], Path | None]:
     """What finds a file of a model by its name, None where it is not there. Of a hub model, always of one commit."""
+    source = located(source)
     folder = Path(source)
     if folder.exists():
         return lambda name: path if (path := folder / name).is_file() else None
@@ -165,12 +188,9 @@ def _finder(source: str) -> Callable[[str], Path | None]:
 
 
 def _fetch(source: str, name: str, commit: str | None) -> Path | None:
-    try:
+    with opening(source), contextlib.suppress(EntryNotFoundError):  # of the cache too, where there is no connection
         return Path(hf_hub_download(source, name, revision=commit))
-    except EntryNotFoundError:  # of the cache too, where there is no connection
-        return None
-    except Exception as error:  # a name or a connection can be wrong in many ways
-        raise InputError(f"the model {source} cannot be opened: {' '.join(str(error).split())}") from error
+    return None
 
 
 def _no_weights(source: str) -> InputError:
@@ -239,20 +259,9 @@ def _shard(source: str, find: Callable[[str], Path | None], name: str) -> Path:
     return file
 
 
-@contextlib.contextmanager
-def _errors_told(source: str) -> Iterator[None]:
-    """The words of `checkpoint.load_model` for the same faults."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise InputError(f"the weights of {source} are damaged ({error}): {_AGAIN}") from error
-    except OSError as error:
-        raise InputError(f"the model {source} cannot be opened: {' '.join(str(error).split())}") from error
-
-
 def _read_file(source: str, file: Path) -> tuple[dict[str, StoredTensor], bytes]:
     """The tensors of one file by name, in its order, and what tells its state: its header and last change."""
-    with _errors_told(source):
+    with opening(source):
         # It checks the header and that the file is as long as it says, but does not tell where tensors lie.
         with safe_open(file, "pt"):
             pass
@@ -301,24 +310,62 @@ def names_in_files(weights: WeightFiles, model: PreTrainedModel) -> dict[str, st
     for tied, origin in ties.items():
         if tied in found and origin not in found:  # the same tensor by its other name
             found[origin] = found.pop(tied)
-    missing = sorted(name for name in state if name not in found and ties.get(name) not in found)
-    if missing:
+    shapes = ((name, weights.tensors[found[name]].shape, state[name].shape) for name in found.keys() & state.keys())
+    check_fit(
+        source,
+        model,
+        missing=[name for name in state if name not in found and ties.get(name) not in found],
+        wrong=[sizes for sizes in shapes if sizes[1] != sizes[2]],
+        left=found.keys() - state.keys(),
+        untied=(not _equal(weights, found[tied], found[origin]) for tied, origin in ties.items() if tied in found),
+    )
+    return {name: found[name] for name in state if name in found and name not in ties}
+
+
+def check_fit(
+    source: str,
+    model: PreTrainedModel,
+    *,
+    missing: Iterable[str],
+    wrong: Iterable[tuple[str, Sequence[int], Sequence[int]]],
+    left: Iterable[str],
+    untied: Iterable[bool],
+) -> None:
+    """Refuses weights of another model than config.json's, which transformers makes up, drops or ties with a warning.
+
+    Args:
+        source: whose weights they are, for messages.
+        model: what its configuration makes; the meta device will do.
+        missing: its tensors that the weights lack.
+        wrong: tensors of another shape: name, shape in the file, shape by config.json.
+        left: tensors of the weights without a place in it; masks and frequencies may be.
+        untied: whether what it ties differs in the weights; looked at last.
+
+    Raises:
+        InputError: any of them.
+    """
+    lacking = sorted(missing)
+    if lacking:
         raise InputError(
-            f"the weights of {source} lack {len(missing)} tensors, {missing[0]} among them: get them again"
+            f"the weights of {source} lack {len(lacking)} tensors, {lacking[0]} among them: get them again"
         )
-    for name in sorted(found.keys() & state.keys()):
-        in_file, in_config = weights.tensors[found[name]].shape, tuple(state[name].shape)
-        if in_file != in_config:
-            sizes = f"{in_file} in the file, {in_config} by config.json"
-            raise InputError(f"the weights of {source} do not fit: {name} is {sizes}")
-    _check_left(source, model, found.keys() - state.keys())
-    for tied, origin in ties.items():
-        if tied in found and not _equal(weights, found.pop(tied), found[origin]):
-            raise InputError(
-                f"config.json of {source} ties the output head to the embeddings, but the weights hold another head: "
-                "set tie_word_embeddings to false in it"
-            )
-    return {name: found[name] for name in state if name in found}
+    for name, in_file, in_config in sorted(wrong):
+        sizes = f"{tuple(in_file)} in the file, {tuple(in_config)} by config.json"
+        raise InputError(f"the weights of {source} do not fit: {name} is {sizes}")
+    architecture = ARCHITECTURES.get(model.config.model_type)
+    linears = () if architecture is None else architecture.linears
+    ends = tuple(f".{path}.{kind}" for path in linears for kind in ("weight", "bias"))
+    linear = sorted(name for name in left if name.endswith(ends))
+    if linear:
+        raise InputError(
+            f"config.json of {source} has no place for {len(linear)} tensors of the weights, {linear[0]} among them: "
+            "correct it, or get the model again"
+        )
+    if any(untied):
+        raise InputError(
+            f"config.json of {source} ties the output head to the embeddings, but the weights hold another head: "
+            "set tie_word_embeddings to false in it"
+        )
 
 
 def _own_names(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> Callable[[str], str]:
@@ -333,19 +380,6 @@ def _own_names(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> Callab
         return name
 
     return own_name
-
-
-def _check_left(source: str, model: PreTrainedModel, left_over: Iterable[str]) -> None:
-    """Refuses linears that the model has no place for; other tensors (masks, frequencies) are no part of the model."""
-    architecture = ARCHITECTURES.get(model.config.model_type)
-    linears = () if architecture is None else architecture.linears
-    ends = tuple(f".{path}.{kind}" for path in linears for kind in ("weight", "bias"))
-    left = sorted(name for name in left_over if name.endswith(ends))
-    if left:
-        raise InputError(
-            f"config.json of {source} has no place for {len(left)} tensors of the weights, {left[0]} among them: "
-            "correct it, or get the model again"
-        )
 
 
 def _equal(weights: WeightFiles, name: str, other: str) -> bool:

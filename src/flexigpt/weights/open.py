@@ -16,10 +16,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from flexigpt.model import ARCHITECTURES, FlexiGPTConfig, empty_model, plan_of
+from flexigpt.model import FlexiGPTConfig, empty_model, plan_of
 from flexigpt.runtime import InputError, check_dtype, find_device, fingerprint, one_line
-
-_FILE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+from flexigpt.weights.files import FILE_DTYPES, check_fit, located, opening
 
 
 def read_config(model: str) -> PreTrainedConfig:
@@ -29,13 +28,11 @@ def read_config(model: str) -> PreTrainedConfig:
         InputError: a model that cannot be found or is of a kind unknown to this transformers, or a compact model of a
             newer format version.
     """
-    path = Path(model)
-    if path.exists() and not (path / "config.json").is_file():
+    model = located(model)
+    if Path(model).exists() and not Path(model, "config.json").is_file():
         raise InputError(f"{model} holds no model: config.json is not there")
-    try:
+    with opening(model):
         config: PreTrainedConfig = AutoConfig.from_pretrained(model)
-    except Exception as error:  # a config.json can be wrong in as many ways as transformers has checks and code
-        raise InputError(f"the model {model} cannot be opened: {one_line(error)}") from error
     if isinstance(config, FlexiGPTConfig) and config.text_config is None:
         raise InputError(f"the model {model} cannot be opened: its config.json lacks text_config")
     if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
@@ -51,6 +48,7 @@ def open_empty(model: str, dtype: str = "auto") -> PreTrainedModel:
     Raises:
         InputError: as `read_config`, or a configuration that no model can be built from.
     """
+    model = located(model)
     config = read_config(model)
     if dtype != "auto":
         config.dtype = getattr(torch, dtype)
@@ -66,8 +64,8 @@ def _dtype_in_files(model: str) -> torch.dtype:
     """The dtype in a folder's first weight file, for configurations that name none; float32 where there is no file."""
     for path in sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []:
         with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
-            names = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-            return next((dtype for name, dtype in _FILE_DTYPES.items() if name in names), torch.float32)
+            found = {FILE_DTYPES.get(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
+            return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in found), torch.float32)
     return torch.float32
 
 
@@ -79,45 +77,25 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto") -> PreTrai
             configuration has places for; an unknown dtype.
     """
     check_dtype(dtype)
-    where = find_device(device)
+    model, where = located(model), find_device(device)
     read_config(model)
-    try:
+    with opening(model):
         # With the report it returns a pair, which its annotation does not say.
         opened: Any = AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except SafetensorError as error:
-        raise InputError(f"the weights of {model} are damaged ({error}): copy or download them again") from error
-    except Exception as error:  # whatever transformers makes of wrong files
-        raise InputError(f"the model {model} cannot be opened: {one_line(error)}") from error
     loaded: PreTrainedModel = opened[0]
-    _check_loaded(model, loaded, opened[1])
-    return move(loaded.eval(), where)
-
-
-def _check_loaded(model: str, loaded: PreTrainedModel, report: dict[str, Any]) -> None:
-    """Refuses what transformers only warns of: tensors made up, left out, or tied against the file."""
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise InputError(f"the weights of {model} lack {len(missing)} tensors, {missing[0]} among them: get them again")
-    for name, in_file, in_config in report["mismatched_keys"]:
-        sizes = f"{tuple(in_file)} in the file, {tuple(in_config)} by config.json"
-        raise InputError(f"the weights of {model} do not fit: {name} is {sizes}")
-    architecture = ARCHITECTURES.get(loaded.config.model_type)
-    linears = () if architecture is None else architecture.linears
-    ends = tuple(f".{path}.{kind}" for path in linears for kind in ("weight", "bias"))
-    left = sorted(name for name in report["unexpected_keys"] if name.endswith(ends))
-    if left:
-        raise InputError(
-            f"config.json of {model} has no place for {len(left)} tensors of the weights, {left[0]} among them: "
-            "correct it, or get the model again"
-        )
     embeddings, head = loaded.get_input_embeddings(), loaded.get_output_embeddings()
-    if loaded.config.tie_word_embeddings and head is not None and head.weight is not embeddings.weight:
-        raise InputError(
-            f"config.json of {model} ties the output head to the embeddings, but the weights hold another head: "
-            "set tie_word_embeddings to false in it"
-        )
+    tied = loaded.config.tie_word_embeddings and head is not None
+    check_fit(
+        model,
+        loaded,
+        missing=opened[1]["missing_keys"],
+        wrong=opened[1]["mismatched_keys"],
+        left=opened[1]["unexpected_keys"],
+        untied=[tied and head.weight is not embeddings.weight],
+    )
+    return move(loaded.eval(), where)
 
 
 def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -128,7 +106,7 @@ def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 def model_fingerprint(model: str) -> str:
     """What tells one model from another, without reading all of its weights; of a model on the hub its name."""
-    folder = Path(model)
+    folder = Path(located(model))
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     return fingerprint(model, [folder / "config.json", *files] if files else [])
 
@@ -139,10 +117,9 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     Raises:
         InputError: none is there, or it cannot be read.
     """
-    try:
+    model = located(model)
+    with opening(model, "tokenizer of"):
         return AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # tokenizers raise bare Exceptions
-        raise InputError(f"the tokenizer of {model} cannot be opened: {one_line(error)}") from error
 
 
 def has_replicas(model: str) -> bool:

@@ -204,7 +204,7 @@ def _read_slices(file: io.FileIO, num_bytes: int, length: int, origin: StoredTen
         while filled < len(wanted):
             done = file.readinto(wanted[filled:])
             if not done:
-                raise InputError(f"{origin.file} became shorter while {origin.name} was being copied: start anew")
+                raise InputError(f"{origin.file} became shorter while {origin.name} was being copied: start again")
             filled += done
         yield wanted
 

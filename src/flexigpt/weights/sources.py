@@ -10,19 +10,12 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from flexigpt.model import (
-    all_tensors,
-    config_with_blocks,
-    empty_model,
-    fill_model,
-    layout_of,
-    names_of_blocks,
-)
+from flexigpt.model import all_tensors, empty_of_blocks, fill_model, layout_of
 from flexigpt.runtime import Cache, InputError, Track, check_dtype, find_device, silent
-from flexigpt.weights.files import StoredTensor, WeightFiles, names_in_files, open_weights
+from flexigpt.weights.files import StoredTensor, WeightFiles, located, names_in_files, open_weights
 from flexigpt.weights.open import move, open_empty
 from flexigpt.weights.shards import Piece
 
@@ -128,19 +121,22 @@ class Source(StreamedModel):
         name: folder or hub name.
         dtype: of the weights: auto (the source's), float32, bfloat16 or float16.
         device: auto (a GPU where there is one), cpu, cuda or cuda:N.
+        empty: `open_empty` of that name and dtype, where it is there already.
 
     Attributes:
         files: of its weights.
 
     Raises:
-        InputError: as `checkpoint.open_empty` and `weight_files.open_weights`; an unknown dtype or device.
+        InputError: as `open_empty` and `open_weights`; an unknown dtype or device.
     """
 
-    def __init__(self, name: str, dtype: str = "auto", device: str = "auto") -> None:
+    def __init__(
+        self, name: str, dtype: str = "auto", device: str = "auto", empty: PreTrainedModel | None = None
+    ) -> None:
         check_dtype(dtype)
-        self._name, self._where = name, find_device(device)
-        self._anywhere = device in ("auto", "cuda")
-        model = open_empty(name, dtype)
+        self._name = name = located(name)
+        self._where = find_device(device)
+        model = open_empty(name, dtype) if empty is None else empty
         self.files: WeightFiles = open_weights(name)
         self._names = names_in_files(self.files, model)
         self._dtype = model.dtype
@@ -154,13 +150,6 @@ class Source(StreamedModel):
         if not Path(name).is_dir() or Path(name, "generation_config.json").is_file():
             with contextlib.suppress(OSError):  # none there: the one made of config.json stands
                 model.generation_config = GenerationConfig.from_pretrained(name)
-
-    def twins(self) -> list["Source"]:
-        """The same model on every further GPU, where none was named."""
-        if not self._anywhere or self._where.type != "cuda":
-            return []
-        dtype = str(self._dtype).removeprefix("torch.")
-        return [Source(self._name, dtype, f"cuda:{number}") for number in range(1, torch.cuda.device_count())]
 
     def cache(self, folder: str | Path | None) -> Cache:
         """Keeps what is measured of it, in that folder or the default one."""
@@ -228,10 +217,14 @@ class Assembly(StreamedModel):
         empty: the model, its parameters on the meta device.
         source: whose tensors it takes.
         taken: name in the model -> name in the source, buffers included; what is missing is its own.
+
+    Attributes:
+        tokenizer: the source's, where it has been opened.
     """
 
     def __init__(self, empty: PreTrainedModel, source: StreamedModel, taken: Mapping[str, str]) -> None:
         super().__init__(empty, self._gathered)
+        self.tokenizer: PreTrainedTokenizerBase | None = None
         self._source, self._taken = source, dict(taken)
         self._own: dict[str, torch.Tensor] = {}
         there, block = all_tensors(source.model), f"{self.prefix}."
@@ -321,7 +314,5 @@ def without_blocks(source: StreamedModel, blocks: Sequence[int]) -> Assembly:
     strange = sorted(set(blocks) - set(range(depth)))
     if strange or len(set(blocks)) >= depth:
         raise InputError(f"cannot remove blocks {sorted(blocks)} of 0 to {depth - 1}: name some of them, not all")
-    kept = [block for block in range(depth) if block not in blocks]
-    config = config_with_blocks(source.model.config, kept)
-    config.dtype = source.model.dtype
-    return Assembly(empty_model(config), source, names_of_blocks(source.model, kept))
+    empty, taken = empty_of_blocks(source.model, [block for block in range(depth) if block not in blocks])
+    return Assembly(empty, source, taken)

@@ -1,0 +1,58 @@
+"""Settings without effect beside others: Python does as it is told, the command line warns of what was typed."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from flexigpt.runtime import flag
+
+# Of each command: (fields, why they have no effect, whether that holds for these options).
+Rule = tuple[Sequence[str], str, Callable[[Any], bool]]
+IDLE: Mapping[str, Sequence[Rule]] = {
+    "prune": (
+        (("block_score",), "--blocks names the blocks", lambda asked: asked.blocks is not None),
+        (("rank", "base_distance", "block_score"), "the plan decides it", lambda asked: asked.plan is not None),
+        (
+            ("rank", "base_distance", "adapter_init", "output_norm"),
+            "--remove makes no replica",
+            lambda asked: asked.remove,
+        ),
+        (("calibration", "windows"), "no calibration text is read", lambda asked: not asked.calibrates),
+        (
+            ("window_length",),
+            "no text is read",
+            lambda asked: not asked.calibrates and asked.perplexity is None,
+        ),
+    ),
+    "plan": ((("perplexity", "refit_kept"), "--plan-only makes no model", lambda asked: True),),
+    "extend": ((("window_length",), "no text is read", lambda asked: asked.perplexity is None),),
+    "recover": (
+        (("distill_weight",), "there is no --teacher", lambda asked: asked.teacher is None),
+        (("draft_weight", "replica_lr"), "replicas alone are trained", lambda asked: asked.train == "replicas"),
+        (("lora_rank",), "kept blocks get no LoRA", lambda asked: asked.train != "replicas+kept"),
+    ),
+    "eval": (
+        (("against", "window_length"), "there is no --perplexity", lambda asked: asked.perplexity is None),
+        (
+            ("num_fewshot", "limit", "batch_size", "include_path"),
+            "there are no --tasks",
+            lambda asked: asked.tasks is None,
+        ),
+    ),
+    "generate": ((("top_p", "seed"), "there is no --temperature", lambda asked: not asked.temperature),),
+}
+
+
+def warn_idle(command: str, typed: Mapping[str, Any], options: Any) -> None:
+    """Prints a line for each setting that was typed and has no effect.
+
+    Args:
+        command: a key of IDLE; others have no rules.
+        typed: the fields that were typed.
+        options: of the run.
+    """
+    for fields, reason, holds in IDLE.get(command, ()):
+        given = [field for field in fields if field in typed]
+        if given and holds(options):
+            names = ", ".join(flag(field) for field in given)
+            print(f"flexigpt: warning: {names} without effect, since {reason}", file=sys.stderr)

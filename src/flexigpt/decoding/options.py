@@ -1,0 +1,92 @@
+"""What generation, speculative decoding and the benchmark can be asked for. No torch."""
+
+import math
+from dataclasses import dataclass
+
+from flexigpt.runtime import InputError, RunOptions, check_options, option
+
+_WHAT = "What to generate"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculateOptions:
+    """How to draft.
+
+    Attributes:
+        draft_length: tokens to draft each time; default: as many as pay at the acceptance seen.
+    """
+
+    draft_length: int | None = option(None, command=False, least=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(RunOptions, SpeculateOptions):
+    """What to generate, and how.
+
+    Attributes:
+        prompt: text to continue.
+        max_new_tokens: tokens to generate at most.
+        temperature: 0 takes the likeliest token each time; above, tokens are sampled at that temperature.
+        top_p: with a temperature: samples from the likeliest tokens that hold this share of the probability.
+        seed: with a temperature: makes samples repeatable.
+        speculative: drafts with the replicas skipped and verifies with the whole model: the same text (or, with a
+            temperature, samples of the same distribution) in fewer passes.
+        materialize: folds the replicas' adapters into weights of their own first: the memory and, but for the output
+            norms, the speed of the source.
+    """
+
+    prompt: str = option(group=_WHAT, everyday=True)
+    max_new_tokens: int = option(128, group=_WHAT, everyday=True, least=1)
+    temperature: float = option(0.0, group=_WHAT, everyday=True)
+    top_p: float = option(1.0, group=_WHAT)
+    seed: int = option(0, group=_WHAT)
+    speculative: bool = option(False, everyday=True)
+    materialize: bool = option(False, command=False)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        # Surrogates are how Python hands on bytes of the command line that are not UTF-8.
+        if not self.prompt or any("\ud800" <= character <= "\udfff" for character in self.prompt):
+            raise InputError("--prompt is empty or not valid UTF-8: give some text to continue")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"--temperature {self.temperature} is out of range: give 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top-p {self.top_p} is out of range: give more than 0, at most 1")
+
+
+def parse_batch_sizes(sizes: str) -> tuple[int, ...]:
+    """The numbers in 1,8.
+
+    Raises:
+        InputError: what cannot be read.
+    """
+    try:
+        return tuple(int(size) for size in sizes.split(","))
+    except ValueError:
+        raise InputError(f"--batch-sizes {sizes} cannot be read: give numbers with commas between, as 1,8") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions(RunOptions):
+    """What to measure, and what to hold it against.
+
+    Attributes:
+        against: the source that the model was made from, measured beside it.
+        batch_sizes: how many sequences are generated at once; with 1 among them, speculative decoding is
+            measured, too; default: 1,8.
+    """
+
+    against: str | None = option(None, group="What to measure", everyday=True, metavar="SOURCE")
+    batch_sizes: tuple[int, ...] = option(
+        (1, 8), group="What to measure", everyday=True, metavar="1,8,...", parse=parse_batch_sizes
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sizes = tuple(self.batch_sizes)
+        if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
+            given = ",".join(map(str, sizes)) or "none"
+            raise InputError(f"--batch-sizes {given} cannot be used: give different numbers from 1, as 1,8")

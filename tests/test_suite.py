@@ -1,0 +1,27 @@
+"""The suite itself."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def collected(hash_seed: str) -> list[str]:
+    """The names of all tests, in order."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=", "-p", "no:randomly", "tests"]
+    environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout
+    return [line for line in ran.stdout.splitlines() if "::" in line]
+
+
+def test_tests_have_the_same_names_whenever_they_are_collected() -> None:
+    """One collection after the other, which takes seconds: no clock, hash or address makes a name or the order.
+
+    The processes of `pytest -n 2` each collect the suite, and stop where they disagree.
+    """
+    names = collected("1")
+    assert names == collected("2")
+    assert len(names) > 1000
