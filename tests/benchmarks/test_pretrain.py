@@ -125,7 +125,7 @@ def refused(pretrain: Pretrain, capsys: pytest.CaptureFixture[str], *words: obje
     ("change", "says"),
     [
         (("--data", "nowhere.jsonl"), "nowhere.jsonl is not there"),
-        (("--data", f"{EXAMPLE}/recovery.parquet#story"), "no column 'story'"),
+        (("--data", f"{SCRIPT.parents[1]}/examples/novel16/recovery.parquet#story"), "no column 'story'"),
         (("--hidden-size", "65"), "give a multiple of 64"),
         (("--blocks", "0"), "at least 1"),
         (("--attention-dropout", "1"), "below 1"),

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
         check_output,
         check_space,
         digest,
+        existing_parent,
         fingerprint,
         local_path,
         replace_file,
-        replaced_file,
         replaced_folder,
     )
     from flexigpt.runtime.launch import launched, launched_rank, on_signals
