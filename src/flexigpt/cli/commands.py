@@ -43,9 +43,7 @@ def prune(
     asked: Asked,
     source: Source,
     out: Out,
-    preset: Annotated[
-        str, typer.Option(help=_PRESET, metavar="NAME", autocompletion=lambda: list(PRESETS), show_default=False)
-    ] = (_DEFAULT),
+    preset: Preset = _DEFAULT,
     plan_only: Annotated[
         bool,
         typer.Option(

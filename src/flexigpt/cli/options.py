@@ -95,8 +95,8 @@ def add_command(
 
     made = [_parameter(field, kinds[field.name], described[field.name]) for field in fields]
     every = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
-    every += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-    every += [*made, _keyword("help_all", bool, typer.Option("--help-all", is_eager=True, callback=show_all), False)]
+    every += [*made, *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own)]
+    every += [_keyword("help_all", bool, typer.Option("--help-all", is_eager=True, callback=show_all), False)]
     call.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
     call.__doc__ = function.__doc__
