@@ -20,7 +20,7 @@ VARIANTS = {
     "the method": {},
     "without high-rank elimination (b)": {"base_distance": "full-rank"},
     "plain distance of the weights (c)": {"base_distance": "frobenius"},
-    "without output norm": {"output_norm": False},
+    "without output norm": {"output_norm": "none"},
     "without SVD adapter initialisation": {"adapter_init": "zero"},
 }
 
@@ -54,7 +54,7 @@ def main() -> None:
     for ratio in arguments.ratios:
         pruned: list[int] = []
         for name, settings in VARIANTS.items():
-            options = PruneOptions(
+            options = PruneOptions.paper(
                 ratio=ratio,
                 calibration=arguments.calibration,
                 window_length=arguments.window_length,

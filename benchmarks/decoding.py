@@ -1,4 +1,4 @@
-"""`flexigpt benchmark` on two models, in one run: what the paper's table 6 reports of LLaMA-2 7B on an A100.
+"""`flexigpt benchmark` on two models and their plain removals: what the paper's table 6 reports of LLaMA-2 7B.
 
 python benchmarks/decoding.py > benchmarks/results/decoding.md
 
@@ -10,62 +10,85 @@ gamma so small that draft and target agree: their speculative row is the most th
 import argparse
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from speculation import EXAMPLE, OPTIONS, add_large, heading, large
 
 from flexigpt import BenchmarkOptions, benchmark, prune, write_checkpoint
-from flexigpt.decoding import benchmark_rows
+from flexigpt.model import layout_of
+from flexigpt.runtime import megabytes
+from flexigpt.weights import load_model, load_tokenizer, remove_blocks
+
+COLUMNS = ("batch", "variant", "prefill, ms", "tokens/s each", "time, %", "least-most", "throughput, %", "peak, MB")
 
 
-def pruned(folder: Path) -> Path:
-    """The shipped model pruned at 30 %, unrecovered, in float32."""
+def small(folder: Path) -> None:
+    """The shipped model pruned at 30 %, unrecovered, in float32, and with the same blocks removed."""
     model, _, record = prune(str(EXAMPLE), OPTIONS)
-    write_checkpoint(folder, model, record, source=str(EXAMPLE))
-    return folder
+    write_checkpoint(folder / "compact", model, record, source=str(EXAMPLE))
+    source = load_model(str(EXAMPLE), "float32")
+    save({"source": source, "removal": remove_blocks(source, list(layout_of(model).bases))}, folder)
 
 
-def say(what: str, result: dict[str, Any]) -> None:
-    print(f"## {what}\n\n{benchmark_rows(result).markdown()}", flush=True)
+def save(models: dict[str, Any], folder: Path) -> None:
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        load_tokenizer(str(EXAMPLE)).save_pretrained(folder / name)
+
+
+def measure(folder: Path, dtype: str, rounds: int) -> None:
+    """Prints what each variant costs: medians over rounds of all variants; ratios are within a round."""
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    notes = set()
+    for _ in range(rounds):
+        against = BenchmarkOptions(against=str(folder / "source"), dtype=dtype)
+        result, alone = (
+            benchmark(str(folder / "compact"), against),
+            benchmark(str(folder / "removal"), BenchmarkOptions(dtype=dtype)),
+        )
+        variants = [*result["variants"], alone["variants"][0] | {"variant": "removal"}]
+        source = {batch["batch_size"]: batch["throughput"] for batch in variants[0]["batches"]}
+        for variant in variants:
+            for batch in variant["batches"]:
+                time = 100 * source[batch["batch_size"]] / batch["throughput"]
+                found.setdefault((batch["batch_size"], variant["variant"]), []).append(batch | {"time": time})
+            if "acceptance" in variant:
+                notes.add(f"{variant['acceptance']:.0%} of drafted tokens accepted")
+    print(f"| {' | '.join(COLUMNS)} |\n|{' ---: |' * len(COLUMNS)}")
+    for (size, variant), batches in sorted(found.items(), key=lambda item: item[0][0]):
+        prefill, each, time, peak = (
+            median(batch[key] for batch in batches)
+            for key in ("prefill_seconds", "tokens_per_second", "time", "peak_bytes")
+        )
+        least, most = (pick(batch["time"] for batch in batches) for pick in (min, max))
+        cells = (f"{1000 * prefill:.1f}", f"{each:.1f}", f"{time:.1f}", f"{least:.1f}-{most:.1f}", f"{1e4 / time:.1f}")
+        print(f"| {size} | {variant} | {' | '.join(cells)} | {megabytes(int(peak))} |")
+    words = f"prompts of {result['prompt_tokens']} tokens, {result['new_tokens']} new ones"
+    print(f"\nMedians of {rounds} rounds; {words}; {', '.join(sorted(notes))}.")
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    print(f"{result['device']}, {dtype}, torch threads: {result['threads']}; {versions}.\n", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_large(parser)
     parser.add_argument("--gamma", type=float, default=1e-3, help="of the random models' replicas")
-    parser.add_argument("--large-prompt", type=int, default=16)
-    parser.add_argument("--large-tokens", type=int, default=33)
-    parser.add_argument("--large-repeats", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--cpu-time", action="store_true", help="for one thread beside other work on the machine")
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    shared: dict[str, Any] = {"speculative": True, "cpu_time": arguments.cpu_time}
     print("# Decoding\n\n`python benchmarks/decoding.py`, all in one run.\n")
-    with tempfile.TemporaryDirectory() as folder:
-        options = BenchmarkOptions(
-            against=str(EXAMPLE),
-            prompt=str(EXAMPLE / "validation.jsonl"),
-            prompt_tokens=64,
-            repeats=arguments.repeats,
-            dtype="float32",
-            **shared,
-        )
-        small = benchmark(str(pruned(Path(folder) / "example")), options)
-        say("examples/novel16, pruned at 30 %, unrecovered", small)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        print("## examples/novel16, pruned at 30 %, unrecovered\n")
+        small(folder)
+        measure(folder, "float32", arguments.rounds)
         for ratio in arguments.ratios if arguments.layers else ():
-            for name, model in zip(("source", "compact"), large(arguments, ratio, arguments.gamma), strict=True):
-                model.save_pretrained(Path(folder) / name)
-            del model
-            options = BenchmarkOptions(
-                against=str(Path(folder) / "source"),
-                batch_sizes=(1, 8),
-                prompt_tokens=arguments.large_prompt,
-                new_tokens=arguments.large_tokens,
-                repeats=arguments.large_repeats,
-                dtype=arguments.dtype,
-                **shared,
-            )
-            say(heading(arguments, ratio, arguments.gamma), benchmark(str(Path(folder) / "compact"), options))
+            print(f"## {heading(arguments, ratio, arguments.gamma)}\n")
+            source, compact = large(arguments, ratio, arguments.gamma)
+            removal = remove_blocks(source, list(layout_of(compact).bases))
+            save({"source": source, "compact": compact, "removal": removal}, folder)
+            del source, compact, removal
+            measure(folder, arguments.dtype, arguments.rounds)
 
 
 if __name__ == "__main__":

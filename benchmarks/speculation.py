@@ -25,14 +25,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flexigpt import Plan, PruneOptions, Replica, SpeculateOptions, SpeculateStatistics, prune, speculative_generate
-from flexigpt.decoding.draft import expected_speedup
-from flexigpt.decoding.split import head_cost
 from flexigpt.model import empty_compact, layout_of
-from flexigpt.replicas.initialization import ReplicaStart, replica_tensors
+from flexigpt.replicas import ReplicaOptions, replica_tensors
 from flexigpt.weights import Assembly, StreamedModel, load_model, load_tokenizer
 
 EXAMPLE = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "novel16"))
-OPTIONS = PruneOptions(
+OPTIONS = PruneOptions.paper(
     ratio=0.3, calibration=str(EXAMPLE / "calibration.jsonl"), window_length=256, dtype="float32", windows=32
 )
 SHAPES = {
@@ -128,10 +126,16 @@ def allowed(model: Any, seen: SpeculateStatistics) -> float:
     """What memory-bound decoding would give by the passes made: of plain decoding, blocks and the head counted."""
     if not seen.target_passes:
         return 1.0
+    target, draft = costs(model)
+    return (seen.tokens - 1) * target / (seen.drafted * draft + seen.target_passes * target)
+
+
+def costs(model: Any) -> tuple[float, float]:
+    """What a pass of the target costs, and one of the draft, in those of a kept block; the head by its weights."""
     layout = layout_of(model)
-    depth, head = len(layout.blocks), head_cost(model)
-    draft = depth - len(layout.bases) + head
-    return (seen.tokens - 1) * (depth + head) / (seen.draft_passes * draft + seen.target_passes * (depth + head))
+    block = sum(parameter.numel() for parameter in layout.blocks[layout.kept[0]].parameters())
+    head = model.get_output_embeddings().weight.numel() / block
+    return len(layout.blocks) + head, len(layout.kept) + head
 
 
 def block_calls(blocks: Any, ids: torch.Tensor, decode: Callable[[torch.Tensor, Any], Any]) -> int:
@@ -176,7 +180,7 @@ def large(arguments: argparse.Namespace, ratio: float, gamma: float) -> tuple[An
     streamed = StreamedModel(source)
     empty, taken = empty_compact(source, plan)
     assembly = Assembly(empty, streamed, taken)
-    start = ReplicaStart(adapter_init="zero", norm_init=gamma, seed=0)
+    start = ReplicaOptions(adapter_init="zero", output_norm=gamma)
     for replica in plan.replicas:
         assembly.own(replica.block, replica_tensors(assembly.blocks[replica.block], streamed, replica, start))
     return source, assembly.in_memory()
@@ -198,10 +202,9 @@ def heading(arguments: argparse.Namespace, ratio: float, gamma: float) -> str:
 
 def say(model: Any) -> None:
     """What is skipped, and what the cost model expects of full acceptance."""
-    layout = layout_of(model)
-    depth, skipped, first, head = len(layout.blocks), len(layout.bases), min(layout.bases), head_cost(model)
-    best = [f"{k}: {expected_speedup(1.0, k, depth, skipped, first, head_cost=head):.2f}" for k in (1, 2, 4, 8)]
-    print(f"{depth} blocks, replicas {', '.join(map(str, sorted(layout.bases)))}.", end=" ")
+    layout, (target, draft) = layout_of(model), costs(model)
+    best = [f"{k}: {(k + 1) * target / (k * draft + target):.2f}" for k in (1, 2, 4, 8)]
+    print(f"{len(layout.blocks)} blocks, replicas {', '.join(map(str, sorted(layout.bases)))}.", end=" ")
     print(f"Were all accepted, the cost model says for draft lengths {', '.join(best)} of plain.\n", flush=True)
 
 

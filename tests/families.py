@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flexigpt import FlexiGPTForCausalLM, Plan
 from flexigpt.model import all_tensors, empty_compact, fill_model, layout_of
-from flexigpt.replicas.initialization import ReplicaStart, replica_tensors
+from flexigpt.replicas import ReplicaOptions, replica_tensors
 from flexigpt.weights import StreamedModel, exchange_parameters
 
 NUM_BLOCKS = 6
@@ -152,7 +152,7 @@ def initialize_replicas(
 ) -> None:
     """Fills what is the replicas' own in a compact model in memory, as pruning does before anything is fitted."""
     streamed = StreamedModel(source)
-    start = ReplicaStart(adapter_init=adapter_init, norm_init=norm_init, seed=seed)
+    start = ReplicaOptions(adapter_init=adapter_init, output_norm=norm_init, seed=seed)
     for replica in plan.replicas:
         block = model.block_list[replica.block]
         exchange_parameters(block, replica_tensors(block, streamed, replica, start, source_blocks))

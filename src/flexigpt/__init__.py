@@ -18,13 +18,13 @@ used. The rooms of the code; imports go down this table only:
     runtime      what every flow runs on: errors, progress, cache, files, machine, processes
 """
 
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
 from flexigpt.model.registration import register_when_imported
 from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
+    __version__: str
     from flexigpt.decoding import BenchmarkOptions as BenchmarkOptions
     from flexigpt.decoding import SpeculateOptions as SpeculateOptions
     from flexigpt.decoding import SpeculateStatistics as SpeculateStatistics
@@ -38,16 +38,15 @@ if TYPE_CHECKING:
     from flexigpt.model import Replica as Replica
     from flexigpt.model import materialize as materialize
     from flexigpt.pruning import PRESETS as PRESETS
-    from flexigpt.pruning import BaselineOptions as BaselineOptions
     from flexigpt.pruning import ExtendOptions as ExtendOptions
     from flexigpt.pruning import PruneOptions as PruneOptions
-    from flexigpt.pruning import assemble_baseline as assemble_baseline
     from flexigpt.pruning import assemble_extended as assemble_extended
     from flexigpt.pruning import assemble_pruned as assemble_pruned
-    from flexigpt.pruning import baseline as baseline
+    from flexigpt.pruning import assemble_removed as assemble_removed
     from flexigpt.pruning import extend as extend
     from flexigpt.pruning import plan_only as plan_only
     from flexigpt.pruning import prune as prune
+    from flexigpt.pruning import remove as remove
     from flexigpt.record import inspect_model as inspect_model
     from flexigpt.record import write_checkpoint as write_checkpoint
     from flexigpt.recovery import RecoverOptions as RecoverOptions
@@ -55,7 +54,6 @@ if TYPE_CHECKING:
     from flexigpt.report import report as report
     from flexigpt.runtime import InputError as InputError
 else:
-    __version__ = _version("flexigpt")
     lazy_door(__name__)
 
 register_when_imported()

@@ -96,7 +96,7 @@ class AmongTheFirst(Metric):
     heading, percent, digits, better = "in the first ten", True, 1, "higher"
 
     def add(self, seen: Predictions) -> None:
-        self.total += (seen.logits.topk(10).indices == seen.targets[..., None]).sum().item()
+        self.total += (seen.logits[0].topk(10).indices == seen.targets[..., None]).sum().item()
 
 
 def test_a_new_metric_is_a_class_and_a_line_of_metrics(

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from families import FAMILIES, NUM_BLOCKS, block_list, compact_of, initialize_replicas, tiny_model, token_ids
-from flexigpt import BaselineOptions, FlexiGPTForCausalLM, InputError, Plan, Replica, baseline
+from flexigpt import FlexiGPTForCausalLM, InputError, Plan, PruneOptions, Replica, remove
 from flexigpt.evaluation.fidelity import measure_fidelity
 from flexigpt.text import TokenizedText
 from flexigpt.weights import load_model
@@ -115,7 +115,7 @@ def test_a_model_agrees_with_itself() -> None:
 
 
 def test_a_shorter_model_has_no_blocks_to_compare(tiny_source: Path) -> None:
-    shorter, _, _ = baseline(str(tiny_source), BaselineOptions(blocks=[2]))
+    shorter, _, _ = remove(str(tiny_source), PruneOptions.paper(blocks=[2]))
     source = load_model(str(tiny_source))
     measured = measure_fidelity(shorter, source, some_text(source), window_length=WINDOW, against="source")
     assert measured["divergence"] > 0

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,16 +11,14 @@ from transformers import PreTrainedModel
 
 from conftest import Run
 from families import FAMILIES, NUM_BLOCKS, block_list, tiny_model, token_ids
-from flexigpt import InputError, PruneOptions, plan_only, prune
+from flexigpt import PruneOptions, plan_only, prune
 from flexigpt.model import find_architecture, weight_matrix
-from flexigpt.pruning import expected
-from flexigpt.pruning.distances import activation_distances, base_distances, choose_bases
-from flexigpt.pruning.source import Opened
+from flexigpt.pruning.distances import Distances, choose_bases, measure_distances
 from flexigpt.replicas.least_squares import Moments, low_rank_fit
-from flexigpt.runtime import Cache
 from flexigpt.runtime import cache as cache_module
-from flexigpt.weights import StreamedModel
+from flexigpt.runtime.cache import CACHE_VARIABLE
 from killing import Killed, KillingTrack
+from workspaces import announced, workspace_of
 
 RANK = 4
 PRUNED = (1, 4)
@@ -27,9 +26,11 @@ KEPT = (0, 2, 3, 5)
 WINDOWS = token_ids(batch=6, tokens=24, seed=3)
 
 
-def opened(model: PreTrainedModel, cache: Path, windows: torch.Tensor = WINDOWS) -> Opened:
-    source = StreamedModel(model)
-    return Opened(source=source, text=None, windows=windows, scored={}, cache=Cache(cache), spill=None)
+def measured(
+    model: PreTrainedModel, cache: Path, pruned: tuple[int, ...] = (4,), windows: torch.Tensor = WINDOWS, **more: Any
+) -> Distances:
+    settings = {"rank": RANK, "base_distance": "activation"} | more
+    return measure_distances(workspace_of(model, cache, windows, **settings), pruned)
 
 
 @torch.no_grad()
@@ -74,9 +75,9 @@ def naive_distance(model: PreTrainedModel, block: int, base: int, windows: torch
 @pytest.mark.parametrize("family", FAMILIES)
 def test_distances_are_those_of_explicit_activations(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
-    measured = activation_distances(opened(model, tmp_path), PRUNED, RANK, spill=tmp_path)
-    assert {i: tuple(candidates) for i, candidates in measured.items()} == dict.fromkeys(PRUNED, KEPT)
-    for i, candidates in measured.items():
+    found = measured(model, tmp_path, PRUNED, memory=0)
+    assert {i: tuple(candidates) for i, candidates in found.items()} == dict.fromkeys(PRUNED, KEPT)
+    for i, candidates in found.items():
         for j, distance in candidates.items():
             assert distance == pytest.approx(naive_distance(model, i, j, WINDOWS), rel=1e-4)
 
@@ -84,25 +85,25 @@ def test_distances_are_those_of_explicit_activations(family: str, tmp_path: Path
 def test_a_distance_is_what_the_fitted_adapters_leave(tmp_path: Path) -> None:
     """Of outputs on the text, with the adapters of --adapter-init activation themselves."""
     model = tiny_model("llama-gqa")
-    measured = activation_distances(opened(model, tmp_path), (4,), RANK)[4][2]
+    found = measured(model, tmp_path)[4][2]
     left = 0.0
     for path, x in inputs_of(model, 4, WINDOWS).items():
         own, base, rows = weight(model, 4, path), weight(model, 2, path), damped_rows(x)
         a, b, _ = low_rank_fit(own, base, Moments(x.T @ x, own @ x.T @ x), RANK)
         left += ((rows @ (own - base - b @ a).T).norm() / (rows @ own.T).norm()).item()
-    assert measured == pytest.approx(left, rel=1e-4)
+    assert found == pytest.approx(left, rel=1e-4)
 
 
 def test_text_that_shows_few_directions(tmp_path: Path) -> None:
     """Fewer tokens than inputs, so that every second moment is singular; some are zero."""
     model, few = tiny_model("llama-gqa"), token_ids(batch=1, tokens=3)
-    measured = activation_distances(opened(model, tmp_path, few), (4,), RANK)[4]
-    for j, distance in measured.items():
+    found = measured(model, tmp_path, windows=few)[4]
+    for j, distance in found.items():
         assert distance == pytest.approx(naive_distance(model, 4, j, few), rel=1e-4)
     with torch.no_grad():
         block_list(model)[4].input_layernorm.weight.zero_()
         block_list(model)[4].mlp.down_proj.weight.zero_()
-    blind = activation_distances(opened(model, tmp_path / "blind", few), (4,), RANK)[4]
+    blind = measured(model, tmp_path / "blind", windows=few)[4]
     json.dumps(blind, allow_nan=False)
     writes_nothing = {
         j: torch.linalg.svdvals(
@@ -117,7 +118,7 @@ def test_inputs_that_are_zero_leave_the_distance_of_weights(tmp_path: Path) -> N
     model = tiny_model("llama-gqa")
     with torch.no_grad():
         block_list(model)[4].input_layernorm.weight.zero_()
-    measured = activation_distances(opened(model, tmp_path), (4,), RANK)[4][2]
+    found = measured(model, tmp_path)[4][2]
     expected_of = 0.0
     for path, x in inputs_of(model, 4, WINDOWS).items():
         rows = damped_rows(x) if x.any() else torch.eye(x.shape[1], dtype=torch.float64)
@@ -125,7 +126,7 @@ def test_inputs_that_are_zero_leave_the_distance_of_weights(tmp_path: Path) -> N
         left = torch.linalg.svdvals(rows @ (own - weight(model, 2, path)).T)[RANK:]
         expected_of += (left.norm() / (rows @ own.T).norm()).item()
     assert not inputs_of(model, 4, WINDOWS)["self_attn.q_proj"].any()
-    assert measured == pytest.approx(expected_of, rel=1e-4)
+    assert found == pytest.approx(expected_of, rel=1e-4)
 
 
 def test_what_text_never_shows_does_not_count(tmp_path: Path) -> None:
@@ -141,8 +142,8 @@ def test_what_text_never_shows_does_not_count(tmp_path: Path) -> None:
             noise = torch.randn(blocks[2].self_attn.get_submodule(name).weight[:, :16].shape, generator=generator)
             blocks[3].self_attn.get_submodule(name).weight[:, 16:] += 0.2 * noise
             blocks[5].self_attn.get_submodule(name).weight[:, :16] += 0.1 * noise
-    by_weights = base_distances(StreamedModel(model), (2,), RANK, "full-rank", Cache(tmp_path))
-    by_outputs = activation_distances(opened(model, tmp_path), (2,), RANK)
+    by_weights = measured(model, tmp_path, (2,), base_distance="full-rank")
+    by_outputs = measured(model, tmp_path, (2,))
     assert choose_bases(by_weights, RANK, NUM_BLOCKS).replicas[0].base == 5
     assert choose_bases(by_outputs, RANK, NUM_BLOCKS).replicas[0].base == 3
 
@@ -150,7 +151,7 @@ def test_what_text_never_shows_does_not_count(tmp_path: Path) -> None:
 def test_a_copy_of_a_pruned_block_is_its_base(tmp_path: Path) -> None:
     model = tiny_model("gpt2")
     block_list(model)[5].load_state_dict(block_list(model)[2].state_dict())
-    distances = activation_distances(opened(model, tmp_path), (2,), RANK)
+    distances = measured(model, tmp_path, (2,))
     assert distances[2][5] == 0
     assert choose_bases(distances, RANK, NUM_BLOCKS).replicas[0].base == 5
 
@@ -160,8 +161,8 @@ def test_other_text_and_another_rank_give_other_distances(tmp_path: Path) -> Non
     model = tiny_model("llama-gqa")
     other = token_ids(batch=6, tokens=24, seed=4)
     for windows, rank in ((WINDOWS, RANK), (other, RANK), (WINDOWS, 2)):
-        measured = activation_distances(opened(model, tmp_path, windows), PRUNED, rank)
-        assert measured[4][0] == pytest.approx(naive_distance(model, 4, 0, windows, rank), rel=1e-4)
+        found = measured(model, tmp_path, PRUNED, windows, rank=rank)
+        assert found[4][0] == pytest.approx(naive_distance(model, 4, 0, windows, rank), rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -170,17 +171,13 @@ def settings(text: Path) -> dict[str, object]:
     return calibrated | {"rank": 3, "base_distance": "activation"}
 
 
-def test_bases_are_chosen_by_it(tiny_source: Path, settings: dict[str, object], tmp_path: Path) -> None:
-    _, plan, record = prune(str(tiny_source), PruneOptions(ratio=0.4, **settings))
+def test_bases_are_chosen_by_it(tiny_source: Path, settings: dict[str, object]) -> None:
+    _, plan, record = prune(str(tiny_source), PruneOptions.paper(ratio=0.4, **settings))
     assert record["base_distance"] == record["options"]["base_distance"] == "activation"
     for replica in plan.replicas:
         candidates = record["distances"][replica.block]
         assert set(candidates) == set(plan.kept)
         assert candidates[replica.base] == min(candidates.values())
-    # Hidden states in a file, and beside the distance that is the default.
-    others = {"base_distance": None, "compare_distances": ["activation"], "cache": tmp_path, "memory": "64KIB"}
-    compared = plan_only(str(tiny_source), PruneOptions(ratio=0.4, **settings | others))[1]
-    assert compared["compared_distances"]["activation"] == record["distances"]
 
 
 def test_the_command_chooses_bases_by_it(tiny_source: Path, text: Path, tmp_path: Path, run: Run) -> None:
@@ -203,66 +200,45 @@ def test_a_run_that_was_killed_goes_on_to_the_same_distances(
 ) -> None:
     monkeypatch.setattr(cache_module, "_SAVE_SECONDS", 0.0)
 
-    def measured(cache: str, track: KillingTrack) -> dict[int, dict[int, float]]:
-        options = PruneOptions(blocks=[2, 4], cache=tmp_path / cache, **settings)
-        return plan_only(str(tiny_source), options, track)[1]["distances"]
+    def distances(cache: str, track: KillingTrack) -> Distances:
+        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / cache))
+        return plan_only(str(tiny_source), PruneOptions.paper(blocks=[2, 4], **settings), track)[1]["distances"]
 
     whole = KillingTrack()
-    wanted = measured("whole", whole)
+    wanted = distances("whole", whole)
     assert whole.seen["measuring distances"] == STEPS
     with pytest.raises(Killed):
-        measured("killed", KillingTrack("measuring distances", at))
-    assert measured("killed", KillingTrack()) == wanted
+        distances("killed", KillingTrack("measuring distances", at))
+    assert distances("killed", KillingTrack()) == wanted
     assert not [path for path in (tmp_path / "killed").iterdir() if path.is_dir()]
 
 
-def test_what_was_measured_is_found_again(tiny_source: Path, settings: dict[str, object], tmp_path: Path) -> None:
+def test_what_was_measured_is_found_again(
+    tiny_source: Path, settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A second run takes no text through the blocks; where more blocks are pruned, only their candidates are new."""
-    seen = [KillingTrack() for _ in range(3)]
-    first, again = (
-        plan_only(str(tiny_source), PruneOptions(blocks=[2, 4], cache=tmp_path, **settings), track)[1]["distances"]
-        for track in seen[:2]
-    )
-    assert again == first
-    assert seen[1].seen.get("measuring distances", 0) == 0
-    more = plan_only(str(tiny_source), PruneOptions(blocks=[1, 2, 4], cache=tmp_path, **settings), seen[2])[1]
-    assert seen[2].seen["measuring distances"] == 2 + 3 * 7
-    assert more["distances"][2] == {j: distance for j, distance in first[2].items() if j != 1}
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+
+    def distances(blocks: list[int]) -> tuple[Distances, int]:
+        track = KillingTrack()
+        record = plan_only(str(tiny_source), PruneOptions.paper(blocks=blocks, **settings), track)[1]
+        return record["distances"], track.seen.get("measuring distances", 0)
+
+    first, _ = distances([2, 4])
+    assert distances([2, 4]) == (first, 0)
+    more, steps = distances([1, 2, 4])
+    assert steps == 2 + 3 * 7
+    assert more[2] == {j: distance for j, distance in first[2].items() if j != 1}
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"plan": "p", "base_distance": "activation"}, "--base-distance has no effect, since the plan decides it"),
-        ({"plan": "p", "compare_distances": ["activation"]}, "--compare-distances has no effect"),
-        ({"plan": "p", "calibration": "c"}, "--calibration has no effect"),
-        ({"ratio": 0.3, "base_distance": "activations"}, "is unknown: give low-rank, full-rank, frobenius, activation"),
-        (
-            {"ratio": 0.3, "base_distance": "activation", "compare_distances": ["activation"]},
-            "names the distance by which bases are chosen",
-        ),
-    ],
-)
-def test_it_is_refused_where_it_has_no_effect(options: dict[str, object], reason: str) -> None:
-    with pytest.raises(InputError, match=reason):
-        PruneOptions(**options)
+def test_named_blocks_need_text_for_it() -> None:
+    assert not PruneOptions.paper(blocks=[1]).calibrates
+    assert PruneOptions.paper(blocks=[1], base_distance="activation").calibrates
 
 
-@pytest.mark.parametrize("how", [{"base_distance": "activation"}, {"compare_distances": ["activation"]}])
-def test_named_blocks_need_text_for_it(how: dict[str, object]) -> None:
-    """So that what says which text has an effect."""
-    assert not PruneOptions(blocks=[1]).calibrates
-    assert PruneOptions(blocks=[1], windows=4, window_length=64, seed=3, **how).calibrates
-
-
-def test_it_is_told_before_the_start(tiny_source: Path, settings: dict[str, object]) -> None:
-    """Text through the blocks once more, and a pruned block's and its candidates' linears, each read once."""
+def test_its_memory_is_told_before_the_start(tiny_source: Path, settings: dict[str, object]) -> None:
     by_weights, by_outputs = (
-        expected(str(tiny_source), PruneOptions(blocks=[2, 4], **settings | {"base_distance": name}), plan_only=True)
+        announced(plan_only, tiny_source, PruneOptions.paper(blocks=[2, 4], **settings | {"base_distance": name}))
         for name in ("frobenius", "activation")
     )
-    linears = 4 * 32 * (64 + 32 + 32 + 64 + 3 * 48)
-    block = linears + 4 * 2 * 32
-    assert by_outputs.read - by_weights.read == 6 * block + 2 * (1 + 4) * linears
     assert by_outputs.memory > by_weights.memory + 8 * (3 * 32**2 + 64**2 + 48**2)
-    assert by_outputs.seconds > by_weights.seconds

@@ -8,43 +8,40 @@ from pathlib import Path
 import pytest
 
 from conftest import Run
-from flexigpt import PRESETS, BaselineOptions, InputError, PruneOptions
+from flexigpt import InputError, PruneOptions, assemble_pruned, assemble_removed, plan_only
 from flexigpt.cli.console import tell_estimate
-from flexigpt.pruning import Estimate, expected
-from flexigpt.pruning import expected_removal as expected_of_removal
+from flexigpt.pruning import Estimate
+from workspaces import announced
 
 
 def bytes_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def test_bytes_written_are_those_of_the_checkpoint(
-    tiny_source: Path, text: Path, tmp_path: Path, run: Run, single: Path
-) -> None:
+def test_bytes_written_are_those_of_the_checkpoint(tiny_source: Path, text: Path, tmp_path: Path, run: Run) -> None:
     """But for the files' headers, and a rank or two that the spread ones leave over."""
-    settings = {"ratio": 0.4, "calibration": str(text), "window_length": 64, "windows": 8}
-    told = expected(str(tiny_source), PruneOptions(rank=3, **settings, **PRESETS["fitted"]))
-    options = ["--ratio", 0.4, "--calibration", text, "--window-length", 64, "--windows", 8]
-    code, _, errors = run("prune", tiny_source, tmp_path / "out", *options, "--rank", 3)
+    options = PruneOptions(ratio=0.4, rank=3, calibration=str(text), window_length=64, windows=8)
+    told = announced(assemble_pruned, tiny_source, options)
+    flags = ["--ratio", 0.4, "--calibration", text, "--window-length", 64, "--windows", 8, "--rank", 3]
+    code, _, errors = run("prune", tiny_source, tmp_path / "out", *flags)
     assert code == 0
-    assert told.line().split(",")[0] in errors
+    assert told.line() in errors
     assert -2_000 < bytes_of(tmp_path / "out") - told.written < 20_000
-    removal = expected_of_removal(str(tiny_source), BaselineOptions(**settings))
-    assert run("baseline", tiny_source, tmp_path / "shorter", *options)[0] == 0
+    removal = announced(assemble_removed, tiny_source, options)
+    assert run("prune", tiny_source, tmp_path / "shorter", "--remove", *flags)[0] == 0
     assert 0 < bytes_of(tmp_path / "shorter") - removal.written < 20_000
-    assert expected(str(tiny_source), PruneOptions(rank=3, **settings), plan_only=True).written == 0
+    assert announced(plan_only, tiny_source, options).written == 0
 
 
 def test_more_work_is_told_as_more(tiny_source: Path, text: Path) -> None:
-    def told(**options: object) -> Estimate:
-        return expected(str(tiny_source), PruneOptions(**options))
+    def told(preset: str, **more: object) -> Estimate:
+        calibrated = {"ratio": 0.4, "calibration": str(text), "window_length": 64, "windows": 8}
+        return announced(assemble_pruned, tiny_source, getattr(PruneOptions, preset)(**calibrated | more))
 
-    calibrated = {"ratio": 0.4, "calibration": str(text), "window_length": 64, "windows": 8}
-    most = told(**calibrated, adapter_init="activation")
-    assert told(blocks=[2]).read < told(**calibrated).read
-    assert told(blocks=[2]).seconds < most.seconds
-    assert told(**calibrated | {"memory": "64KIB"}).scratch >= 8 * 64 * 32 * 4  # hidden states in a file
-    assert "GB of memory" in most.line() or "MB of memory" in most.line()
+    assert told("paper").memory < told("fitted").memory < told("fitted", windows=4096).memory
+    assert told("paper", memory="64KIB").scratch >= 8 * 64 * 32 * 4  # hidden states in a file
+    assert told("fitted", memory="64KIB").scratch >= 6 * 8 * 64 * 32 * 4
+    assert "GB of memory" in told("fitted").line() or "MB of memory" in told("fitted").line()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak where Linux tells it")
@@ -61,22 +58,15 @@ def test_memory_stays_below_what_was_told(example: Path, tmp_path: Path) -> None
     environment = os.environ | {"FLEXIGPT_CACHE": str(tmp_path / "cache")}
     ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     peak = 1024 * int(ran.stderr.splitlines()[-1])
-    told = expected(str(example), PruneOptions(ratio=0.3, windows=4)).memory
+    told = announced(assemble_pruned, example, PruneOptions(ratio=0.3, windows=4)).memory
     assert 0.3 * told < peak < 1.3 * told
 
 
 @pytest.mark.parametrize(
     ("needs", "reason"),
-    [({"written": 10**18}, "the checkpoint needs"), ({"scratch": 10**18}, "scratch files in --cache need")],
+    [({"written": 10**18}, "the checkpoint needs"), ({"scratch": 10**18}, "scratch files in the cache need")],
 )
 def test_a_disk_that_is_too_small_is_told_before_the_work(tmp_path: Path, needs: dict[str, int], reason: str) -> None:
-    estimate = Estimate(**{"read": 1, "written": 1, "scratch": 1, "memory": 1, "seconds": 1.0} | needs)
+    estimate = Estimate(**{"written": 1, "scratch": 1, "memory": 1} | needs)
     with pytest.raises(InputError, match=reason):
-        tell_estimate(estimate, tmp_path / "out", tmp_path / "cache")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "told"), [(0.2, "1 s,"), (59.4, "59 s,"), (61, "1 min,"), (3600, "1 h 0 min,"), (9000, "2 h 30 min,")]
-)
-def test_times_are_told_as_people_tell_them(seconds: float, told: str) -> None:
-    assert told in Estimate(read=1, written=1, scratch=0, memory=1, seconds=seconds).line()
+        tell_estimate(estimate, tmp_path / "out")

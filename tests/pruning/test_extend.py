@@ -7,13 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from families import FAMILIES, NUM_BLOCKS, block_list, compact_of, initialize_replicas, tiny_model, token_ids
-from flexigpt import ExtendOptions, FlexiGPTForCausalLM, Plan, extend, write_checkpoint
-from flexigpt.model import empty_model, model_shape, stored_bytes
-from flexigpt.model.build import compact_config, config_with_blocks
-from flexigpt.pruning import PATTERNS
-from flexigpt.pruning import extended_bytes as expected_bytes
-from flexigpt.pruning.extend import extension_plan, parse_ranges
+from flexigpt import ExtendOptions, FlexiGPTForCausalLM, InputError, Plan, assemble_extended, extend, write_checkpoint
+from flexigpt.model import config_with_blocks, empty_model, model_shape, stored_bytes
+from flexigpt.model.build import compact_config
+from flexigpt.pruning.extend import PATTERNS, extension_plan, parse_ranges
 from flexigpt.weights import load_model
+from workspaces import announced
 
 
 def bases(plan: Plan) -> dict[int, int]:
@@ -117,7 +116,22 @@ def test_what_a_replica_keeps_is_not_its_bases(tiny_source: Path, tmp_path: Path
 
 def test_the_size_is_known_before_the_work(tiny_source: Path) -> None:
     options = ExtendOptions(blocks="1:4,5:6", times=3, rank=4, dtype="bfloat16")
-    assert expected_bytes(str(tiny_source), options) == stored_bytes(extend(str(tiny_source), options)[0])
+    told = announced(assemble_extended, tiny_source, options)
+    assert told.written == stored_bytes(extend(str(tiny_source), options)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"times": 1}, "--times 1 is too small: give at least 2"),
+        ({"pattern": "both"}, "--pattern both is unknown: give block, sequential"),
+        ({"rank": 0}, "--rank 0 is too small"),
+        ({"output_norm": float("nan")}, "--output-norm nan cannot be used"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, object], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        ExtendOptions(**{"blocks": "1:4"} | options)
 
 
 def test_same_seed_same_bits(tiny_source: Path) -> None:

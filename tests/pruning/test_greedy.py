@@ -12,14 +12,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import Run
 from families import tiny_model, token_ids
-from flexigpt import BaselineOptions, InputError, PruneOptions, plan_only, prune
-from flexigpt.pruning import expected_removal as expected
-from flexigpt.pruning.scores import remove_greedily
-from flexigpt.replicas import ADAPTER_INITS, Fits, fit_blocks
-from flexigpt.runtime import Cache
+from flexigpt import InputError, PruneOptions, assemble_pruned, plan_only, prune, remove, write_checkpoint
+from flexigpt.pruning.scores import BLOCK_SCORES, Choice
+from flexigpt.replicas import Fits, fit_blocks
+from flexigpt.replicas.initialization import ADAPTER_INITS
+from flexigpt.runtime.cache import CACHE_VARIABLE
 from flexigpt.text import calibration_windows
 from flexigpt.weights import Source, StreamedModel, load_model, load_tokenizer, remove_blocks
 from killing import Killed, KillingTrack
+from workspaces import workspace_of
 
 
 def perplexity_without(model: PreTrainedModel, blocks: list[int], windows: torch.Tensor) -> float:
@@ -42,55 +43,59 @@ def naive(model: PreTrainedModel, windows: torch.Tensor, count: int, depth: int)
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_the_choice_is_that_of_removing_blocks_from_the_whole_model(family: str, tmp_path: Path) -> None:
-    model = tiny_model(family)
-    blocks = StreamedModel(model)
-    windows = token_ids(batch=5)
-    order, perplexities = naive(model, windows, 2, len(blocks))
-    for spill in (None, tmp_path):
-        done = remove_greedily(blocks, windows, 2, cache=Cache(tmp_path / str(spill is None)), key="", spill=spill)
-        assert done.order == order
-        assert done.perplexities == pytest.approx(perplexities, rel=1e-4)
+    model, windows = tiny_model(family), token_ids(batch=5)
+    order, perplexities = naive(model, windows, 2, len(StreamedModel(model)))
+    for memory in (0, 2**40):
+        done = BLOCK_SCORES["removal-perplexity"].choose(
+            workspace_of(model, tmp_path / str(memory), windows, memory), 2
+        )
+        assert done.record["pruning_order"] == order
+        assert done.blocks == tuple(sorted(order))
+        assert done.record["scores"] == pytest.approx(perplexities, rel=1e-4)
 
 
-def test_a_killed_run_goes_on_and_more_blocks_cost_only_what_is_new(
-    tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_blocks_cost_only_what_is_new(tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     windows = torch.randint(0, 64, (3, 16), generator=torch.Generator().manual_seed(0))
-    whole = remove_greedily(Source(str(tiny_source)), windows, 3, cache=Cache(tmp_path / "whole"), key="")
-    remove_greedily(Source(str(tiny_source)), windows, 2, cache=Cache(tmp_path / "parts"), key="")
+
+    def chosen(cache: str, count: int) -> Choice:
+        workspace = workspace_of(Source(str(tiny_source)), tmp_path / cache, windows)
+        return BLOCK_SCORES["removal-perplexity"].choose(workspace, count)
+
+    whole = chosen("whole", 3)
+    chosen("parts", 2)
     ran: list[int] = []
     block_of = StreamedModel.block
     monkeypatch.setattr(StreamedModel, "block", lambda self, index: ran.append(index) or block_of(self, index))
-    source = Source(str(tiny_source))
-    assert remove_greedily(source, windows, 3, cache=Cache(tmp_path / "parts"), key="") == whole
-    assert len(ran) == len(source) - 2
+    assert chosen("parts", 3) == whole
+    assert len(ran) == 6 - 2
 
 
-def test_both_commands_prune_by_it_and_say_in_which_order(
+def test_pruning_and_removal_choose_alike_and_say_in_which_order(
     run: Run, tiny_source: Path, text: Path, tmp_path: Path
 ) -> None:
     calibrated = ["--calibration", text, "--window-length", 16, "--windows", 40, "--ratio", 0.4]
     records = {}
-    for command, more in (("prune", ["--rank", 3]), ("baseline", [])):
-        out = tmp_path / command
-        code, printed, _ = run(command, tiny_source, out, *calibrated, "--block-score", "removal-perplexity", *more)
+    for name, more in (("prune", ["--rank", 3]), ("remove", ["--remove"])):
+        out = tmp_path / name
+        flags = [*calibrated, "--preset", "paper", "--block-score", "removal-perplexity", *more]
+        code, printed, _ = run("prune", tiny_source, out, *flags)
         assert code == 0, printed
         assert "removal-perplexity on the first 32 of 40 windows" in printed
-        records[command] = json.loads((out / "record.json").read_text())
+        records[name] = json.loads((out / "record.json").read_text())
     order = records["prune"]["pruning_order"]
-    assert records["baseline"]["pruning_order"] == order
-    assert records["baseline"]["removed"]["blocks"] == sorted(order)
+    assert records["remove"]["pruning_order"] == order
+    assert records["remove"]["removed"]["blocks"] == sorted(order)
     assert {int(block) for block in records["prune"]["distances"]} == set(order)
     AutoModelForCausalLM.from_pretrained(tmp_path / "prune")
-    for folder in ("prune", "baseline"):
+    for folder in ("prune", "remove"):
         assert run("report", tmp_path / folder, "--out", tmp_path / f"report-{folder}")[0] == 0
 
 
-def test_replicas_are_judged_as_pruning_would_make_them(tiny_source: Path, text: Path, tmp_path: Path) -> None:
+def test_replicas_are_judged_as_pruning_would_make_them(tiny_source: Path, text: Path) -> None:
     """Every candidate of both steps fitted by itself to the first half of the windows; perplexity of the second."""
-    shared = {"rank": 3, "dtype": "float32", "cache": tmp_path / "cache"}
-    fitted = {"adapter_init": "activation", "norm_init": "fitted", "window_length": 32}
-    options = PruneOptions(
+    shared = {"rank": 3, "dtype": "float32"}
+    fitted = {"adapter_init": "activation", "output_norm": "fitted", "window_length": 32}
+    options = PruneOptions.paper(
         ratio=0.4, calibration=str(text), windows=12, block_score="replacement-perplexity", **shared, **fitted
     )
     _, plan, record = prune(str(tiny_source), options)
@@ -100,7 +105,7 @@ def test_replicas_are_judged_as_pruning_would_make_them(tiny_source: Path, text:
     for _ in plan.replicas:
         found = {}
         for block in set(range(plan.num_blocks)) - set(order):
-            compact, _, _ = prune(str(tiny_source), PruneOptions(blocks=[*order, block], **shared))
+            compact, _, _ = prune(str(tiny_source), PruneOptions.paper(blocks=[*order, block], **shared))
             source = StreamedModel(load_model(str(tiny_source), "float32"))
             fits = Fits(adapter=ADAPTER_INITS["activation"].fit, norms=True)
             fit_blocks(source, StreamedModel(compact), range(plan.num_blocks), windows[:6], fits)
@@ -111,108 +116,66 @@ def test_replicas_are_judged_as_pruning_would_make_them(tiny_source: Path, text:
     assert {block: record["scores"][block] for block in found} == pytest.approx(found, rel=1e-3)
 
 
-def test_replacement_needs_two_windows_and_replicas(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
-    given = ["--ratio", 0.4, "--calibration", text, "--window-length", 64, "--block-score", "replacement-perplexity"]
-    code, _, errors = run("prune", tiny_source, tmp_path / "out", *given, "--windows", 1)
-    assert code == 2
-    assert "give --windows 2" in errors
-    code, _, errors = run("baseline", tiny_source, tmp_path / "out", *given, "--windows", 2)
-    assert code == 2
-    assert "is unknown: give influence, angular, relative-magnitude, removal-perplexity" in errors
-
-
-def test_it_is_refused_where_the_blocks_are_named(text: Path) -> None:
-    with pytest.raises(InputError, match="--block-score has no effect"):
-        PruneOptions(blocks=[1], calibration=str(text), block_score="removal-perplexity")
-
-
-def test_its_time_is_told(tiny_source: Path, text: Path) -> None:
-    settings = {"ratio": 0.4, "calibration": str(text), "window_length": 64, "windows": 8}
-    told = [
-        expected(str(tiny_source), BaselineOptions(**settings, block_score=s))
-        for s in ("influence", "removal-perplexity")
-    ]
-    assert told[1].seconds > 3 * told[0].seconds
+def test_replacement_needs_two_windows_and_replicas(tiny_source: Path, text: Path) -> None:
+    given = {"ratio": 0.4, "calibration": str(text), "window_length": 64, "block_score": "replacement-perplexity"}
+    with pytest.raises(InputError, match="give --windows 2"):
+        prune(str(tiny_source), PruneOptions.paper(**given, windows=1))
+    with pytest.raises(InputError, match="judges replicas, and --remove leaves them out: give removal-perplexity"):
+        remove(str(tiny_source), PruneOptions.paper(**given))
 
 
 def test_presets_set_what_is_not_given(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
-    calibrated = ["--calibration", text, "--window-length", 32, "--windows", 8, "--rank", 3]
-    fitted = ["--adapter-init", "block-output", "--spread-rank", "--no-output-norm", "--base-scale", "--refit-kept"]
+    calibrated = {"calibration": str(text), "window_length": 32, "windows": 8, "rank": 3}
+    flags = [word for name, value in calibrated.items() for word in (f"--{name.replace('_', '-')}", value)]
 
-    def pruned(name: str, *options: object) -> tuple[bytes, dict[str, Any]]:
+    def commanded(name: str, *options: object) -> tuple[bytes, dict[str, Any]]:
         out = tmp_path / name
-        code, _, errors = run("prune", tiny_source, out, *calibrated, *options)
+        code, _, errors = run("prune", tiny_source, out, *flags, *options)
         assert code == 0, errors
         return (out / "model.safetensors").read_bytes(), json.loads((out / "record.json").read_text())
 
-    weights, record = pruned("preset", "--ratio", 0.4, "--preset", "thorough")
+    def weights(name: str, options: PruneOptions) -> bytes:
+        with assemble_pruned(str(tiny_source), options) as (assembly, _, record):
+            write_checkpoint(tmp_path / name, assembly, record)
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    spelled_out = {"adapter_init": "block-output", "spread_rank": True, "output_norm": "none", "base_scale": True}
+    thorough, record = commanded("thorough", "--ratio", 0.4, "--preset", "thorough")
     assert record["block_score"] == "replacement-perplexity"
-    spelled_out = pruned("same", "--ratio", 0.4, *fitted, "--block-score", "replacement-perplexity")
-    assert weights == spelled_out[0]
-    given = pruned("given", "--ratio", 0.4, "--preset", "thorough", "--block-score", "influence", "--no-refit-kept")
-    assert given[1]["block_score"] == "influence"
-    assert given[0] == pruned("paper", "--ratio", 0.4, "--preset", "paper", *fitted[:5])[0]
-    assert pruned("named", "--blocks", "1", "--preset", "thorough")[0] == pruned("named2", "--blocks", "1", *fitted)[0]
-    assert pruned("default", "--blocks", "1")[0] == pruned("asked", "--blocks", "1", "--preset", "fitted")[0]
-    with_norms = pruned("norms", "--blocks", "1", "--norm-init", "fitted")
-    assert with_norms[0] == pruned("norms2", "--blocks", "1", *fitted[:3], *fitted[4:], "--norm-init", "fitted")[0]
-
-
-def test_a_preset_that_is_unknown_or_idle_is_refused(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
-    given = ["--ratio", 0.4, "--calibration", text, "--window-length", 32, "--windows", 8]
-    assert (
-        "--preset best is unknown: give paper, fitted, thorough"
-        in run("prune", tiny_source, tmp_path / "out", *given, "--preset", "best")[2]
+    by_name = {"block_score": "replacement-perplexity", "refit_kept": True, **spelled_out, **calibrated}
+    assert thorough == weights("thorough2", PruneOptions.paper(ratio=0.4, **by_name))
+    assert thorough == weights("thorough3", PruneOptions.thorough(ratio=0.4, **calibrated))
+    given, record = commanded(
+        *("given", "--ratio", 0.4, "--preset", "thorough", "--block-score", "influence", "--no-refit-kept")
     )
-    all_given = [
-        "--block-score",
-        "angular",
-        "--adapter-init",
-        "svd",
-        "--output-norm",
-        "--no-base-scale",
-        "--no-refit-kept",
-        "--no-spread-rank",
-    ]
-    code, _, errors = run("prune", tiny_source, tmp_path / "out", *given, "--preset", "thorough", *all_given)
-    assert code == 2
-    assert "--preset thorough has no effect" in errors
+    assert record["block_score"] == "influence"
+    assert given == weights("given2", PruneOptions.paper(ratio=0.4, **spelled_out, **calibrated))
+    default = commanded("default", "--blocks", "1")[0]
+    assert default == commanded("fitted", "--blocks", "1", "--preset", "fitted")[0]
+    assert default == weights("python", PruneOptions(blocks=[1], **calibrated))
+    assert default == weights("thorough4", PruneOptions.thorough(blocks=[1], **calibrated))
+    assert default != commanded("paper", "--blocks", "1", "--preset", "paper")[0]
 
 
-def test_a_plan_of_the_thorough_preset_can_be_applied(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
-    calibrated = ["--calibration", text, "--window-length", 32, "--windows", 8]
-    plan = tmp_path / "plan"
-    code, _, errors = run(
-        *("prune", tiny_source, plan, "--plan-only", "--ratio", 0.4, "--rank", 3, "--preset", "thorough", *calibrated)
-    )
-    assert code == 0, errors
-    applied = ("--plan", plan / "plan.json", "--preset", "thorough", *calibrated)
-    at_once = ("--ratio", 0.4, "--rank", 3, "--preset", "thorough", *calibrated)
-    scored = ("--ratio", 0.4, "--preset", "thorough", "--block-score", "influence", "--plan-only", *calibrated)
-    code, _, errors = run("prune", tiny_source, tmp_path / "spread", *scored)
-    assert code == 0, errors
-    scored = (*scored, "--no-spread-rank")
-    code, _, errors = run("prune", tiny_source, tmp_path / "scored", *scored)
-    assert code == 2
-    assert "--preset thorough has no effect" in errors
-    for name, options in (("applied", applied), ("at-once", at_once)):
-        code, _, errors = run("prune", tiny_source, tmp_path / name, *options)
-        assert code == 0, errors
-    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("applied", "at-once"))
-    assert one == other
+def test_a_plan_of_the_thorough_preset_can_be_applied(tiny_source: Path, text: Path, tmp_path: Path) -> None:
+    calibrated = {"calibration": str(text), "window_length": 32, "windows": 8}
+    plan, _ = plan_only(str(tiny_source), PruneOptions.thorough(ratio=0.4, rank=3, **calibrated))
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_dict()))
+    applied, _, _ = prune(str(tiny_source), PruneOptions.thorough(plan=tmp_path / "plan.json", **calibrated))
+    at_once, _, _ = prune(str(tiny_source), PruneOptions.thorough(ratio=0.4, rank=3, **calibrated))
+    assert all(torch.equal(a, b) for a, b in zip(applied.parameters(), at_once.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("dies_at", [3, 8])
 def test_a_killed_choice_of_replicas_comes_to_the_same(
-    tiny_source: Path, text: Path, tmp_path: Path, dies_at: int
+    tiny_source: Path, text: Path, tmp_path: Path, dies_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In either step."""
-
-    def settings(cache: str) -> PruneOptions:
-        calibrated = {"calibration": str(text), "window_length": 32, "windows": 4, "rank": 3}
-        return PruneOptions(ratio=0.4, block_score="replacement-perplexity", cache=tmp_path / cache, **calibrated)
-
-    whole, _ = plan_only(str(tiny_source), settings("whole"))
+    calibrated = {"calibration": str(text), "window_length": 32, "windows": 4, "rank": 3}
+    options = PruneOptions.paper(ratio=0.4, block_score="replacement-perplexity", **calibrated)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "whole"))
+    whole, _ = plan_only(str(tiny_source), options)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "killed"))
     with pytest.raises(Killed):
-        plan_only(str(tiny_source), settings("killed"), KillingTrack("replacing blocks", dies_at))
-    assert plan_only(str(tiny_source), settings("killed"))[0] == whole
+        plan_only(str(tiny_source), options, KillingTrack("replacing blocks", dies_at))
+    assert plan_only(str(tiny_source), options)[0] == whole

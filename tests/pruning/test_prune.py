@@ -1,19 +1,29 @@
 """Pruning end to end, through the Python API."""
 
+import collections
+import dataclasses
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import flexigpt
 from families import token_ids
-from flexigpt import InputError, Plan, PruneOptions, plan_only, prune
-from flexigpt.model import find_architecture, stored_bytes
-from flexigpt.pruning import BASE_DISTANCES, BLOCK_SCORES
-from flexigpt.pruning.prune import expected_bytes
-from flexigpt.replicas import ADAPTER_INITS
+from flexigpt import ExtendOptions, InputError, Plan, PruneOptions, assemble_pruned, plan_only, prune
+from flexigpt.model import build, find_architecture, stored_bytes
+from flexigpt.pruning.distances import BASE_DISTANCES
+from flexigpt.pruning.extend import PATTERNS
+from flexigpt.pruning.scores import BLOCK_SCORES
+from flexigpt.replicas import FITTED_INITS
+from flexigpt.replicas.initialization import ADAPTER_INITS
+from flexigpt.runtime import choices_of
+from workspaces import announced
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +34,7 @@ def calibrated(text: Path) -> dict[str, object]:
 def test_the_lowest_scores_become_replicas_of_the_nearest_bases(
     tiny_source: Path, calibrated: dict[str, object]
 ) -> None:
-    model, plan, record = prune(str(tiny_source), PruneOptions(ratio=0.4, rank=4, **calibrated))
+    model, plan, record = prune(str(tiny_source), PruneOptions.paper(ratio=0.4, rank=4, **calibrated))
     scores = record["scores"]
     assert plan.pruned == sorted(sorted(range(6), key=scores.__getitem__)[:2])
     for replica in plan.replicas:
@@ -40,12 +50,12 @@ def test_the_lowest_scores_become_replicas_of_the_nearest_bases(
 
 
 def test_the_default_rank_is_a_sixteenth_of_the_hidden_size(example: Path) -> None:
-    _, plan, _ = prune(str(example), PruneOptions(blocks=[5]))
+    _, plan, _ = prune(str(example), PruneOptions.paper(blocks=[5]))
     assert plan.replicas[0].rank == 192 // 16
 
 
 def test_same_seed_same_bits(tiny_source: Path, calibrated: dict[str, object]) -> None:
-    options = PruneOptions(ratio=0.4, rank=4, adapter_init="zero", seed=5, **calibrated)
+    options = PruneOptions.paper(ratio=0.4, rank=4, adapter_init="zero", seed=5, **calibrated)
     (first, plan, _), (second, again, _) = (prune(str(tiny_source), options) for _ in range(2))
     assert plan == again
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
@@ -54,37 +64,38 @@ def test_same_seed_same_bits(tiny_source: Path, calibrated: dict[str, object]) -
 def test_the_seed_chooses_windows_and_draws_adapters(tiny_source: Path, calibrated: dict[str, object]) -> None:
     records, adapters = [], []
     for seed in (1, 2):
-        options = PruneOptions(blocks=[2], rank=4, adapter_init="zero", seed=seed, **calibrated)
-        model, _, record = prune(str(tiny_source), options)
+        options = PruneOptions.paper(ratio=0.2, rank=4, adapter_init="zero", seed=seed, **calibrated)
+        model, plan, record = prune(str(tiny_source), options)
         records.append(record["scores"])
-        adapters.append(model.block_list[2].self_attn.q_proj.adapter_A)
+        adapters.append(model.block_list[plan.pruned[0]].self_attn.q_proj.adapter_A)
     assert records[0] != records[1]
     assert not torch.equal(*adapters)
 
 
 def test_the_record_says_what_the_defaults_were(tiny_source: Path, calibrated: dict[str, object]) -> None:
-    _, _, record = prune(str(tiny_source), PruneOptions(ratio=0.4, **calibrated))
-    expected = {"rank": 2, "norm_init": 0.05, "seed": 0, "block_score": "influence", "base_distance": "low-rank"}
+    _, _, record = prune(str(tiny_source), PruneOptions.paper(ratio=0.4, **calibrated))
+    expected = {"rank": 2, "output_norm": 0.05, "seed": 0, "block_score": "influence", "base_distance": "low-rank"}
     assert expected.items() <= record["options"].items()
+    assert not record["fitted"]
 
 
 @pytest.mark.parametrize("settings", [{"ratio": 0.4}, {"blocks": [2, 3, 4]}, {"target_size": "1.2MB"}])
 def test_the_size_is_known_before_the_work(
     tiny_source: Path, calibrated: dict[str, object], settings: dict[str, object]
 ) -> None:
-    options = PruneOptions(rank=4, **settings, **calibrated)
+    options = PruneOptions.paper(rank=4, **settings, **calibrated)
     model, _, _ = prune(str(tiny_source), options)
-    assert expected_bytes(str(tiny_source), options) == stored_bytes(model)
+    assert announced(assemble_pruned, tiny_source, options).written == stored_bytes(model)
 
 
 def test_applying_the_plan_gives_the_same_model(
     tiny_source: Path, calibrated: dict[str, object], tmp_path: Path
 ) -> None:
-    options = PruneOptions(ratio=0.4, rank=4, **calibrated)
+    options = PruneOptions.paper(ratio=0.4, rank=4, **calibrated)
     plan, record = plan_only(str(tiny_source), options)
     (tmp_path / "plan.json").write_text(json.dumps(plan.to_dict()))
     direct, decided, direct_record = prune(str(tiny_source), options)
-    applied, read, _ = prune(str(tiny_source), PruneOptions(plan=tmp_path / "plan.json"))
+    applied, read, _ = prune(str(tiny_source), PruneOptions.paper(plan=tmp_path / "plan.json"))
     assert decided == read == plan
     assert record["scores"] == direct_record["scores"]
     assert torch.equal(applied(token_ids()).logits, direct(token_ids()).logits)
@@ -96,7 +107,7 @@ def test_applying_the_plan_gives_the_same_model(
 def test_every_variant_makes_a_model(
     tiny_source: Path, calibrated: dict[str, object], score: str, distance: str, init: str
 ) -> None:
-    options = PruneOptions(
+    options = PruneOptions.paper(
         ratio=0.4, rank=4, block_score=score, base_distance=distance, adapter_init=init, **calibrated
     )
     model, _, record = prune(str(tiny_source), options)
@@ -105,13 +116,13 @@ def test_every_variant_makes_a_model(
 
 
 def test_without_output_norm_nothing_is_normalised(tiny_source: Path) -> None:
-    model, _, _ = prune(str(tiny_source), PruneOptions(blocks=[2], rank=4, output_norm=False))
+    model, _, _ = prune(str(tiny_source), PruneOptions.paper(blocks=[2], rank=4, output_norm="none"))
     assert not [name for name, _ in model.named_parameters() if "output_norm" in name]
 
 
 @pytest.mark.parametrize("size", ["0.31M", "1.24MB"])
 def test_target_size_is_kept(tiny_source: Path, calibrated: dict[str, object], size: str) -> None:
-    model, plan, _ = prune(str(tiny_source), PruneOptions(target_size=size, rank=4, **calibrated))
+    model, plan, _ = prune(str(tiny_source), PruneOptions.paper(target_size=size, rank=4, **calibrated))
     assert model.num_parameters() <= 310_000
     saved = 310_000 - model.num_parameters()
     linears = 32 * (64 + 32 + 32 + 64 + 3 * 48)
@@ -121,13 +132,13 @@ def test_target_size_is_kept(tiny_source: Path, calibrated: dict[str, object], s
 
 
 def test_dtype_is_that_of_the_checkpoint(tiny_source: Path) -> None:
-    model, _, record = prune(str(tiny_source), PruneOptions(blocks=[2], rank=4, dtype="bfloat16"))
+    model, _, record = prune(str(tiny_source), PruneOptions.paper(blocks=[2], rank=4, dtype="bfloat16"))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert record["source"]["bytes"] == 2 * record["source"]["parameters"]
 
 
 def test_perplexity_before_and_after_is_that_of_evaluate(tiny_source: Path, text: Path, tmp_path: Path) -> None:
-    options = PruneOptions(blocks=[2], rank=4, perplexity=str(text), window_length=64)
+    options = PruneOptions.paper(blocks=[2], rank=4, perplexity=str(text), window_length=64)
     model, _, record = prune(str(tiny_source), options)
     flexigpt.write_checkpoint(tmp_path / "out", model, record, source=str(tiny_source))
     for name, where in (("source", tiny_source), ("compact", tmp_path / "out")):
@@ -148,8 +159,8 @@ def test_the_method_on_the_shipped_model(example: Path, tmp_path: Path) -> None:
         "perplexity": str(tmp_path / "two.jsonl"),
         "dtype": "float32",
     }
-    _, plan, record = prune(str(example), PruneOptions(**settings))
-    _, _, without = prune(str(example), PruneOptions(**settings, output_norm=False))
+    _, plan, record = prune(str(example), PruneOptions.paper(**settings))
+    _, _, without = prune(str(example), PruneOptions.paper(**settings, output_norm="none"))
     assert len(plan.replicas) == 4
     assert {0, 1} <= set(plan.kept)
     before, after = (record["perplexity"][name]["perplexity"] for name in ("source", "compact"))
@@ -165,32 +176,82 @@ def test_the_method_on_the_shipped_model(example: Path, tmp_path: Path) -> None:
         ({"ratio": 0.3, "blocks": [1]}, "got --ratio and --blocks"),
         ({"ratio": 0.3, "block_score": "best"}, "--block-score best is unknown: give influence, angular"),
         ({"ratio": 0.3, "base_distance": "best"}, "--base-distance best is unknown: give low-rank, full-rank, frob"),
-        ({"ratio": 0.3, "compare_distances": ["far"]}, "--compare-distances far is unknown: give low-rank, full-rank"),
-        ({"ratio": 0.3, "compare_distances": ["low-rank"]}, "names the distance by which bases are chosen"),
-        ({"plan": "p", "compare_distances": ["frobenius"]}, "--compare-distances has no effect"),
         ({"ratio": 0.3, "adapter_init": "best"}, "--adapter-init best is unknown: give svd, zero"),
         ({"ratio": 0.3, "rank": 0}, "--rank 0 is too small"),
         ({"ratio": 0.3, "windows": 0}, "--windows 0 is too small"),
-        ({"ratio": 0.3, "norm_init": 0.1, "output_norm": False}, "--norm-init has no effect"),
-        ({"plan": "p", "rank": 3}, "--rank has no effect, since the plan decides it"),
-        ({"plan": "p", "base_distance": "low-rank"}, "--base-distance has no effect"),
-        ({"plan": "p", "calibration": "c"}, "--calibration has no effect"),
-        ({"blocks": [1], "windows": 4}, "--windows has no effect"),
-        ({"blocks": [1], "seed": 3}, "--seed has no effect, since nothing is random"),
-        ({"blocks": [1], "text_column": "t"}, "--text-column has no effect, since no text is read"),
+        ({"ratio": 0.3, "rank": "3.7"}, "--rank 3.7 cannot be used: give a number, as 12, or a share"),
+        ({"target_size": "1M", "rank": "3.7%"}, "--target-size already says how much is stored"),
+        ({"ratio": 0.3, "output_norm": "big"}, "--output-norm big cannot be used: give none, a small constant"),
+        ({"ratio": 0.3, "output_norm": float("inf")}, "--output-norm inf cannot be used"),
+        ({"ratio": 0.3, "dtype": "int8"}, "--dtype int8 is unknown: give auto, float32"),
+        ({"ratio": 0.3, "seed": -1}, "--seed -1 is out of range"),
+        ({"plan": "p", "remove": True}, "a plan says which replicas stand in, and --remove leaves them out"),
+        ({"ratio": 0.3, "remove": True, "block_score": "replacement-perplexity"}, "judges replicas"),
     ],
 )
-def test_options_that_clash_or_have_no_effect_are_refused(options: dict[str, object], reason: str) -> None:
+def test_options_that_cannot_be_are_refused(options: dict[str, object], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         PruneOptions(**options)
 
 
-@pytest.mark.parametrize(
-    ("option", "value"), [("perplexity", "x"), ("adapter_init", "zero"), ("norm_init", 0.1), ("output_norm", False)]
-)
-def test_plan_only_refuses_what_it_does_not_read(tiny_source: Path, option: str, value: object) -> None:
-    with pytest.raises(InputError, match="has no effect with --plan-only"):
-        plan_only(str(tiny_source), PruneOptions(blocks=[2], rank=4, **{option: value}))
+def test_ranks_and_norms_are_read_as_people_write_them() -> None:
+    options = PruneOptions(ratio=0.3, rank="12", output_norm="0.1")
+    assert (options.rank, options.output_norm) == (12, 0.1)
+    assert PruneOptions(ratio=0.3, rank="3.7%").rank == "3.7%"
+
+
+def test_every_choice_has_its_implementation() -> None:
+    choices = {field.name: choices_of(field.type) for field in dataclasses.fields(PruneOptions)}
+    for field, known in (
+        ("block_score", BLOCK_SCORES),
+        ("base_distance", BASE_DISTANCES),
+        ("adapter_init", ADAPTER_INITS),
+    ):
+        assert choices[field] == tuple(known)
+    assert choices_of(get_type_hints(ExtendOptions)["pattern"]) == tuple(PATTERNS)
+    assert [name for name, init in ADAPTER_INITS.items() if init.fit is not None] == list(FITTED_INITS)
+
+
+def test_options_load_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from flexigpt import ExtendOptions, PruneOptions; PruneOptions.thorough(ratio=0.3); "
+        "ExtendOptions(blocks='1:2'); assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_removal_is_not_pruning(tiny_source: Path) -> None:
+    with pytest.raises(InputError, match=r"have no replicas: call flexigpt\.remove"):
+        prune(str(tiny_source), PruneOptions.paper(blocks=[2], remove=True))
+
+
+def test_a_run_opens_its_source_once(
+    tiny_source: Path, calibrated: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Configuration, empty models, tokenizer: with text to calibrate on and to measure, and a checkpoint written."""
+    calls: collections.Counter[str] = collections.Counter()
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: object, **kwargs: object) -> object:
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, name in (
+        (AutoConfig, "from_pretrained"),
+        (AutoTokenizer, "from_pretrained"),
+        (build, "init_empty_weights"),
+    ):
+        label = f"{getattr(owner, '__name__', '')}.{name}"
+        monkeypatch.setattr(owner, name, counted(label, getattr(owner, name)))
+    options = PruneOptions(ratio=0.4, rank=4, perplexity=calibrated["calibration"], **calibrated)
+    with assemble_pruned(str(tiny_source), options) as (assembly, _, record):
+        flexigpt.write_checkpoint(tmp_path / "out", assembly, record, source=str(tiny_source))
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert calls["AutoConfig.from_pretrained"] <= 2
+    assert calls["flexigpt.model.build.init_empty_weights"] == 2
+    assert calls["AutoTokenizer.from_pretrained"] == 1
 
 
 @pytest.mark.parametrize(
@@ -207,14 +268,12 @@ def test_plan_only_refuses_what_it_does_not_read(tiny_source: Path, option: str,
         ({"target_size": "9B"}, "meets the target"),
         ({"target_size": "1K"}, "out of reach"),
         ({"ratio": 0.4, "window_length": 4000}, "give 2 to 128"),
-        ({"blocks": [2], "dtype": "int8"}, "dtype int8 is unknown"),
-        ({"target_size": "0.3M", "dtype": "half"}, "dtype half is unknown"),
         ({"blocks": [2], "perplexity": "nowhere.txt"}, "nowhere.txt is not there"),
     ],
 )
 def test_what_the_source_rules_out_is_refused(tiny_source: Path, options: dict[str, object], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        prune(str(tiny_source), PruneOptions(**{"rank": 4} | options))
+        prune(str(tiny_source), PruneOptions.paper(**{"rank": 4} | options))
 
 
 def test_a_plan_must_fit_the_source(tiny_source: Path, tmp_path: Path) -> None:
@@ -225,12 +284,12 @@ def test_a_plan_must_fit_the_source(tiny_source: Path, tmp_path: Path) -> None:
     ):
         path.write_text(json.dumps(plan.to_dict()))
         with pytest.raises(InputError, match=reason):
-            prune(str(tiny_source), PruneOptions(plan=path))
+            prune(str(tiny_source), PruneOptions.paper(plan=path))
 
 
 def test_what_the_adapters_mend_is_recorded(tiny_source: Path) -> None:
     """The share of |W_i - W_j|^2 within the first singular values, by a full SVD."""
-    _, _, record = prune(str(tiny_source), PruneOptions(blocks=[2], rank=3))
+    _, _, record = prune(str(tiny_source), PruneOptions.paper(blocks=[2], rank=3))
     source = AutoModelForCausalLM.from_pretrained(tiny_source)
     base = next(iter(min(record["distances"][2].items(), key=lambda item: item[1])))
     spectra = record["adapter_spectra"][2]
@@ -243,19 +302,8 @@ def test_what_the_adapters_mend_is_recorded(tiny_source: Path) -> None:
             assert mended == pytest.approx((energy[:rank].sum() / energy.sum()).item(), abs=2e-5)
 
 
-def test_further_distances_are_recorded_and_choose_nothing(tiny_source: Path) -> None:
-    plain, compared = (
-        prune(str(tiny_source), PruneOptions(blocks=[2, 4], rank=3, compare_distances=names))
-        for names in (None, ["full-rank", "frobenius"])
-    )
-    assert plain[1] == compared[1]
-    assert set(compared[2]["compared_distances"]) == {"full-rank", "frobenius"}
-    by_frobenius = prune(str(tiny_source), PruneOptions(blocks=[2, 4], rank=3, base_distance="frobenius"))[2]
-    assert compared[2]["compared_distances"]["frobenius"] == by_frobenius["distances"]
-
-
 def test_the_parts_of_both_models_are_recorded(tiny_source: Path) -> None:
-    _, _, record = prune(str(tiny_source), PruneOptions(blocks=[2, 4], rank=3))
+    _, _, record = prune(str(tiny_source), PruneOptions.paper(blocks=[2, 4], rank=3))
     for name in ("source", "compact"):
         assert sum(record[name]["parts"].values()) == record[name]["parameters"]
     assert record["compact"]["parts"]["replicas, adapters"] > 0

@@ -8,15 +8,14 @@ from families import NUM_BLOCKS, block_list, tiny_model, token_ids
 from flexigpt import InputError
 from flexigpt.calibration import block_means, check_means
 from flexigpt.model import find_architecture, weight_matrix
-from flexigpt.pruning import BASE_DISTANCES, BLOCK_SCORES
-from flexigpt.pruning.distances import base_distances, choose_bases
-from flexigpt.pruning.scores import check_blocks, lowest, num_pruned_at
-from flexigpt.runtime import Cache
+from flexigpt.pruning.distances import BASE_DISTANCES, choose_bases, measure_distances
+from flexigpt.pruning.scores import STATISTICS, check_blocks, lowest, num_pruned_at
 from flexigpt.weights import StreamedModel
 from textbook import naive_truncated, naive_unmended
+from workspaces import workspace_of
 
 RANK = 4
-# Those of weights alone; tests/test_activation_distances.py has the other.
+# Those of weights alone; test_distances.py has the other.
 BY_WEIGHTS = [name for name, distance in BASE_DISTANCES.items() if not distance.calibrated]
 
 
@@ -34,7 +33,8 @@ def naive_distance(name: str, first: torch.Tensor, second: torch.Tensor) -> torc
 def test_distances_equal_full_svds_summed_over_linears(family: str, name: str, tmp_path: Path) -> None:
     source = tiny_model(family)
     pruned = (1, 4)
-    measured = base_distances(StreamedModel(source), pruned, RANK, name, Cache(tmp_path))
+    workspace = workspace_of(source, tmp_path, token_ids(), rank=RANK, base_distance=name)
+    measured = measure_distances(workspace, pruned)
     assert list(measured) == [1, 4]
     for block, candidates in measured.items():
         assert list(candidates) == [0, 2, 3, 5]  # only kept blocks
@@ -62,7 +62,8 @@ def test_a_copy_of_a_pruned_block_is_its_base(tmp_path: Path) -> None:
     blocks = block_list(source)
     blocks[5].load_state_dict(blocks[2].state_dict())
     for name in BY_WEIGHTS:
-        distances = base_distances(StreamedModel(source), (2,), RANK, name, Cache(tmp_path))
+        workspace = workspace_of(source, tmp_path, token_ids(), rank=RANK, base_distance=name)
+        distances = measure_distances(workspace, (2,))
         assert choose_bases(distances, RANK, NUM_BLOCKS).replicas[0].base == 5
 
 
@@ -98,7 +99,7 @@ def test_lowest_scores_are_pruned_the_earlier_block_first() -> None:
     assert lowest([0.5, 0.1, 0.3, 0.1, 0.1], 2) == (1, 3)
 
 
-@pytest.mark.parametrize("name", BLOCK_SCORES)
+@pytest.mark.parametrize("name", STATISTICS)
 def test_scores_against_a_token_by_token_loop(name: str) -> None:
     inputs = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
     outputs = inputs + torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
@@ -113,13 +114,13 @@ def test_scores_against_a_token_by_token_loop(name: str) -> None:
         }[name]
 
     expected = torch.tensor([naive(x, y) for x, y in zip(inputs, outputs, strict=True)])
-    torch.testing.assert_close(BLOCK_SCORES[name](inputs, outputs), expected)
+    torch.testing.assert_close(STATISTICS[name](inputs, outputs), expected)
 
 
 def test_calibration_leaves_the_model_as_it_was() -> None:
     source = tiny_model("llama-gqa")
     before = source(token_ids()).logits
-    block_means([StreamedModel(source)], token_ids(batch=3), BLOCK_SCORES)
+    block_means(StreamedModel(source), token_ids(batch=3), STATISTICS)
     assert torch.equal(source(token_ids()).logits, before)
 
 
@@ -128,4 +129,4 @@ def test_statistics_that_are_not_finite_name_the_block() -> None:
     with torch.no_grad():
         block_list(source)[3].mlp.down_proj.weight.fill_(6e4)
     with pytest.raises(InputError, match="block 3 are not finite"):
-        check_means(block_means([StreamedModel(source)], token_ids(), BLOCK_SCORES)["influence"])
+        check_means(block_means(StreamedModel(source), token_ids(), STATISTICS)["influence"])

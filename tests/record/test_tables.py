@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from flexigpt import BaselineOptions, PruneOptions, baseline, prune, write_checkpoint
+from flexigpt import PruneOptions, prune, remove, write_checkpoint
 from flexigpt.record import Rows, cost_rows, find_in, notes, plan_rows, result_rows
 
 SIZE = {"parameters": 2000, "bytes": 8000}
@@ -49,7 +49,7 @@ def test_a_trained_models_notes_say_on_what_and_claim_no_lack_of_training() -> N
 
 @pytest.mark.parametrize("output_norm", [True, False])
 def test_a_trained_compact_model_has_a_card_with_its_plan(tiny_source: Path, tmp_path: Path, output_norm: bool) -> None:
-    model, _, _ = prune(str(tiny_source), PruneOptions(blocks=[2], rank=4, output_norm=output_norm))
+    model, _, _ = prune(str(tiny_source), PruneOptions.paper(blocks=[2], rank=4, output_norm=output_norm))
     write_checkpoint(tmp_path / "out", model, recovered(perplexity=PERPLEXITY), source=str(tiny_source))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# pruned, compact" in card
@@ -63,7 +63,7 @@ def test_a_trained_compact_model_has_a_card_with_its_plan(tiny_source: Path, tmp
 
 @pytest.mark.parametrize("told", [True, False])
 def test_a_trained_ordinary_model_has_a_card_without_one(tiny_source: Path, tmp_path: Path, told: bool) -> None:
-    model, _, removal = baseline(str(tiny_source), BaselineOptions(blocks=[2]))
+    model, _, removal = remove(str(tiny_source), PruneOptions.paper(blocks=[2]))
     record = recovered(**({"origin": removal} if told else {}))
     write_checkpoint(tmp_path / "out", model, record, source=str(tiny_source))
     card = (tmp_path / "out" / "README.md").read_text()
@@ -78,7 +78,7 @@ def test_a_trained_ordinary_model_has_a_card_without_one(tiny_source: Path, tmp_
 
 def test_what_the_origins_origin_tells_is_found(tiny_source: Path, text: Path) -> None:
     """Training twice does not lose the scores by which the plan was made."""
-    options = PruneOptions(ratio=0.4, rank=4, calibration=str(text), window_length=64, windows=4)
+    options = PruneOptions.paper(ratio=0.4, rank=4, calibration=str(text), window_length=64, windows=4)
     _, plan, pruning = prune(str(tiny_source), options)
     record = recovered(origin=recovered(origin=pruning))
     assert plan_rows(plan, record) == plan_rows(plan, pruning)

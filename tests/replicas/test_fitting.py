@@ -11,15 +11,14 @@ from transformers import PreTrainedModel
 
 from families import FAMILIES, FULL_RANK, NUM_BLOCKS, compact_of, initialize_replicas, tiny_model, token_ids
 from flexigpt import (
-    BaselineOptions,
     FlexiGPTForCausalLM,
     InputError,
     Plan,
     PruneOptions,
     Replica,
-    baseline,
     plan_only,
     prune,
+    remove,
 )
 from flexigpt.model import find_architecture
 from flexigpt.replicas import Fits, fit_blocks
@@ -169,7 +168,7 @@ def test_pruning_with_fits_needs_text_and_says_what_it_did(tiny_source: Path, te
     calibrated = {"calibration": str(text), "window_length": 64, "windows": 16}
     found = {}
     for init, norm in (("svd", None), ("activation", "fitted")):
-        options = PruneOptions(
+        options = PruneOptions.paper(
             blocks=[2, 4], rank=4, adapter_init=init, norm_init=norm, perplexity=str(text), **calibrated
         )
         _, _, record = prune(str(tiny_source), options)
@@ -181,7 +180,9 @@ def test_pruning_with_fits_needs_text_and_says_what_it_did(tiny_source: Path, te
 def test_a_plan_can_be_fitted_with_text_of_its_own(tiny_source: Path, text: Path, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(replicas(4, b2=1).to_dict()))
-    options = PruneOptions(plan=path, adapter_init="activation", calibration=str(text), window_length=64, windows=8)
+    options = PruneOptions.paper(
+        plan=path, adapter_init="activation", calibration=str(text), window_length=64, windows=8
+    )
     _, plan, record = prune(str(tiny_source), options)
     assert plan == replicas(4, b2=1)
     assert record["calibration"]["windows"] == [8, 64]
@@ -234,8 +235,8 @@ def test_bases_are_left_alone() -> None:
 
 def test_removal_can_refit_the_kept_blocks(tiny_source: Path, text: Path) -> None:
     calibrated = {"calibration": str(text), "window_length": 64, "windows": 16}
-    shorter, _, record = baseline(str(tiny_source), BaselineOptions(blocks=[2, 3], refit_kept=True, **calibrated))
-    plain, _, _ = baseline(str(tiny_source), BaselineOptions(blocks=[2, 3]))
+    shorter, _, record = remove(str(tiny_source), PruneOptions.paper(blocks=[2, 3], refit_kept=True, **calibrated))
+    plain, _, _ = remove(str(tiny_source), PruneOptions.paper(blocks=[2, 3]))
     assert record["options"]["refit_kept"] is True
     differ = [
         not torch.equal(a.mlp.down_proj.weight, b.mlp.down_proj.weight)
@@ -247,6 +248,6 @@ def test_removal_can_refit_the_kept_blocks(tiny_source: Path, text: Path) -> Non
 def test_refits_without_effect_are_refused(tiny_source: Path, text: Path, tmp_path: Path) -> None:
     tiny_model("gemma2").save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"--refit-kept has no effect on .*, whose blocks normalise"):
-        prune(str(tmp_path), PruneOptions(blocks=[2], refit_kept=True, calibration=str(text)))
+        prune(str(tmp_path), PruneOptions.paper(blocks=[2], refit_kept=True, calibration=str(text)))
     with pytest.raises(InputError, match="--refit-kept has no effect with --plan-only"):
-        plan_only(str(tiny_source), PruneOptions(blocks=[2], refit_kept=True, calibration=str(text)))
+        plan_only(str(tiny_source), PruneOptions.paper(blocks=[2], refit_kept=True, calibration=str(text)))

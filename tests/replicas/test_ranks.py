@@ -81,17 +81,17 @@ def test_less_is_left_of_the_output_at_the_same_size(tiny_source: Path, settings
     ids = token_ids(batch=8, tokens=48, seed=7)
     source, errors = load_model(str(tiny_source)), []
     for spread in (False, True):
-        model, _, _ = prune(str(tiny_source), PruneOptions(**settings | {"spread_rank": spread}))
+        model, _, _ = prune(str(tiny_source), PruneOptions.paper(**settings | {"spread_rank": spread}))
         with torch.no_grad():
             ours, theirs = (m.get_decoder()(input_ids=ids).last_hidden_state for m in (model, source))
         errors.append((ours - theirs).norm().item())
-        assert stored_bytes(model) <= expected_bytes(str(tiny_source), PruneOptions(**settings))
+        assert stored_bytes(model) <= expected_bytes(str(tiny_source), PruneOptions.paper(**settings))
     assert errors[1] < errors[0]
 
 
 def test_every_form_computes_the_same(tiny_source: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     """The checkpoint, the same plan applied, the source made of it."""
-    options = PruneOptions(**settings)
+    options = PruneOptions.paper(**settings)
     model, plan, record = prune(str(tiny_source), options)
     assert len(set(ranks(model))) > 1
     assert record["options"]["spread_rank"] is True
@@ -102,16 +102,19 @@ def test_every_form_computes_the_same(tiny_source: Path, settings: dict[str, Any
     assert ranks(read) == ranks(model)
     assert torch.equal(read(token_ids()).logits, expected)
     decided, _ = plan_only(
-        str(tiny_source), PruneOptions(**settings | {"adapter_init": "svd", "output_norm": True, "refit_kept": False})
+        str(tiny_source),
+        PruneOptions.paper(**settings | {"adapter_init": "svd", "output_norm": True, "refit_kept": False}),
     )
     assert decided == plan
     (tmp_path / "plan.json").write_text(json.dumps(plan.to_dict()))
     assert Plan.read(tmp_path / "plan.json") == plan
     dropped = ("ratio", "rank", "spread_rank")
     given = {name: value for name, value in settings.items() if name not in dropped}
-    applied, _, _ = prune(str(tiny_source), PruneOptions(**given, plan=tmp_path / "plan.json"))
+    applied, _, _ = prune(str(tiny_source), PruneOptions.paper(**given, plan=tmp_path / "plan.json"))
     assert torch.equal(applied(token_ids()).logits, expected)
-    assert expected_bytes(str(tiny_source), PruneOptions(**given, plan=tmp_path / "plan.json")) == stored_bytes(model)
+    assert expected_bytes(str(tiny_source), PruneOptions.paper(**given, plan=tmp_path / "plan.json")) == stored_bytes(
+        model
+    )
     torch.testing.assert_close(materialize(read)(token_ids()).logits, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -147,7 +150,7 @@ def test_a_budget_is_kept(tiny_source: Path, settings: dict[str, Any], spread: b
     given = {name: value for name, value in settings.items() if name != "rank"} | {"spread_rank": spread}
     source = load_model(str(tiny_source)).num_parameters()
     shape = model_shape(load_model(str(tiny_source)))
-    model, plan, record = prune(str(tiny_source), PruneOptions(**given, adapter_budget="3.5%"))
+    model, plan, record = prune(str(tiny_source), PruneOptions.paper(**given, adapter_budget="3.5%"))
     adapters = sum(p.numel() for name, p in model.named_parameters() if "adapter_" in name)
     of_a_rank = 2 * shape.adapter_parameters(1)
     dearest = max(map(sum, shape.linears.values()))
@@ -169,12 +172,12 @@ def test_a_budget_is_kept(tiny_source: Path, settings: dict[str, Any], spread: b
 )
 def test_budgets_that_cannot_be_are_refused(tiny_source: Path, options: dict[str, Any], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        prune(str(tiny_source), PruneOptions(**{"blocks": [2]} | options))
+        prune(str(tiny_source), PruneOptions.paper(**{"blocks": [2]} | options))
 
 
 def test_a_plan_says_which_ranks() -> None:
     with pytest.raises(InputError, match="--spread-rank has no effect, since the plan decides it"):
-        PruneOptions(plan="p", spread_rank=True)
+        PruneOptions.paper(plan="p", spread_rank=True)
 
 
 @pytest.mark.parametrize(
@@ -191,4 +194,4 @@ def test_ranks_that_cannot_be_are_refused(tiny_source: Path, tmp_path: Path, giv
     row = {"block": 2, "base": 1, "rank": 4, "ranks": given}
     (tmp_path / "plan.json").write_text(json.dumps({"format_version": 1, "num_blocks": 6, "replicas": [row]}))
     with pytest.raises(InputError, match=reason):
-        prune(str(tiny_source), PruneOptions(plan=tmp_path / "plan.json"))
+        prune(str(tiny_source), PruneOptions.paper(plan=tmp_path / "plan.json"))

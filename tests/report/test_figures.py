@@ -38,7 +38,6 @@ def record(num_blocks: int = 8, pruned: tuple[int, ...] = (3, 5)) -> dict[str, A
         "scores": [9.0] + [0.01 if block in pruned else 0.02 + block / 1000 for block in range(1, num_blocks)],
         "base_distance": "low-rank",
         "distances": distances,
-        "compared_distances": {"frobenius": {i: {j: 2 * d for j, d in row.items()} for i, row in distances.items()}},
         "adapter_spectra": {i: {"q_proj": SPECTRUM, "v_proj": SPECTRUM} for i in pruned},
         "compared": ["source", "compact"],
         "source": size(1000, parts),
@@ -100,22 +99,17 @@ def test_blocks_that_were_not_the_lowest_are_not_called_so(tmp_path: Path) -> No
 
 
 def test_distances_are_lines_by_candidate_and_by_how_far_it_stands(drawn: dict[str, Drawn]) -> None:
-    expected = record()
-    axes = drawn["distances"].figure.axes
-    assert len(axes) == 4
-    for row, name in enumerate(("low-rank", "frobenius")):
-        by_index, by_gap = axes[2 * row : 2 * row + 2]
-        distances = ({"low-rank": expected["distances"]} | expected["compared_distances"])[name]
-        assert by_index.get_title("left").startswith(f"{name} distance")
-        assert ("chose the bases" in by_index.get_title("left")) == (name == "low-rank")
-        lines = [line for line in by_index.lines if line.get_marker() != "o"]
-        assert [dict(zip(*line.get_data(), strict=True)) for line in lines] == list(distances.values())
-        dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in by_index.lines if line.get_marker() == "o"]
-        assert dots == [(2, distances[3][2]), (4, distances[5][4])]
-        sides = [line for line in by_gap.lines if line.get_marker() != "o"]
-        gaps = sorted(point for line in sides for point in zip(*line.get_data(), strict=True))
-        assert gaps == sorted((abs(i - j), d) for i, candidates in distances.items() for j, d in candidates.items())
-        assert [line.get_xdata()[0] for line in by_gap.lines if line.get_marker() == "o"] == [1, 1]
+    distances = record()["distances"]
+    by_index, by_gap = drawn["distances"].figure.axes
+    assert by_index.get_title("left") == "low-rank distance, chose the bases"
+    lines = [line for line in by_index.lines if line.get_marker() != "o"]
+    assert [dict(zip(*line.get_data(), strict=True)) for line in lines] == list(distances.values())
+    dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in by_index.lines if line.get_marker() == "o"]
+    assert dots == [(2, distances[3][2]), (4, distances[5][4])]
+    sides = [line for line in by_gap.lines if line.get_marker() != "o"]
+    gaps = sorted(point for line in sides for point in zip(*line.get_data(), strict=True))
+    assert gaps == sorted((abs(i - j), d) for i, candidates in distances.items() for j, d in candidates.items())
+    assert [line.get_xdata()[0] for line in by_gap.lines if line.get_marker() == "o"] == [1, 1]
 
 
 @pytest.mark.parametrize(("num_blocks", "step"), [(16, 4), (32, 4), (80, 3)])

@@ -32,7 +32,7 @@ from flexigpt.weights import (
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model, _, record = prune(str(tiny_source), PruneOptions(blocks=(2, 4), rank=4))
+    model, _, record = prune(str(tiny_source), PruneOptions.paper(blocks=(2, 4), rank=4))
     out = tmp_path_factory.mktemp("checkpoint") / "out"
     write_checkpoint(out, model, record, source=str(tiny_source))
     return out
@@ -118,7 +118,7 @@ def test_after_importing_flexigpt_it_opens_by_itself(checkpoint: Path) -> None:
 
 
 def test_large_checkpoints_are_sharded(tiny_source: Path, checkpoint: Path, tmp_path: Path) -> None:
-    model, _, record = prune(str(tiny_source), PruneOptions(blocks=(2, 4), rank=4))
+    model, _, record = prune(str(tiny_source), PruneOptions.paper(blocks=(2, 4), rank=4))
     write_checkpoint(tmp_path / "out", model, record, max_shard_size="300KB")
     shards = sorted(tmp_path.glob("out/model-*.safetensors"))
     assert len(shards) > 1

@@ -17,19 +17,18 @@ from safetensors.torch import load_file
 from families import FAMILIES, compact_of, initialize_replicas, tiny_model, token_ids
 from flexigpt import (
     PRESETS,
-    BaselineOptions,
     ExtendOptions,
     InputError,
     PruneOptions,
-    baseline,
     extend,
     plan_only,
     prune,
+    remove,
 )
 from flexigpt.calibration import HiddenStates, block_means
 from flexigpt.calibration import hidden_states as calibration_module
 from flexigpt.model import Plan
-from flexigpt.pruning import BLOCK_SCORES, assemble_baseline, assemble_extended, assemble_pruned
+from flexigpt.pruning import BLOCK_SCORES, assemble_extended, assemble_pruned, assemble_removed
 from flexigpt.record import write_checkpoint
 from flexigpt.runtime import Cache
 from flexigpt.runtime.cache import CACHE_VARIABLE
@@ -84,7 +83,7 @@ def test_a_compact_checkpoint_is_bit_equal_to_the_whole_models(family: str, tmp_
         }
     )
     (tmp_path / "plan.json").write_text(json.dumps(plan.to_dict()))
-    options = PruneOptions(plan=tmp_path / "plan.json")
+    options = PruneOptions.paper(plan=tmp_path / "plan.json")
     model, _, _ = prune(str(source), options)
     with assemble_pruned(str(source), options) as (assembly, _, record):
         write_checkpoint(tmp_path / "assembled", assembly, record)
@@ -108,7 +107,7 @@ def test_a_compact_checkpoint_is_bit_equal_to_the_whole_models(family: str, tmp_
 def test_shorter_and_extended_models_are_assembled_bit_equal(family: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     tiny_model(family).save_pretrained(source)
-    assembly, _, record = assemble_baseline(str(source), BaselineOptions(blocks=[1, 4]))
+    assembly, _, record = assemble_removed(str(source), PruneOptions.paper(blocks=[1, 4]))
     write_checkpoint(tmp_path / "shorter", assembly, record)
     expected = remove_blocks(load_model(str(source)), [1, 4]).state_dict()
     found = load_model(str(tmp_path / "shorter")).state_dict()
@@ -127,7 +126,11 @@ def test_shorter_and_extended_models_are_assembled_bit_equal(family: str, tmp_pa
 
 
 def test_a_converted_dtype_is_that_of_the_whole_model(tiny_source: Path, tmp_path: Path) -> None:
-    with assemble_pruned(str(tiny_source), PruneOptions(blocks=[2], rank=2, dtype="bfloat16")) as (model, _, record):
+    with assemble_pruned(str(tiny_source), PruneOptions.paper(blocks=[2], rank=2, dtype="bfloat16")) as (
+        model,
+        _,
+        record,
+    ):
         write_checkpoint(tmp_path / "half", model, record, max_shard_size=200_000)
     assert len(list((tmp_path / "half").glob("model-*.safetensors"))) > 1
     kept = load_model(str(tmp_path / "half")).block_list[0].mlp.up_proj.weight
@@ -141,7 +144,7 @@ def test_hidden_states_in_a_file_give_the_same_scores(
     """A block of 40 KB beside 8 windows of 64 tokens, which take 65 KB."""
     records = []
     for name, memory in (("file", "64KIB"), ("memory", "1GiB")):
-        options = PruneOptions(
+        options = PruneOptions.paper(
             ratio=0.4, cache=tmp_path / name, memory=memory, perplexity=calibrated["calibration"], **calibrated
         )
         records.append(prune(str(tiny_source), options)[2])
@@ -161,10 +164,10 @@ def test_fits_with_hidden_states_in_files_give_the_same_weights(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tempfile, "TemporaryFile", counted(tempfile.TemporaryFile, opened))
             if removed:
-                model = baseline(str(tiny_source), BaselineOptions(**settings))[0]
+                model = remove(str(tiny_source), PruneOptions.paper(**settings))[0]
             else:
                 fitted = PRESETS["fitted"] | settings
-                model = prune(str(tiny_source), PruneOptions(**fitted, rank=3))[0]
+                model = prune(str(tiny_source), PruneOptions.paper(**fitted, rank=3))[0]
         weights.append(model.state_dict())
         files.append(len(opened))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
@@ -213,7 +216,11 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(
     settings = {"ratio": 0.4, "rank": 3, "adapter_init": "activation", "refit_kept": True} | calibrated
 
     def written(name: str, track: KillingTrack, cache: Path) -> bytes:
-        with assemble_pruned(str(tiny_source), PruneOptions(cache=cache, **settings), track) as (model, _, record):
+        with assemble_pruned(str(tiny_source), PruneOptions.paper(cache=cache, **settings), track) as (
+            model,
+            _,
+            record,
+        ):
             write_checkpoint(tmp_path / name, model, record)
         return (tmp_path / name / "model.safetensors").read_bytes()
 
@@ -245,12 +252,12 @@ def test_another_ratio_reads_no_text_through_the_blocks(
     tiny_source: Path, calibrated: dict[str, object], fresh_cache: Path
 ) -> None:
     first, again, other = KillingTrack(), KillingTrack(), KillingTrack()
-    prune(str(tiny_source), PruneOptions(ratio=0.2, rank=3, **calibrated), first)
-    plan, record = plan_only(str(tiny_source), PruneOptions(ratio=0.4, rank=3, **calibrated), again)
+    prune(str(tiny_source), PruneOptions.paper(ratio=0.2, rank=3, **calibrated), first)
+    plan, record = plan_only(str(tiny_source), PruneOptions.paper(ratio=0.4, rank=3, **calibrated), again)
     assert {"checking weights", "calibrating"} <= set(first.seen)
     assert not {"checking weights", "calibrating"} & set(again.seen)
     fresh, _ = plan_only(
-        str(tiny_source), PruneOptions(ratio=0.4, rank=3, cache=fresh_cache / "new", **calibrated), other
+        str(tiny_source), PruneOptions.paper(ratio=0.4, rank=3, cache=fresh_cache / "new", **calibrated), other
     )
     assert plan == fresh
     assert len(record["scores"]) == 6
@@ -267,7 +274,7 @@ def test_another_text_rank_or_state_of_the_files_is_measured_anew(
 
     def seen(**options: object) -> set[str]:
         track = KillingTrack()
-        plan_only(str(source), PruneOptions(**settings | {"rank": 2, "calibration": str(text)} | options), track)
+        plan_only(str(source), PruneOptions.paper(**settings | {"rank": 2, "calibration": str(text)} | options), track)
         return set(track.seen) - {"measuring distances"}
 
     assert seen() == {"checking weights", "calibrating"}
@@ -290,7 +297,7 @@ def test_two_processes_on_one_stage_do_not_share_its_folder(tmp_path: Path) -> N
 
 def test_a_block_that_memory_cannot_hold_is_refused(tiny_source: Path, calibrated: dict[str, object]) -> None:
     with pytest.raises(InputError, match=r"--memory 1KIB is too small: one block alone takes 1 MiB"):
-        plan_only(str(tiny_source), PruneOptions(ratio=0.4, memory="1KIB", **calibrated))
+        plan_only(str(tiny_source), PruneOptions.paper(ratio=0.4, memory="1KIB", **calibrated))
 
 
 def test_a_cache_that_cannot_be_written_says_what_to_do(
@@ -298,11 +305,11 @@ def test_a_cache_that_cannot_be_written_says_what_to_do(
 ) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="give another folder by --cache"):
-        plan_only(str(tiny_source), PruneOptions(ratio=0.4, cache=tmp_path / "file", **calibrated))
+        plan_only(str(tiny_source), PruneOptions.paper(ratio=0.4, cache=tmp_path / "file", **calibrated))
 
 
 def test_kept_tensors_are_the_files_bytes(tiny_source: Path, tmp_path: Path) -> None:
-    with assemble_pruned(str(tiny_source), PruneOptions(blocks=[2], rank=2)) as (assembly, _, record):
+    with assemble_pruned(str(tiny_source), PruneOptions.paper(blocks=[2], rank=2)) as (assembly, _, record):
         write_checkpoint(tmp_path / "out", assembly, record)
     before, after = (load_file(folder / "model.safetensors") for folder in (tiny_source, tmp_path / "out"))
     kept = [name for name in before if f"language_model.{name}" in after]
@@ -315,7 +322,7 @@ def test_a_source_that_changes_during_the_run_is_refused(tiny_source: Path, tmp_
     source.mkdir()
     for file in tiny_source.iterdir():
         (source / file.name).write_bytes(file.read_bytes())
-    with assemble_pruned(str(source), PruneOptions(blocks=[2], rank=2)) as (assembly, _, record):
+    with assemble_pruned(str(source), PruneOptions.paper(blocks=[2], rank=2)) as (assembly, _, record):
         os.utime(source / "model.safetensors", (1, 1))
         with pytest.raises(InputError, match="changed while they were read"):
             write_checkpoint(tmp_path / "out", assembly, record)

@@ -1,7 +1,7 @@
 """Text through the blocks of a model, one block at a time; statistics streamed out.
 
 In: a streamed model and windows of token ids. Out: hidden states, means over tokens, second moments. Read
-`hidden_states`, then `moments`.
+`options`, `hidden_states`, then `moments`.
 """
 
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
     from flexigpt.calibration.hidden_states import (
+        BlockStatistic,
         HiddenStates,
         Stream,
         block_means,
@@ -19,5 +20,6 @@ if TYPE_CHECKING:
         run_through,
     )
     from flexigpt.calibration.moments import RunningSum, input_moments, output_weights
+    from flexigpt.calibration.options import TEXT_GROUP, CalibrationOptions
 else:
     lazy_door(__name__)

@@ -1,16 +1,15 @@
 """Text through the blocks, one block after the other; statistics are running sums.
 
-Only the current hidden states are kept: (windows, tokens, hidden size) in the model's dtype, in a file where they are
+Only the current hidden states are kept: (windows, tokens, hidden size) in the model's dtype, in files where they are
 many. Nothing grows with the number of blocks or with the square of the tokens.
 """
 
 import copy
-import shutil
+import math
+import os
 import tempfile
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
@@ -19,14 +18,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flexigpt.model import (
-    block_output,
-    fast_half,
-    layout_of,
-    replaced_forwards,
-    watched,
-)
-from flexigpt.runtime import CachedStage, InputError, Track, replaced_file, silent
+from flexigpt.model import block_output, fast_half, layout_of, replaced_forwards, watched
+from flexigpt.runtime import CachedStage, InputError, Track, silent
 from flexigpt.text import batch_size_for
 from flexigpt.weights import StreamedModel
 
@@ -46,6 +39,63 @@ def calibration_batches(windows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return windows.split(batch_size_for(windows.shape[1], 1, _BATCH_TOKENS))
 
 
+class HiddenStates(Sequence[torch.Tensor]):
+    """One tensor a batch, (windows, tokens, hidden size); each can be exchanged for another of its shape.
+
+    Args:
+        batches: taken one at a time.
+        folder: where files without a name hold them, and memory only what is looked at; None: in memory.
+
+    Attributes:
+        held: the tensors, on the CPU where files hold them.
+    """
+
+    def __init__(self, batches: Iterable[torch.Tensor], folder: Path | None = None) -> None:
+        self.folder = folder
+        self.held: list[torch.Tensor] = []
+        self._device = torch.device("cpu")
+        for batch in batches:
+            self.append(batch)
+
+    def append(self, batch: torch.Tensor) -> None:
+        """One more."""
+        self._device = batch.device
+        self.held.append(batch if self.folder is None else _in_file(batch.cpu(), self.folder))
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    @overload
+    def __getitem__(self, number: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[torch.Tensor]: ...
+    def __getitem__(self, number: int | slice) -> torch.Tensor | list[torch.Tensor]:
+        if isinstance(number, slice):
+            return [self[n] for n in range(len(self))[number]]
+        # A copy of what a file holds: that may be overwritten while the batch is in use.
+        return self.held[number].to(self._device, copy=self.folder is not None)
+
+    def __setitem__(self, number: int, batch: torch.Tensor) -> None:
+        if self.folder is None:
+            self.held[number] = batch
+        else:
+            self.held[number].copy_(batch)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (self[number] for number in range(len(self)))
+
+
+def _in_file(batch: torch.Tensor, folder: Path) -> torch.Tensor:
+    """The same values, mapped from a file that goes with the tensor."""
+    handle, name = tempfile.mkstemp(dir=folder)
+    with os.fdopen(handle, "wb") as file:  # written, not mapped first, so that a full disk is an error
+        values: Any = batch.contiguous().flatten().view(torch.uint8).numpy()
+        file.write(memoryview(values))
+    mapped = torch.from_file(name, shared=True, size=batch.numel(), dtype=batch.dtype)
+    os.unlink(name)
+    return mapped.view(batch.shape)
+
+
 class Stream:
     """Hidden states of a text on their way through the blocks.
 
@@ -53,10 +103,10 @@ class Stream:
         model: a model in eval mode, of which only what lies outside the blocks is read; a block of another model may be
             run in the place of its own.
         batches: (windows, tokens) ids each.
-        spill: folder for a file that holds the hidden states; None: memory does.
+        spill: folder for files that hold the hidden states; None: memory does.
 
     Attributes:
-        hidden: (windows, tokens, hidden size) in the model's dtype, one tensor a batch: what the next block is given.
+        hidden: what the next block is given.
     """
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[torch.Tensor], spill: Path | None = None) -> None:
@@ -65,10 +115,10 @@ class Stream:
         moved = (batch.to(model.device) for batch in batches)
         self.hidden = HiddenStates(_enter_blocks(model, moved, self._arguments), spill)
 
-    def copy(self, spill: Path | None = None) -> "Stream":
-        """Another stream that goes on from here, in memory or in a file in that folder."""
+    def at(self, hidden: Iterable[torch.Tensor]) -> "Stream":
+        """The same text with other hidden states, or a copy of these, held where these are."""
         other = copy.copy(self)
-        other.hidden = HiddenStates(self.hidden, spill)
+        other.hidden = HiddenStates(hidden, self.hidden.folder)
         return other
 
     def outputs(self, block: nn.Module, index: int) -> Iterator[torch.Tensor]:
@@ -100,8 +150,9 @@ class Stream:
             self.hidden[number] = outputs
 
 
+@torch.no_grad()
 def block_means(
-    sources: Sequence[StreamedModel],
+    source: StreamedModel,
     windows: torch.Tensor,
     statistics: Mapping[str, BlockStatistic],
     *,
@@ -112,97 +163,77 @@ def block_means(
     """The means over all tokens of statistics of each block's input and output, by name.
 
     Args:
-        sources: a source model; or the same on several devices, which share the windows.
+        source: a source model.
         windows: (windows, tokens) ids.
         statistics: each (tokens, hidden) float32 inputs X_i and outputs X_{i+1} -> (tokens,) values. X_{i+1} is the
             residual stream before the final norm.
         spill: folder for files that hold the hidden states; None: memory does.
         stage: where the run leaves what it needs to go on after it was killed.
-        track: told of each block.
+        track: reports each block.
 
     Returns:
         For each statistic a value for each block; not finite where the model overflows.
     """
-    batches = calibration_batches(windows)
-    shares = [batches[number :: len(sources)] for number in range(len(sources))]
-    pairs = [(source, share) for source, share in zip(sources, shares, strict=True) if share]
-    streams = [Stream(source.model, share, spill) for source, share in pairs]
+    stream = Stream(source.model, calibration_batches(windows), spill)
+    saved = None if stage is None else _Saved(stage, stream.hidden)
     means: dict[str, list[float]] = {name: [] for name in statistics}
-    progress = None if stage is None else _Progress(stage, streams)
     done = 0
-    if progress is not None:
-        done, means = progress.resumed(means)
-    with ThreadPoolExecutor(len(streams)) as pool:
-        for index in track(range(len(sources[0])), "calibrating", len(sources[0])):
-            if index < done:
-                continue
-            sums = [pool.submit(_sums, pairs[k][0], streams[k], statistics, index) for k in range(len(streams))]
-            for name in statistics:
-                means[name].append(sum(found.result()[name] for found in sums) / windows.numel())
-            if progress is not None:
-                progress.save(index + 1, means)
+    if saved is not None:
+        done, means = saved.found() or (done, means)
+    for index in track(range(len(source)), "calibrating", len(source)):
+        if index < done:
+            continue
+        source.expect(index + 1)
+        totals: dict[str, Any] = dict.fromkeys(statistics, 0.0)
+        with source.block(index) as block:
+            for number, outputs in enumerate(stream.outputs(block, index)):
+                ends = stream.hidden[number].flatten(0, 1).float(), outputs.flatten(0, 1).float()
+                for name, statistic in statistics.items():
+                    totals[name] += statistic(*ends).sum(dtype=torch.float64)
+                stream.hidden[number] = outputs
+        for name, total in totals.items():
+            means[name].append(total.item() / windows.numel())
+        if saved is not None:
+            saved.save(index + 1, means)
     return means
-
-
-@torch.no_grad()
-def _sums(
-    source: StreamedModel, stream: Stream, statistics: Mapping[str, BlockStatistic], index: int
-) -> dict[str, float]:
-    """Runs a block on a stream, which then stands behind it; sums over tokens."""
-    source.expect(index + 1)
-    totals = {name: torch.zeros((), dtype=torch.float64, device=source.device) for name in statistics}
-    with source.block(index) as block:
-        for number, outputs in enumerate(stream.outputs(block, index)):
-            ends = stream.hidden[number].flatten(0, 1).float(), outputs.flatten(0, 1).float()
-            for name, statistic in statistics.items():
-                totals[name] += statistic(*ends).sum(dtype=torch.float64)
-            stream.hidden[number] = outputs
-    return {name: total.item() for name, total in totals.items()}
 
 
 def check_means(means: Sequence[float]) -> None:
     """Raises InputError for a mean that is not finite; the message names the block."""
     for index, mean in enumerate(means):
-        if not torch.isfinite(torch.tensor(mean)):
+        if not math.isfinite(mean):
             raise InputError(
                 f"the statistics of block {index} are not finite: the model overflows on this text; "
                 "give --dtype float32, or another calibration text"
             )
 
 
-class _Progress:
-    """What a calibration leaves to go on from."""
+class _Saved:
+    """What a calibration leaves in its stage, to go on from."""
 
-    def __init__(self, stage: CachedStage, streams: Sequence[Stream]) -> None:
-        self._stage, self._streams = stage, streams
-        self._saved, self._cost = time.monotonic(), 0.0
+    def __init__(self, stage: CachedStage, hidden: HiddenStates) -> None:
+        self._file, self._hidden = stage.folder / "progress", hidden
+        self._latest, self._cost = time.monotonic(), 0.0
 
-    def resumed(self, means: dict[str, list[float]]) -> tuple[int, dict[str, list[float]]]:
-        """The blocks that are done and their means; the streams stand behind them."""
-        found = self._stage.note("progress")
-        places = [] if found is None else self._places(found["done"])
-        if found is None or not all(path.is_file() for _, path in places):
-            return 0, means
-        for stream, path in places:
-            stream.hidden.load(path)
-        return found["done"], found["means"]
+    def found(self) -> tuple[int, dict[str, list[float]]] | None:
+        """How many blocks are done, and their means; the hidden states are then those behind them."""
+        if not self._file.is_file():
+            return None
+        done, means, batches = torch.load(self._file, mmap=True)
+        for number, batch in enumerate(batches):
+            self._hidden[number] = batch
+        return done, means
 
     def save(self, done: int, means: dict[str, list[float]]) -> None:
-        """Where it is time."""
+        """Where it is time. The file is complete or what it was."""
         began = time.monotonic()
-        if began - self._saved < max(_SAVE_SECONDS, _SAVE_SHARE * self._cost):
+        if began - self._latest < max(_SAVE_SECONDS, _SAVE_SHARE * self._cost):
             return
-        before = set(self._stage.folder.glob("hidden-*"))
-        for stream, path in self._places(done):
-            stream.hidden.save(path)
-        self._stage.keep_note("progress", {"done": done, "means": means})
-        for old in before - {path for _, path in self._places(done)}:
-            old.unlink()
-        self._saved = time.monotonic()
-        self._cost = self._saved - began
-
-    def _places(self, done: int) -> list[tuple[Stream, Path]]:
-        return [(stream, self._stage.folder / f"hidden-{done}-{k}") for k, stream in enumerate(self._streams)]
+        temporary = self._file.with_name(f"progress.{os.getpid()}")
+        torch.save((done, means, self._hidden.held), temporary)
+        temporary.replace(self._file)
+        self._latest = time.monotonic()
+        self._cost = self._latest - began
 
 
 @contextmanager
@@ -219,8 +250,8 @@ def run_through(
         model: a source or compact model.
         batches: (windows, tokens) ids each, as it will be called with.
         stage: name for `track`.
-        spill: folder for a file that holds the hidden states; None: memory does.
-        track: told of each block.
+        spill: folder for files that hold the hidden states; None: memory does.
+        track: reports each block.
     """
     stream = Stream(model.model, batches, spill)
     for index in track(range(len(model)), stage, len(model)):
@@ -270,93 +301,7 @@ def _enter_blocks(
         return forward
 
     layout = layout_of(model)
-    decoder = model.get_decoder()
     for batch in batches:
         with torch.no_grad(), replaced_forwards(layout.blocks, pass_through):
-            decoder(input_ids=batch, use_cache=False)
+            model.get_decoder()(input_ids=batch, use_cache=False)
         yield entering.pop()
-
-
-class HiddenStates(Sequence[torch.Tensor]):
-    """One tensor a batch, (windows, tokens, hidden size); each can be exchanged for another of its shape.
-
-    Args:
-        batches: taken one at a time.
-        folder: where a file without a name holds them, and memory only what is looked at; None: in memory.
-    """
-
-    def __init__(self, batches: Iterable[torch.Tensor], folder: Path | None = None) -> None:
-        self._tensors: list[torch.Tensor] = []  # on the meta device where the file holds their values
-        self._devices: list[torch.device] = []
-        self._file = None if folder is None else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        if self._file is not None:
-            weakref.finalize(self, self._file.close)
-        for batch in batches:
-            self.append(batch)
-
-    def append(self, batch: torch.Tensor) -> None:
-        """One more."""
-        self._devices.append(batch.device)
-        self._tensors.append(batch if self._file is None else batch.to("meta"))
-        self[len(self) - 1] = batch
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    @overload
-    def __getitem__(self, number: int) -> torch.Tensor: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[torch.Tensor]: ...
-    def __getitem__(self, number: int | slice) -> torch.Tensor | list[torch.Tensor]:
-        if isinstance(number, slice):
-            return [self[n] for n in range(len(self))[number]]
-        if self._file is None:
-            return self._tensors[number]
-        values = torch.empty_like(self._tensors[number], device="cpu")
-        self._file.seek(self._start(number))
-        self._file.readinto(_bytes(values))
-        return values.to(self._devices[number])
-
-    def __setitem__(self, number: int, batch: torch.Tensor) -> None:
-        if self._file is None:
-            self._tensors[number] = batch
-        else:
-            self._file.seek(self._start(number))
-            self._file.write(_bytes(batch.cpu()))
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return (self[number] for number in range(len(self)))
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all batches."""
-        return self._start(len(self))
-
-    def save(self, path: Path) -> None:
-        """Writes all batches; the file is complete or what it was."""
-        with replaced_file(path) as temporary, temporary.open("wb") as file:
-            if self._file is not None:
-                self._file.flush()
-                self._file.seek(0)
-                shutil.copyfileobj(self._file, file, 2**24)
-            else:
-                for batch in self._tensors:
-                    file.write(_bytes(batch.cpu()))
-
-    def load(self, path: Path) -> None:
-        """Exchanges all batches for those that `save` wrote, of as many of the same shapes."""
-        assert path.stat().st_size == self.num_bytes
-        with path.open("rb") as file:
-            for number, (batch, device) in enumerate(zip(self._tensors, self._devices, strict=True)):
-                values = torch.empty_like(batch, device="cpu")
-                file.readinto(_bytes(values))
-                self[number] = values.to(device)
-
-    def _start(self, number: int) -> int:
-        return sum(batch.numel() * batch.element_size() for batch in self._tensors[:number])
-
-
-def _bytes(batch: torch.Tensor) -> memoryview:
-    """The memory of a tensor on the CPU."""
-    values: Any = batch.contiguous().flatten().view(torch.uint8).numpy()
-    return memoryview(values)

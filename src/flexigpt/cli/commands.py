@@ -14,9 +14,9 @@ from flexigpt.cli.effects import warn_idle
 from flexigpt.cli.options import Asked, add_command
 from flexigpt.decoding import BenchmarkOptions, GenerateOptions
 from flexigpt.evaluation import EvalOptions
-from flexigpt.pruning import DEFAULT_PRESET, PRESETS, ExtendOptions, PruneOptions
+from flexigpt.pruning import PRESETS, ExtendOptions, PruneOptions
 from flexigpt.recovery import RecoverOptions
-from flexigpt.runtime import InputError, launched_rank
+from flexigpt.runtime import InputError
 
 if TYPE_CHECKING:
     from flexigpt.pruning import Estimate
@@ -28,22 +28,31 @@ Model = Annotated[str, typer.Argument(help="Folder or hub name of a source or co
 Out = Annotated[Path, typer.Argument(help="Folder to write to.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what flexigpt wrote to OUT before.")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for programs.")]
+_DEFAULT = next(iter(PRESETS))
 _PRESET = (
     "settings that go together, each of which you can give yourself: fitted (replicas and kept blocks fitted to the "
     "calibration text), thorough (also chooses blocks by the damage that their replicas do; takes long), paper (the "
-    f"paper's recipe). [default: {DEFAULT_PRESET}]"
+    f"paper's recipe). [default: {_DEFAULT}]"
 )
+Preset = Annotated[
+    str, typer.Option(help=_PRESET, metavar="NAME", autocompletion=lambda: list(PRESETS), show_default=False)
+]
 
 
 def prune(
     asked: Asked,
     source: Source,
     out: Out,
-    preset: Annotated[str, typer.Option(help=_PRESET, metavar="NAME", autocompletion=lambda: list(PRESETS))] = (
-        DEFAULT_PRESET
-    ),
+    preset: Annotated[
+        str, typer.Option(help=_PRESET, metavar="NAME", autocompletion=lambda: list(PRESETS), show_default=False)
+    ] = (_DEFAULT),
     plan_only: Annotated[
-        bool, typer.Option("--plan-only", help="write only the plan, OUT/plan.json, to look at, edit and apply.")
+        bool,
+        typer.Option(
+            "--plan-only",
+            help="write only the plan, OUT/plan.json, to look at, edit and apply.",
+            rich_help_panel="What to prune",
+        ),
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -65,9 +74,14 @@ def prune(
         write_plan(out, plan, record | {"command": asked.call.command})
         show(plan_rows(plan, record), *notes(record), f"plan written to {out / 'plan.json'}; apply it with --plan")
         return
-    assemble = assemble_removed if options.remove else assemble_pruned
-    with asked.reporting() as track, assemble(source, options, track, _announce(out, track.note)) as (made, _, record):
-        _write(out, source, made, record | {"command": asked.call.command}, track)
+    with asked.reporting() as track:
+        given = (source, options, track, _announce(out, track.note))
+        if options.remove:
+            made, _, record = assemble_removed(*given)
+            _write(asked, out, source, made, record, track)
+            return
+        with assemble_pruned(*given) as (made, _, record):
+            _write(asked, out, source, made, record, track)
 
 
 def extend(asked: Asked, source: Source, out: Out, overwrite: Overwrite = False) -> None:
@@ -77,11 +91,9 @@ def extend(asked: Asked, source: Source, out: Out, overwrite: Overwrite = False)
     from flexigpt.runtime import check_output
 
     check_output(out, (source, options.perplexity), overwrite)
-    with (
-        asked.reporting() as track,
-        assemble_extended(source, options, track, _announce(out, track.note)) as (made, _, record),
-    ):
-        _write(out, source, made, record | {"command": asked.call.command}, track)
+    with asked.reporting() as track:
+        made, _, record = assemble_extended(source, options, track, _announce(out, track.note))
+        _write(asked, out, source, made, record, track)
 
 
 def _announce(out: Path, note: Callable[[str], None]) -> "Callable[[Estimate], None]":
@@ -97,12 +109,13 @@ def _announce(out: Path, note: Callable[[str], None]) -> "Callable[[Estimate], N
     return announce
 
 
-def _write(out: Path, source: str, assembly: "Assembly", record: "Record", track: Any) -> None:
+def _write(asked: Asked, out: Path, source: str, assembly: "Assembly", record: "Record", track: Any) -> None:
     """Writes a checkpoint, and prints what became of its blocks, what it cost, and where it lies."""
     from flexigpt.record import result_rows, write_checkpoint
     from flexigpt.report import plan_picture
 
     config = assembly.model.config
+    record = record | {"command": asked.call.command}
     write_checkpoint(out, assembly, record, source=source, extras=plan_picture(config), track=track)
     show(*result_rows(config, record), f"checkpoint written to {out}")
 
@@ -121,17 +134,15 @@ def recover(
     from flexigpt import recovery
     from flexigpt.record import cost_rows
 
-    leads = launched_rank() == 0
     with asked.reporting() as track:
 
         def log(values: dict[str, float], steps: int) -> None:
             if wants_line(values, steps):
                 track.note(step_line(values, steps))
 
+        command = asked.call.command
         record = recovery.recover(
-            *(model, out, options),
-            **{"resume": resume, "overwrite": overwrite, "command": asked.call.command},
-            **({"track": track, "log": log} if leads else {}),
+            model, out, options, resume=resume, overwrite=overwrite, command=command, track=track, log=log
         )
     if record is None:
         return

@@ -1,5 +1,7 @@
 """What commands print: progress on standard error, results on standard output."""
 
+# ruff: noqa: PLC0415 - rich loads where something is printed: help and usage errors do not wait for it
+
 import json
 import sys
 import threading
@@ -7,10 +9,10 @@ import time
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.console import Console
 
 T = TypeVar("T")
 # Between two lines of a stage, where there is no terminal.
@@ -44,6 +46,15 @@ class _Bars:
     """Progress bars on a terminal, one for each stage, with the time left."""
 
     def __init__(self) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
         self._progress = Progress(
             TextColumn("{task.description:22}"),
             BarColumn(),
@@ -52,7 +63,7 @@ class _Bars:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=Console(stderr=True, soft_wrap=True),
+            console=_console(stderr=True),
         )
 
     def __enter__(self) -> "_Bars":
@@ -132,7 +143,13 @@ def reporting(verbosity: Verbosity) -> Reporting:
     """Bars on a terminal, lines elsewhere, or nothing."""
     if verbosity is Verbosity.QUIET:
         return _Silent()
-    return _Bars() if Console(stderr=True).is_terminal else Lines()
+    return _Bars() if _console(stderr=True).is_terminal else Lines()
+
+
+def _console(stderr: bool = False) -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=stderr, soft_wrap=True)
 
 
 def _clock(seconds: float) -> str:
@@ -162,7 +179,7 @@ def step_line(values: dict[str, float], steps: int) -> str:
 
 def show(*parts: Any) -> None:
     """Tables (`record.Rows`) and lines on standard output."""
-    console = Console(soft_wrap=True)
+    console = _console()
     for part in parts:
         console.print(part if isinstance(part, str) else part.terminal(), markup=False, highlight=False)
 

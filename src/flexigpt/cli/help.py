@@ -5,10 +5,21 @@ import textwrap
 from typing import Any, ClassVar
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 _WIDEST, _NAMES = 100, 30
 _EVERYDAY, _LAST = "Everyday options", "Running it"
+
+
+class Group(TyperGroup):
+    """All commands. Flags of its own that are not given are False: for None, typer would load pydantic."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its flags, help among them."""
+        flags = super().get_params(ctx)
+        for parameter in flags:
+            parameter.default = False
+        return flags
 
 
 class HelpCommand(TyperCommand):

@@ -8,13 +8,14 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 
+import flexigpt
 from flexigpt.cli.commands import add_commands
 from flexigpt.cli.console import Verbosity
+from flexigpt.cli.help import Group
 from flexigpt.cli.options import Call
 from flexigpt.runtime import InputError, launched_rank, on_signals
 
@@ -31,7 +32,7 @@ _LIBRARIES = ("datasets", "huggingface_hub", "matplotlib", "transformers")
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"flexigpt {version('flexigpt')}")
+        print(f"flexigpt {flexigpt.__version__}")
         raise typer.Exit
 
 
@@ -49,6 +50,7 @@ def _make_app() -> typer.Typer:
     settings = {"help_option_names": ["-h", "--help"]}
     made = typer.Typer(
         name="flexigpt",
+        cls=Group,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
@@ -101,6 +103,11 @@ def _libraries_speak(verbosity: Verbosity) -> Iterator[None]:
         return
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "transformers" in sys.modules:  # loaded before those variables were set
+        from transformers.utils import logging as of_transformers  # noqa: PLC0415
+
+        of_transformers.set_verbosity_error()
+        of_transformers.disable_progress_bar()
     for library in _LIBRARIES:
         logging.getLogger(library).setLevel(logging.ERROR)
     with warnings.catch_warnings():

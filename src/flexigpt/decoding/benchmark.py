@@ -63,8 +63,9 @@ def benchmark(model: str, options: BenchmarkOptions, track: Track = silent) -> B
         `prompt_tokens`, `new_tokens`, `repeats`, `options`, and `variants`, each with `variant`, `model`,
         `stored_bytes` (of its weight files), `library_bytes` (held before a model was opened) and `batches`. A batch
         has `batch_size`, medians of `prefill_seconds` (until the first token), `tokens_per_second` (of each sequence,
-        from the first token on) and `throughput` (tokens of all sequences by the whole time), and `peak_bytes`. Where
-        it applies, a variant has `same_tokens_as_compact` and `acceptance` (of the draft's tokens), too.
+        from the first token on) and `throughput` (tokens of all sequences by the whole time), and `peak_bytes`. Against
+        a source it has `time_percent` and `throughput_percent` of the source's. Where it applies, a variant has
+        `same_tokens_as_compact` and `acceptance` (of the draft's tokens).
 
     Raises:
         InputError: a model that cannot be opened or run; `--against` another kind of model.
@@ -81,10 +82,14 @@ def benchmark(model: str, options: BenchmarkOptions, track: Track = silent) -> B
         stored = bytes_of[name]["files"] or bytes_of[name]["stored"]
         measured.append({"variant": variant, "model": name, "stored_bytes": stored, **answer})
     made = {one["variant"]: one.pop("made") for one in measured}
+    source = measured[0]["batches"] if options.against is not None else []
     for one in measured:
+        for batch, its in zip(one["batches"], source, strict=False):  # sizes go up: speculative has the first alone
+            share = batch["throughput"] / its["throughput"]
+            batch |= {"time_percent": 100 / share, "throughput_percent": 100 * share}
         if one["variant"] in ("materialised", "speculative"):
-            its = made[one["variant"]]
-            one["same_tokens_as_compact"] = all(its[size] == made["compact"][size] for size in its)
+            own = made[one["variant"]]
+            one["same_tokens_as_compact"] = all(own[size] == made["compact"][size] for size in own)
     return {
         "format": 2,
         "versions": versions(),
@@ -140,8 +145,7 @@ def _alone(asked: dict[str, Any]) -> dict[str, Any]:
     if ran.returncode:
         why = one_line((ran.stderr.strip().splitlines() or [f"the process ended with {ran.returncode}"])[-1])
         raise InputError(f"{asked['variant']} cannot be measured, perhaps with smaller --batch-sizes: {why}")
-    answer: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    return answer
+    return dict(json.loads(ran.stdout.splitlines()[-1]))
 
 
 def _measure(
@@ -159,7 +163,7 @@ def _measure(
     batches, made = [], {}
     for size in sizes:
         run(prompts[:size], _WARM_UP_TOKENS)
-        runs = [run(prompts[:size], NEW_TOKENS) for _ in range(REPEATS)]
+        runs: list[Any] = [run(prompts[:size], NEW_TOKENS) for _ in range(REPEATS)]
         prefill, total = (median(one[place] for one in runs) for place in (1, 2))
         decoding = median(one[2] - one[1] for one in runs)
         batches.append(
@@ -222,29 +226,23 @@ def time_generation(
 
 def benchmark_rows(result: Benchmark) -> Rows:
     """A row for each batch size and variant; throughput in percent of the source's, where there is one."""
-    variants = result["variants"]
-    source = next((one for one in variants if one["variant"] == "source"), None)
     rows = []
-    for place, size in enumerate(sorted(result["options"]["batch_sizes"])):
-        for variant in variants:
-            batch = next((one for one in variant["batches"] if one["batch_size"] == size), None)
-            if batch is None:
-                continue
-            row = {
-                "batch": str(size),
-                "variant": variant["variant"],
-                "prefill, ms": f"{1000 * batch['prefill_seconds']:.1f}",
-                "tokens/s each": f"{batch['tokens_per_second']:.1f}",
-                "tokens/s all": f"{batch['throughput']:.1f}",
-            }
-            if source is not None:
-                row["of source"] = f"{batch['throughput'] / source['batches'][place]['throughput']:.1%}"
-            rows.append(
-                row | {"peak, MB": megabytes(batch["peak_bytes"]), "stored, MB": megabytes(variant["stored_bytes"])}
-            )
-    return Rows(
-        list(rows[0]), [list(row.values()) for row in rows], align="rl".ljust(len(rows[0]), "r"), notes=_notes(result)
-    )
+    for size in sorted(result["options"]["batch_sizes"]):
+        for variant in result["variants"]:
+            for batch in (one for one in variant["batches"] if one["batch_size"] == size):
+                row = {
+                    "batch": str(size),
+                    "variant": variant["variant"],
+                    "prefill, ms": f"{1000 * batch['prefill_seconds']:.1f}",
+                    "tokens/s each": f"{batch['tokens_per_second']:.1f}",
+                    "tokens/s all": f"{batch['throughput']:.1f}",
+                }
+                if "throughput_percent" in batch:
+                    row["of source, %"] = f"{batch['throughput_percent']:.1f}"
+                row |= {"peak, MB": megabytes(batch["peak_bytes"]), "stored, MB": megabytes(variant["stored_bytes"])}
+                rows.append(row)
+    sides = "rl".ljust(len(rows[0]), "r")
+    return Rows(list(rows[0]), [list(row.values()) for row in rows], align=sides, notes=_notes(result))
 
 
 def _notes(result: Benchmark) -> list[str]:
@@ -266,12 +264,8 @@ def _notes(result: Benchmark) -> list[str]:
     return [*lines, f"{result['device']}, torch threads: {result['threads']}; {names}"]
 
 
-def _main() -> None:
+if __name__ == "__main__":  # what `_alone` starts
     try:
         print(json.dumps(_measure(**json.load(sys.stdin))))
     except InputError as error:
         sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    _main()

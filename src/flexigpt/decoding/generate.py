@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import TextStreamer, set_seed
 
 from flexigpt.decoding.draft import SpeculateStatistics
 from flexigpt.decoding.options import GenerateOptions
@@ -13,17 +13,6 @@ from flexigpt.decoding.speculate import speculative_generate
 from flexigpt.model import fast_half, materialize
 from flexigpt.runtime import InputError
 from flexigpt.weights import has_replicas, load_model, load_tokenizer
-
-
-class _Emitter(TextStreamer):
-    """Hands finished pieces of text on instead of printing them."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, emit: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._emit = emit
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._emit(text)
 
 
 @torch.no_grad()
@@ -52,14 +41,12 @@ def generate(model: str, options: GenerateOptions, emit: Callable[[str], None]) 
     if options.temperature > 0:
         set_seed(options.seed)
         settings |= {"temperature": options.temperature, "top_p": options.top_p}
-    streamer = _Emitter(tokenizer, emit)
+    streamer: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer.on_finalized_text = lambda text, stream_end=False: emit(text)  # instead of printing it
     statistics = SpeculateStatistics() if options.speculative else None
     if options.speculative:
-        settings |= {
-            "custom_generate": partial(speculative_generate, streamer=streamer),
-            "speculate": options,
-            "statistics": statistics,
-        }
+        decode = partial(speculative_generate, streamer=streamer)
+        settings |= {"custom_generate": decode, "speculate": options, "statistics": statistics}
     with fast_half(loaded):
         loaded.generate(
             **inputs,

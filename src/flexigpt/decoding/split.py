@@ -105,7 +105,7 @@ class SplitDecoder:
         self._rollback = [layer for layer in own + self._own_layers if isinstance(layer, DynamicSlidingWindowLayer)]
         for layer in self._rollback:
             layer.activate_past_recording()
-            layer.update = partial(_in_window, layer, layer.update)
+            layer.update = partial(_in_window, layer, layer.update)  # type: ignore[method-assign]
         live = own[0] if entry else self._own_layers[0]
         some: Any = self._own_layers[0] if self._own_layers else _fresh(own[entry])
         self._target_rest_view = Cache(layers=[own[entry]] * entry + own[entry:])

@@ -50,12 +50,11 @@ def measure_fidelity(
     if size != other:
         raise InputError(f"{against} has {other:,} tokens in its vocabulary, the model {size:,}: give its own source")
 
-    def both(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        ours, theirs = (m(input_ids=ids, use_cache=False).logits for m in (model, source))
-        return ours, theirs
+    def both(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(m(input_ids=ids, use_cache=False).logits for m in (model, source))
 
     with _replicas_beside(model, source) as beside:
-        walk = logits_over(model, text, window_length, forward=both, stage="measuring fidelity", track=track)
+        walk = logits_over(model, text, window_length, both=both, stage="measuring fidelity", track=track)
         measured = {"against": against} | add_up(walk, text.num_bytes, model.device, against=True)
     if beside:
         measured["blocks"] = {

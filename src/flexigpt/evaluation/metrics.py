@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -20,47 +20,37 @@ class Predictions:
 
     Attributes:
         targets: (windows, tokens) ids of the tokens that come.
-        logits: (windows, tokens, vocabulary) of the model.
-        other: the same of the model beside it, its source or its draft; None: there is none.
+        logits: (windows, tokens, vocabulary) of the model and, where there is one, of the model beside it: its source,
+            or its draft.
     """
 
     targets: torch.Tensor
-    logits: torch.Tensor
-    other: Any = None
+    logits: tuple[torch.Tensor, ...]
 
     @cached_property
     def loss(self) -> float:
-        """Negative log-likelihood of the targets, summed, in nats."""
-        return F.cross_entropy(self.logits.flatten(0, 1).float(), self.targets.flatten(), reduction="sum").item()
+        """The model's negative log-likelihood of the targets, summed, in nats."""
+        return F.cross_entropy(self.logits[0].flatten(0, 1).float(), self.targets.flatten(), reduction="sum").item()
 
     @cached_property
-    def log_probabilities(self) -> torch.Tensor:
-        """(windows, tokens, vocabulary) float32."""
-        return F.log_softmax(self.logits.float(), -1)
-
-    @cached_property
-    def other_log_probabilities(self) -> torch.Tensor:
-        """(windows, tokens, vocabulary) float32, of the model beside it."""
-        return F.log_softmax(self.other.float(), -1)
+    def log_probabilities(self) -> list[torch.Tensor]:
+        """(windows, tokens, vocabulary) float32 of each model."""
+        return [F.log_softmax(logits.float(), -1) for logits in self.logits]
 
 
 class Metric:
     """What is added up over the tokens of a text, and what comes of it: by default the mean.
 
     Attributes:
-        heading: of its row in tables; empty: it has none, and the result need not be a number.
-        digits: shown after the point.
-        percent: whether a share is shown in percent.
-        better: which way.
-        against: whether it compares the model with its source, which is then the `other` one.
-        total: what `add` adds to; summed over processes.
+        heading: of its row in tables; empty: it has none, and its result need not be a number.
+        digits: after the point, in tables.
+        percent: whether tables show it in percent.
+        better: lower or higher.
+        against: whether it compares the model with its source, the second of the predictions.
+        total: what `add` adds to, a number or a tensor; summed over processes.
     """
 
-    heading: ClassVar[str] = ""
-    digits: ClassVar[int] = 4
-    percent: ClassVar[bool] = False
-    better: ClassVar[Literal["lower", "higher"]] = "lower"
-    against: ClassVar[bool] = False
+    heading, digits, percent, better, against = "", 4, False, "lower", False
 
     def __init__(self) -> None:
         self.total: Any = 0.0
@@ -70,7 +60,7 @@ class Metric:
         raise NotImplementedError
 
     def result(self, tokens: int, num_bytes: int) -> Any:
-        """JSON-ready, of all tokens that were predicted and the UTF-8 bytes of the text."""
+        """JSON-ready, of so many predicted tokens and UTF-8 bytes of text."""
         return self.total / tokens
 
     @classmethod
@@ -106,8 +96,7 @@ class Divergence(Metric):
     heading, against = "divergence", True
 
     def add(self, seen: Predictions) -> None:
-        theirs = seen.other_log_probabilities
-        self.total += F.kl_div(seen.log_probabilities, theirs, reduction="sum", log_target=True).item()
+        self.total += F.kl_div(*seen.log_probabilities, reduction="sum", log_target=True).item()
 
 
 class Agreement(Metric):
@@ -116,7 +105,8 @@ class Agreement(Metric):
     heading, percent, digits, better, against = "agreement", True, 2, "higher", True
 
     def add(self, seen: Predictions) -> None:
-        self.total += (seen.log_probabilities.argmax(-1) == seen.other_log_probabilities.argmax(-1)).sum().item()
+        ours, theirs = seen.logits
+        self.total += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
 
 
 class Positions(Metric):
@@ -125,8 +115,7 @@ class Positions(Metric):
     against = True
 
     def add(self, seen: Predictions) -> None:
-        parts = (seen.other_log_probabilities, seen.log_probabilities)
-        losses = [-part.gather(-1, seen.targets[..., None])[..., 0] for part in parts]
+        losses = [-part.gather(-1, seen.targets[..., None])[..., 0] for part in seen.log_probabilities]
         sums = torch.stack([*losses, torch.ones_like(losses[0])]).sum(1, dtype=torch.float64)
         if not isinstance(self.total, torch.Tensor):  # no later window is longer than the first
             self.total = torch.zeros_like(sums)
@@ -134,15 +123,12 @@ class Positions(Metric):
 
     def result(self, tokens: int, num_bytes: int) -> dict[str, list[float]]:
         width = math.ceil(self.total.shape[1] / _MAX_BUCKETS)
-        source, model, count = torch.stack([bucket.sum(1) for bucket in self.total.split(width, 1)], 1)
-        return {
-            "position": list(range(0, self.total.shape[1], width)),
-            "source": (source / count).tolist(),
-            "model": (model / count).tolist(),
-        }
+        model, source, count = torch.stack([bucket.sum(1) for bucket in self.total.split(width, 1)], 1)
+        positions = list(range(0, self.total.shape[1], width))
+        return {"position": positions, "source": (source / count).tolist(), "model": (model / count).tolist()}
 
 
-# By the name that each has in an evaluation: of those against the source in its `fidelity`, else in its `perplexity`.
+# By name in an evaluation: in its `fidelity` those that compare with the source, in its `perplexity` the others.
 METRICS: Mapping[str, type[Metric]] = {
     "perplexity": Perplexity,
     "bits_per_byte": BitsPerByte,
@@ -153,12 +139,7 @@ METRICS: Mapping[str, type[Metric]] = {
 
 
 def add_up(
-    predictions: Iterable[Predictions],
-    num_bytes: int,
-    device: torch.device,
-    *,
-    against: bool = False,
-    world: World = ALONE,
+    predictions: Iterable[Predictions], num_bytes: int, device: torch.device, against: bool, world: World = ALONE
 ) -> dict[str, Any]:
     """What METRICS make of the predictions on a text: those that compare with the source, or the others.
 

@@ -41,8 +41,8 @@ class EvalOptions(RunOptions):
     stride: int | None = option(None, group=_TEXT, command=False)
     num_fewshot: int | None = option(None, group=_TASKS, least=0)
     batch_size: int | str = option("auto", group=_TASKS, metavar="auto|N")
-    include_path: Path | None = option(None, group=_TASKS, metavar="DIR")  # noqa: RUF009 - a field, as the others
-    device: str = option("auto", everyday=True)
+    include_path: Path | None = option(None, group=_TASKS, metavar="DIR")
+    device: str = option("auto")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,18 +15,18 @@ from flexigpt.runtime import ALONE, InputError, Track, World, silent
 from flexigpt.text import TokenizedText, batch_size_for, window_batches
 from flexigpt.weights import StreamedModel
 
-# Numbers in one batch's logits: 64 MiB in float32; half as many of two models, of which there are some five copies.
+# Numbers in one batch's logits: 64 MiB in float32; half as many of each of two models, since there are more copies.
 _LOGITS_BUDGET = 2**24
 
-# (windows, tokens) ids that go in; ids that are to come; the position of the first of these.
+# (windows, tokens) ids that go in; those that are to come; the position of the first of these.
 _Windows = Sequence[tuple[torch.Tensor, torch.Tensor, int]]
 
-# (windows, tokens) ids -> logits of the model, and of another beside it.
-Forward = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# (windows, tokens) ids -> logits of one model, or of two.
+Forward = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 
 
 def check_stride(stride: int | None, window_length: int) -> None:
-    """Raises InputError for a stride that leaves tokens out, or gives none."""
+    """Raises InputError for a stride that leaves tokens out, or never ends."""
     if stride is not None and not 1 <= stride <= window_length:
         raise InputError(f"stride {stride} is outside 1 to the window length {window_length}")
 
@@ -37,7 +37,7 @@ def logits_over(
     window_length: int,
     *,
     stride: int | None = None,
-    forward: Forward | None = None,
+    both: Forward | None = None,
     world: World = ALONE,
     stage: str = "measuring perplexity",
     track: Track = silent,
@@ -51,21 +51,19 @@ def logits_over(
         text: at least 2 tokens.
         window_length: tokens in.
         stride: tokens from one window's start to the next's; default: the window length, no overlap.
-        forward: runs the model and another beside it; default: the model alone.
+        both: runs the model and another one beside it; default: the model alone runs.
         world: processes that share the windows; each must walk to the end, and sees its own share.
         stage: name for `track`.
         track: reports the progress, batch by batch.
     """
-    windows = _windows(model, text, window_length, stride or window_length, 1 if forward is None else 2)
-    return _walk(model, windows, forward, world, stage, track)
+    windows = _windows(model, text, window_length, stride or window_length, 1 if both is None else 2)
+    return _walk(model, windows, both, world, stage, track)
 
 
 def _windows(model: PreTrainedModel, text: TokenizedText, window_length: int, stride: int, models: int = 1) -> _Windows:
     starts = range(0, max(1, len(text.ids) - 1 - (window_length - stride)), stride)
-    vocabulary = model.config.get_text_config().vocab_size
-    batches = window_batches(
-        text.ids, starts, window_length, batch_size_for(window_length, vocabulary, _LOGITS_BUDGET // models)
-    )
+    size = batch_size_for(window_length, model.config.get_text_config().vocab_size, _LOGITS_BUDGET // models)
+    batches = window_batches(text.ids, starts, window_length, size)
     return [(ids[:, :-1], ids[:, 1 + first :], first) for ids, first in batches]
 
 
@@ -87,7 +85,7 @@ def _walk(
         with fast_half(model):
             found = (model(input_ids=ids, use_cache=False).logits,) if forward is None else forward(ids)
         if mine < len(windows):
-            yield Predictions(targets.to(model.device), *(logits[:, first:end] for logits in found))
+            yield Predictions(targets.to(model.device), tuple(logits[:, first:end] for logits in found))
 
 
 def perplexity(
@@ -100,7 +98,7 @@ def perplexity(
     world: World = ALONE,
     track: Track = silent,
 ) -> dict[str, Any]:
-    """Perplexity, and what else METRICS measure of a model on a text without its source.
+    """Perplexity, and what else METRICS measure of a model without its source.
 
     Args:
         model: in eval mode; of a streamed one a block at a time is in memory.
@@ -125,19 +123,16 @@ def perplexity(
         with run_through(model, batches, "measuring perplexity", spill, track):
             return perplexity(model.model, text, window_length=window_length, stride=stride)
     walk = logits_over(model, text, window_length, stride=stride, world=world, track=track)
-    measured = add_up(walk, text.num_bytes, model.device, world=world)
+    measured = add_up(walk, text.num_bytes, model.device, against=False, world=world)
     return measured | {"bytes": text.num_bytes, "window_length": window_length, "stride": stride}
 
 
 def windows_perplexity(model: PreTrainedModel, batches: Sequence[torch.Tensor]) -> float:
-    """Perplexity of each token of windows but the first.
+    """Perplexity of each token of windows but the first; NaN where logits are not finite.
 
     Args:
         model: in eval mode, whole or within `finished_blocks`.
         batches: (windows, tokens) ids each.
-
-    Returns:
-        NaN where logits are not finite.
     """
     total = sum(seen.loss for seen in _walk(model, [(ids, ids[:, 1:], 0) for ids in batches]))
     tokens = sum(ids[:, 1:].numel() for ids in batches)

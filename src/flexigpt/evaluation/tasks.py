@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lm_eval.tasks
@@ -77,9 +78,8 @@ class Tasks:
         Raises:
             InputError: questions that do not fit into the model's context.
         """
-        stderr = sys.stderr
+        lm = _Model(model, tokenizer, self._options.batch_size, track)
         with _quiet():
-            lm = _Model(model, tokenizer, self._options.batch_size, track, stderr)
             found = simple_evaluate(
                 model=lm,
                 tasks=[task for loaded in self._loaded.values() for task in _parts(loaded)],
@@ -88,29 +88,19 @@ class Tasks:
                 task_manager=self._manager,
                 log_samples=False,
             )
-        measured: dict[str, Any] = {
-            "tasks": {
-                row: _row(found, row, loaded["tasks"])
-                for loaded in self._loaded.values()
-                for row in _rows(found, loaded)
-            }
-        }
-        return measured | ({"truncated": lm.truncated} if lm.truncated else {})
+        tasks = {row: _row(found, row, one["tasks"]) for one in self._loaded.values() for row in _rows(found, one)}
+        return {"tasks": tasks} | ({"truncated": lm.truncated} if lm.truncated else {})
 
 
 class _Model(HFLM):
-    """lm_eval's Hugging Face model around one that is loaded, with our progress bar and batch size."""
+    """lm_eval's Hugging Face model around one that is loaded, with our progress and batch size."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        batch_size: int | str,
-        track: Track,
-        stderr: Any,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str, track: Track
     ) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1 if batch_size == "auto" else batch_size)
-        self._auto, self._track, self._stderr = batch_size == "auto", track, stderr
+        self._auto, self._track, self._stderr = batch_size == "auto", track, sys.stderr
+        with _quiet():
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1 if self._auto else batch_size)
         self.truncated = 0
 
     def _loglikelihood_tokens(
@@ -120,63 +110,50 @@ class _Model(HFLM):
         if any(len(answer) > self.max_length for *_, answer in requests):
             raise InputError(f"an answer is longer than the model's context of {self.max_length}: leave the task out")
         self.truncated += sum(length > self.max_length for length in lengths)
-        if self._auto:
-            self.batch_size_per_gpu = self._fitting(min(max(lengths, default=1), self.max_length))
-        with self._told(len(requests)), fast_half(self.model):
+        longest = min(max(lengths, default=1), self.max_length)
+        with self._reported(len(requests), longest), fast_half(self.model):
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-        if self._auto:
-            self.batch_size_per_gpu = self._fitting(self.max_length)
-        with self._told(len(requests)):
+        with self._reported(len(requests), self.max_length):
             return super().generate_until(requests, disable_tqdm=True)
 
-    def _fitting(self, length: int) -> int:
-        """Requests of that many tokens whose logits stay within the budget: lm_eval's own search is for GPUs only."""
-        budget = _CPU_LOGITS
-        if self.device.type == "cuda":
-            budget = min(_GPU_LOGITS, torch.cuda.mem_get_info(self.device)[0] // _GPU_FREE_PART)
-        return batch_size_for(length, self.model.config.get_text_config().vocab_size, budget)
-
     @contextlib.contextmanager
-    def _told(self, total: int) -> Iterator[None]:
-        """Within it every answer is reported, through the hook that lm_eval has for a cache of answers."""
+    def _reported(self, total: int, length: int) -> Iterator[None]:
+        """Within it every answer is reported, through the hook that lm_eval has for a cache of answers.
+
+        A batch has as many requests of that many tokens as the logits' budget lets: lm_eval's own search is for GPUs.
+        """
+        if self._auto:
+            budget = _CPU_LOGITS
+            if self.device.type == "cuda":
+                budget = min(_GPU_LOGITS, torch.cuda.mem_get_info(self.device)[0] // _GPU_FREE_PART)
+            vocabulary = self.model.config.get_text_config().vocab_size
+            self.batch_size_per_gpu = batch_size_for(length, vocabulary, budget)
         with contextlib.redirect_stderr(self._stderr):
             answers = self._track(range(total), "answering", total)
             next(answers, None)
-            self.set_cache_hook(_AnswerHook(answers))
+            self.set_cache_hook(SimpleNamespace(add_partial=lambda *_: next(answers, None)))
             yield
             for _ in answers:
                 pass
 
 
-class _AnswerHook:
-    def __init__(self, answers: Iterator[Any]) -> None:
-        self._answers = answers
-
-    def add_partial(self, attr: str, request: Any, answer: Any) -> None:
-        next(self._answers, None)
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps lm_eval's and its libraries' log, prints and bars off the terminal; errors come as exceptions."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    """Keeps the logs, prints and bars of lm_eval and its libraries off the terminal; errors come as exceptions."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        with contextlib.ExitStack() as stack:
-            # Bars that build the requests cannot be switched off; ours are drawn on the stderr of before.
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            stack.enter_context(warnings.catch_warnings())
-            # Task files of others, not ours to correct.
-            warnings.filterwarnings("ignore", category=SyntaxWarning)
+        # Bars that build the requests cannot be switched off. Warnings are about task files of others.
+        with (
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+            warnings.catch_warnings(action="ignore", category=SyntaxWarning),
+        ):
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 def _manager(names: Sequence[str], include_path: Path | None) -> Any:
@@ -247,18 +224,15 @@ def _parts(loaded: Any) -> list[Any]:
 
 def _rows(found: Any, loaded: Any) -> list[str]:
     """The results for one name: of a group that lm_eval sums up the group's, else those of its tasks."""
-    summed = (
-        [group.name for group in _parts(loaded) if group.name in found.get("groups", {})] if loaded["groups"] else []
-    )
-    return summed or list(loaded["tasks"])
+    groups = [part.name for part in _parts(loaded)] if loaded["groups"] else []
+    return [name for name in groups if name in found.get("groups", {})] or list(loaded["tasks"])
 
 
 def _row(found: Any, row: str, tasks: Any) -> dict[str, Any]:
     results = found["results"][row] if row in found["results"] else found["groups"][row]
     keys = [key for key in results if "," in key and "_stderr," not in key]
     metric = next((key for name in _SHOWN for key in keys if key.split(",")[0] == name), keys[0])
-    samples = found["n-samples"]
-    stderr = results.get(metric.replace(",", "_stderr,", 1))
+    samples, stderr = found["n-samples"], results.get(metric.replace(",", "_stderr,", 1))
     return {
         "metric": metric.removesuffix(",none"),
         "value": float(results[metric]),

@@ -25,14 +25,12 @@ if TYPE_CHECKING:
         empty_of_blocks,
         fill_model,
         materialize,
-        sharing_copy,
     )
     from flexigpt.model.configuration_flexigpt import FlexiGPTConfig
     from flexigpt.model.layout import (
         INNER,
         OUTPUT_NORM,
         REPLICA_PARTS,
-        Layout,
         count_parts,
         layout_of,
         linear_tensors,

@@ -2,28 +2,17 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
-import torch
-from transformers import PreTrainedModel
-
-from flexigpt.model import (
-    FlexiGPTForCausalLM,
-    ModelShape,
-    Plan,
-    Replica,
-    default_rank,
-    empty_compact,
-    find_architecture,
-    model_shape,
-    num_blocks,
-)
-from flexigpt.record import Record, measure_both, new_record
-from flexigpt.replicas import DEFAULT_NORM_INIT, ReplicaStart, parse_norm_init, replica_tensors
-from flexigpt.runtime import InputError, Timed, Track, check_dtype, check_seed, silent
-from flexigpt.text import check_window_length, tokenize_text
-from flexigpt.weights import Assembly, Source, check_finite, load_tokenizer, open_empty, read_config
+from flexigpt.model import FlexiGPTForCausalLM, Plan, Replica, empty_compact
+from flexigpt.pruning.estimate import estimate
+from flexigpt.pruning.options import ExtendOptions
+from flexigpt.pruning.prune import Announce
+from flexigpt.pruning.source import CheckedSource
+from flexigpt.record import Record
+from flexigpt.replicas import ReplicaOptions, replica_tensors
+from flexigpt.runtime import InputError, Track, silent
+from flexigpt.weights import Assembly
 
 
 def block_pattern(blocks: range, times: int) -> list[int]:
@@ -37,53 +26,6 @@ def sequential_pattern(blocks: range, times: int) -> list[int]:
 
 
 PATTERNS = {"block": block_pattern, "sequential": sequential_pattern}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtendOptions:
-    """Which blocks to repeat, and how.
-
-    None stands for the default that a field's description names. A field that is given but has no effect is refused.
-
-    Attributes:
-        blocks: ranges of blocks to repeat, first to last but one: 4:18, or several, 2:6,10:14.
-        times: how often each of them stands in the extended model, at least 2.
-        pattern: block (3 3 4 4 5 5) or sequential (3 4 5 3 4 5).
-        rank: rank of the adapters; default: hidden size / 16.
-        norm_init: constant that the output norms' gamma starts at; default: 0.05.
-        perplexity: text to measure perplexity on before and after: a .txt, .jsonl, .jsonl.gz or .parquet file, or
-            NAME[:CONFIG][@SPLIT] of a data set on the hub; default: none.
-        text_column: column that holds the text; default: text.
-        window_length: tokens in a window; default: the model's context, at most 2048.
-        dtype: of the weights: auto (the source's), float32, bfloat16 or float16.
-        device: auto (a GPU where there is one), cpu, cuda or cuda:N.
-        seed: draws the adapters' random factors.
-    """
-
-    blocks: str
-    times: int = 2
-    pattern: str = "block"
-    rank: int | None = None
-    norm_init: float | None = None
-    perplexity: str | None = None
-    text_column: str | None = None
-    window_length: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.pattern not in PATTERNS:
-            raise InputError(f"--pattern {self.pattern} is unknown: give {', '.join(PATTERNS)}")
-        if self.times < 2:
-            raise InputError(f"--times {self.times} repeats nothing: give at least 2")
-        if self.rank is not None and self.rank < 1:
-            raise InputError(f"--rank {self.rank} is too small: give at least 1")
-        parse_norm_init(self.norm_init)
-        check_seed(self.seed)
-        for name in ("text_column", "window_length"):
-            if self.perplexity is None and getattr(self, name) is not None:
-                raise InputError(f"--{name.replace('_', '-')} has no effect, since no text is read: leave it out")
 
 
 def parse_ranges(blocks: str, depth: int) -> list[range]:
@@ -128,48 +70,6 @@ def extension_plan(
     return Plan(num_blocks=len(order), replicas=replicas), tuple(order)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Checked:
-    """What the source's configuration and the options decide."""
-
-    empty: PreTrainedModel
-    shape: ModelShape
-    rank: int
-    plan: Plan
-    source_blocks: tuple[int, ...]
-    window_length: int
-
-
-def _check_source(source: str, options: ExtendOptions) -> _Checked:
-    """Refuses what the configuration rules out, before any text or weight is read."""
-    check_dtype(options.dtype)
-    find_architecture(read_config(source))
-    empty = open_empty(source)
-    shape = model_shape(empty)
-    rank = options.rank or default_rank(shape.hidden_size)
-    shape.check_rank(rank)
-    depth = num_blocks(empty.config)
-    ranges = parse_ranges(options.blocks, depth)
-    plan, source_blocks = extension_plan(ranges, options.times, options.pattern, rank, depth)
-    window_length = check_window_length(options.window_length, empty.config)
-    return _Checked(
-        empty=empty, shape=shape, rank=rank, plan=plan, source_blocks=source_blocks, window_length=window_length
-    )
-
-
-def extended_bytes(source: str, options: ExtendOptions) -> int:
-    """Bytes of the weights that `extend` with these options would have to store; no weight is read.
-
-    Raises:
-        InputError: what the source's configuration rules out.
-    """
-    checked = _check_source(source, options)
-    own = checked.shape.replica_parameters(checked.rank)
-    own += checked.shape.block_parameters - checked.shape.linear_parameters  # input norms and biases
-    dtype = checked.empty.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    return (checked.shape.parameters + own * len(checked.plan.replicas)) * int(dtype.itemsize)
-
-
 def extend(source: str, options: ExtendOptions, track: Track = silent) -> tuple[FlexiGPTForCausalLM, Plan, Record]:
     """Makes a deeper model of a source model for almost no storage (FlexiGPT, section 3.5).
 
@@ -179,7 +79,7 @@ def extend(source: str, options: ExtendOptions, track: Track = silent) -> tuple[
     Args:
         source: folder or hub name of a source model.
         options: which blocks to repeat, and how.
-        track: told of the progress of each stage.
+        track: reports the progress of each stage.
 
     Returns:
         The compact model, its plan in the numbering of the extended model, and the record: JSON-ready; its
@@ -192,36 +92,28 @@ def extend(source: str, options: ExtendOptions, track: Track = silent) -> tuple[
     return cast(FlexiGPTForCausalLM, assembly.in_memory()), plan, record
 
 
-def assemble_extended(source: str, options: ExtendOptions, track: Track = silent) -> tuple[Assembly, Plan, Record]:
+def assemble_extended(
+    source: str, options: ExtendOptions, track: Track = silent, announce: Announce | None = None
+) -> tuple[Assembly, Plan, Record]:
     """`extend` with one block in memory at a time: the extended model is assembled, for `write_checkpoint` to write.
 
-    Arguments and errors are those of `extend`.
+    Arguments and errors are those of `extend`; `announce` is called once with what the run will take, after the checks
+    and before the work.
     """
-    timed = Timed(track)
-    checked = _check_source(source, options)
-    plan, source_blocks = checked.plan, checked.source_blocks
-    window_length, text = checked.window_length, None
-    if options.perplexity is not None:
-        text = tokenize_text(options.perplexity, load_tokenizer(source), window_length=window_length)
-    opened = Source(source, options.dtype, options.device)
-    check_finite(opened, timed)
-    norm_init = DEFAULT_NORM_INIT if options.norm_init is None else options.norm_init
-    empty, taken = empty_compact(opened.model, plan, source_blocks=source_blocks)
-    assembly = Assembly(empty, opened, taken)
-    start = ReplicaStart(adapter_init="zero", norm_init=norm_init, seed=options.seed)
-    for replica in timed(plan.replicas, "initialising replicas", len(plan.replicas)):
+    start = ReplicaOptions(adapter_init="zero", output_norm=options.output_norm, base_scale=False, seed=options.seed)
+    checked = CheckedSource.check(source, options, start)
+    ranges = parse_ranges(options.blocks, checked.depth)
+    checked = checked.with_rank(1)
+    plan, source_blocks = extension_plan(ranges, options.times, options.pattern, checked.rank, checked.depth)
+    if announce is not None:
+        shape = checked.shape
+        own = shape.replica_parameters(checked.rank) + shape.block_parameters - shape.linear_parameters
+        announce(estimate(checked, shape.parameters + own * len(plan.replicas), plan.replicas))
+    workspace = checked.open(track)
+    empty, taken = empty_compact(workspace.source.model, plan, source_blocks=source_blocks)
+    assembly = Assembly(empty, workspace.source, taken)
+    for replica in workspace.track(plan.replicas, "initialising replicas", len(plan.replicas)):
         block = assembly.blocks[replica.block]
-        assembly.own(replica.block, replica_tensors(block, opened, replica, start, source_blocks))
-    resolved: dict[str, Any] = {"rank": checked.rank, "norm_init": norm_init}
-    if text is not None:
-        resolved |= {"window_length": window_length, "text_column": options.text_column or "text"}
-    record = new_record(source, options, resolved) | {"source_blocks": list(source_blocks)}
-    record |= measure_both(
-        {"source": opened, "compact": assembly},
-        text,
-        name=options.perplexity,
-        window_length=window_length,
-        cache=opened.cache(None),
-        track=timed,
-    )
-    return assembly, plan, record | {"stages": timed.seconds, "seconds": round(timed.total, 1)}
+        assembly.own(replica.block, replica_tensors(block, workspace.source, replica, start, source_blocks))
+    record = workspace.record() | {"source_blocks": list(source_blocks)}
+    return assembly, plan, record | workspace.compared("compact", assembly)

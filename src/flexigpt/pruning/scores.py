@@ -1,17 +1,35 @@
-"""Scores and distances -> plan: which blocks are pruned, and which base stands in for each."""
+"""Block scores: which blocks are pruned."""
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional as F
 
-from flexigpt.calibration import Stream, calibration_batches, finished_blocks
+from flexigpt.calibration import (
+    BlockStatistic,
+    Stream,
+    block_means,
+    calibration_batches,
+    check_means,
+    finished_blocks,
+    run_through,
+)
 from flexigpt.evaluation import windows_perplexity
-from flexigpt.runtime import Cache, InputError, Track, silent
-from flexigpt.weights import StreamedModel
+from flexigpt.pruning.distances import BASE_DISTANCES, choose_bases, measure_distances
+from flexigpt.pruning.options import PruneOptions
+from flexigpt.pruning.replacement import filled
+from flexigpt.pruning.source import CheckedSource, Workspace
+from flexigpt.record import Record
+from flexigpt.replicas import init_of
+from flexigpt.runtime import CachedStage, InputError, Timed, digest, parse_size, silent
+
+# Of the calibration windows, so many judge candidates: every one of them costs forward passes.
+MOST_WINDOWS = 32
 
 
 def influence(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
@@ -29,18 +47,12 @@ def relative_magnitude(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Ten
     return (outputs - inputs).norm(dim=-1) / outputs.norm(dim=-1)
 
 
-# A score is the mean over tokens of its function; the blocks of lowest score are pruned.
-BLOCK_SCORES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+# A score is the mean over tokens of its statistic; the blocks of lowest score are pruned.
+STATISTICS: Mapping[str, BlockStatistic] = {
     "influence": influence,
     "angular": angular,
     "relative-magnitude": relative_magnitude,
 }
-
-# Not of each block by itself: blocks are chosen one after the other, by perplexity of the calibration text without them
-# (`greedy.remove_greedily`) or with their replicas (`replacement.replace_greedily`).
-REMOVAL_SCORE, REPLACEMENT_SCORE = "removal-perplexity", "replacement-perplexity"
-
-GREEDY_SCORES = (REMOVAL_SCORE, REPLACEMENT_SCORE)
 
 
 def num_pruned_at(ratio: float, num_blocks: int) -> int:
@@ -79,119 +91,233 @@ def lowest(scores: Sequence[float], num_pruned: int) -> tuple[int, ...]:
     return tuple(sorted(sorted(range(len(scores)), key=lambda block: scores[block])[:num_pruned]))
 
 
-# Of the calibration windows, so many judge candidates: every one of them costs forward passes.
-MOST_WINDOWS = 32
+def pruned_or_count(checked: CheckedSource[PruneOptions]) -> Sequence[int] | int:
+    """The blocks to prune, or, where their scores decide, how many.
+
+    Raises:
+        InputError: a ratio, blocks or a size that the source rules out.
+    """
+    options, shape, depth = checked.options, checked.shape, checked.depth
+    if options.blocks is not None:
+        return check_blocks(options.blocks, depth)
+    if options.ratio is not None:
+        return num_pruned_at(options.ratio, depth)
+    assert options.target_size is not None
+    target = parse_size(options.target_size, checked.itemsize)
+    if options.remove:
+        return shape.num_removed_for(target, depth)
+    return shape.num_pruned_for(target, checked.with_rank(1).rank, depth)
 
 
-class GreedyChoice(NamedTuple):
-    """What was chosen.
+class Choice(NamedTuple):
+    """What a score chose.
 
     Attributes:
-        order: the blocks, in the order in which they were chosen.
-        perplexities: for each block of the model, the perplexity of the calibration text when it was chosen; for one
-            that was not, what it would have been in the last step.
+        blocks: the pruned blocks, ascending.
+        record: what the record says of it: `scores` of all blocks, and `pruning_order` where they were chosen one after
+            the other.
     """
 
-    order: list[int]
-    perplexities: list[float]
-
-    def record(self) -> dict[str, Any]:
-        """What the record says of it."""
-        return {"scores": self.perplexities, "pruning_order": self.order}
+    blocks: tuple[int, ...]
+    record: Record
 
 
-def choose_greedily(depth: int, count: int, step: Callable[[list[int]], dict[int, float]]) -> GreedyChoice:
-    """Chooses `count` of `depth` blocks, each time the one of least perplexity given those chosen before.
+class BlockScore(Protocol):
+    """A score by which blocks are pruned."""
 
-    Args:
-        depth: blocks of the model.
-        count: fewer than that.
-        step: blocks chosen so far -> for each other one the perplexity with it.
+    def choose(self, workspace: Workspace[PruneOptions], count: int) -> Choice:
+        """Chooses `count` blocks, fewer than there are; with 0 it only scores, where that costs no more."""
+        ...
+
+
+class ByHiddenStates(NamedTuple):
+    """The blocks whose hidden states have the lowest mean of a statistic.
+
+    Attributes:
+        name: a key of STATISTICS.
     """
-    order: list[int] = []
-    perplexities = [math.nan] * depth
-    for _ in range(count):
-        found = step(order)
-        for block, value in found.items():
-            perplexities[block] = value
-        # NaN is not less than anything: a block without which the model overflows comes behind all others.
-        order.append(min(found, key=lambda block: math.inf if math.isnan(found[block]) else found[block]))
-    return GreedyChoice(order, perplexities)
+
+    name: str
+
+    def choose(self, workspace: Workspace[PruneOptions], count: int) -> Choice:
+        """All statistics in one pass of the text, which is kept."""
+        windows, source = workspace.windows, workspace.source
+        with workspace.cache.stage("scores", windows=digest(windows)) as stage:
+            if stage.result is None:
+                spill = workspace.hidden_in(1)
+                found = block_means(source, windows, STATISTICS, spill=spill, stage=stage, track=workspace.track)
+                stage.finish(found)
+            scores = stage.result[self.name]
+        return Choice(lowest(scores, count), {"scores": scores})
 
 
-def remove_greedily(
-    source: StreamedModel,
-    windows: torch.Tensor,
-    count: int,
-    *,
-    cache: Cache,
-    key: str,
-    spill: Path | None = None,
-    track: Track = silent,
-) -> GreedyChoice:
-    """Chooses `count` blocks, each time the one without which perplexity is least.
+class _Greedy(ABC):
+    """Blocks are chosen one after the other, each time that of the least perplexity beside those chosen before.
+
+    The first MOST_WINDOWS of the calibration windows judge. Every step is kept, so that a killed run goes on there and
+    a larger count costs only what is new.
+    """
+
+    stage: str
+    doing: str
+
+    @abstractmethod
+    def step(self, workspace: Workspace[PruneOptions], chosen: list[int], stage: CachedStage) -> Iterator[None]:
+        """Leaves the perplexity with each further block pruned, by its number, as the stage's result."""
+
+    @abstractmethod
+    def depends(self, workspace: Workspace[PruneOptions]) -> dict[str, Any]:
+        """What the perplexities depend on, besides the blocks chosen."""
+
+    @abstractmethod
+    def steps(self, depth: int, count: int) -> int:
+        """How often `step` yields in all."""
+
+    def choose(self, workspace: Workspace[PruneOptions], count: int) -> Choice:
+        """Perplexities are not finite where the model overflows."""
+        if count == 0:
+            return Choice((), {})
+        workspace = dataclasses.replace(workspace, windows=workspace.windows[:MOST_WINDOWS])
+        order: list[int] = []
+        perplexities = [math.nan] * workspace.depth
+
+        def work() -> Iterator[None]:
+            depends = self.depends(workspace)
+            for _ in range(count):
+                with workspace.cache.stage(self.stage, chosen=sorted(order), **depends) as stage:
+                    yield from self.step(workspace, order, stage)
+                    found = {int(block): value for block, value in stage.result.items()}
+                for block, value in found.items():
+                    perplexities[block] = value
+                # NaN is not less than anything: a block without which the model overflows comes behind all others.
+                order.append(min(found, key=lambda block: math.inf if math.isnan(found[block]) else found[block]))
+
+        for _ in workspace.track(work(), self.doing, self.steps(workspace.depth, count)):
+            pass
+        return Choice(tuple(sorted(order)), {"scores": perplexities, "pruning_order": order})
+
+
+class ByRemoval(_Greedy):
+    """By the perplexity without the block.
 
     A step takes about half as many forward passes as there are blocks, with one block in memory at a time: the hidden
     states of all candidates go through the blocks together, and a candidate's part from the others' where it is left
-    out. Every step is kept, so that a killed run goes on there and a larger `count` costs only what is new.
+    out.
+    """
+
+    stage, doing = "removal", "removing blocks"
+
+    def depends(self, workspace: Workspace[PruneOptions]) -> dict[str, Any]:
+        """The text."""
+        return {"windows": digest(workspace.windows)}
+
+    def steps(self, depth: int, count: int) -> int:
+        """One for each block that text goes through."""
+        return depth * count
+
+    def step(self, workspace: Workspace[PruneOptions], chosen: list[int], stage: CachedStage) -> Iterator[None]:
+        """Takes all candidates' streams through the blocks."""
+        source = workspace.source
+        if stage.result is not None:
+            yield from (None for _ in range(len(source)))
+            return
+        batches = calibration_batches(workspace.windows)
+        whole = Stream(source.model, batches, workspace.hidden_in(len(source)))
+        without: dict[int, Stream] = {}
+        for index in range(len(source)):
+            if index not in chosen:
+                source.expect(index + 1)
+                leaving = whole.at(whole.hidden)
+                with source.block(index) as block:
+                    for stream in (*without.values(), whole):
+                        stream.advance(block, index)
+                without[index] = leaving
+            yield
+        found = {}
+        for index, stream in without.items():
+            with finished_blocks(source, stream):
+                found[str(index)] = windows_perplexity(source.model, batches)
+        stage.finish(found)
+
+
+class ByReplacement(_Greedy):
+    """By the perplexity with the block's replica.
+
+    Candidates are pruned as the options say, but with kept blocks not refitted and one rank for all: bases by distance,
+    replicas filled on the first half of the windows. Perplexity is that of the second half.
+    """
+
+    stage, doing = "replacement", "replacing blocks"
+
+    def depends(self, workspace: Workspace[PruneOptions]) -> dict[str, Any]:
+        """The text, and how replicas are made."""
+        options = _screening(workspace.options)
+        own = {"init": init_of(options), "rank": options.rank, "base_distance": options.base_distance}
+        return {"windows": digest(workspace.windows)} | own
+
+    def steps(self, depth: int, count: int) -> int:
+        """One for each candidate."""
+        return sum(depth - step for step in range(count))
+
+    def step(self, workspace: Workspace[PruneOptions], chosen: list[int], stage: CachedStage) -> Iterator[None]:
+        """Prunes each candidate and measures what is left."""
+        half = len(workspace.windows) // 2
+        if half == 0:
+            raise InputError("one calibration window cannot be halved into text to fit and to judge: give --windows 2")
+        if BASE_DISTANCES[workspace.options.base_distance].prepare is not None and not chosen:
+            measure_distances(workspace, [0])  # of all pairs, kept
+        fitting = dataclasses.replace(
+            workspace,
+            options=_screening(workspace.options),
+            windows=workspace.windows[:half],
+            track=Timed(silent),
+        )
+        judge = partial(_perplexity_with_replicas, fitting, workspace.windows[half:])
+        others = sorted(set(range(workspace.depth)) - set(chosen))
+        yield from stage.numbers({str(block): partial(judge, sorted([*chosen, block])) for block in others})
+
+
+def _screening(options: PruneOptions) -> PruneOptions:
+    return dataclasses.replace(options, refit_kept=False, spread_rank=False)
+
+
+@torch.no_grad()
+def _perplexity_with_replicas(workspace: Workspace[PruneOptions], held: torch.Tensor, pruned: Sequence[int]) -> float:
+    """Of further windows, with replicas in the place of these blocks."""
+    plan = choose_bases(measure_distances(workspace, pruned), workspace.rank, workspace.depth)
+    batches = calibration_batches(held)
+    with (
+        filled(workspace, plan, "candidate") as (assembly, _),
+        run_through(assembly, batches, "judging", workspace.hidden_in(1, held)),
+    ):
+        return windows_perplexity(assembly.model, batches)
+
+
+BLOCK_SCORES: Mapping[str, BlockScore] = {
+    **{name: ByHiddenStates(name) for name in STATISTICS},
+    "removal-perplexity": ByRemoval(),
+    "replacement-perplexity": ByReplacement(),
+}
+
+
+def scored(workspace: Workspace[PruneOptions], pruned: Sequence[int] | int) -> tuple[tuple[int, ...], Record]:
+    """The blocks to prune, and what the record says of calibration text and scores: nothing where no text is read.
 
     Args:
-        source: a source model.
-        windows: calibration windows, (windows, tokens) ids.
-        count: blocks to choose, fewer than there are.
-        cache: keeps the steps.
-        key: tells the windows from others.
-        spill: folder for files that hold the hidden states; None: memory does.
-        track: told of each block of each step.
+        workspace: of the flow.
+        pruned: the blocks, or how many their scores choose.
 
-    Returns:
-        The choice. Perplexities are not finite where the model overflows.
+    Raises:
+        InputError: scores that are not finite.
     """
-    told = iter(track(range(count * len(source)), "removing blocks", count * len(source)))
-
-    def step(chosen: list[int]) -> dict[int, float]:
-        with cache.stage("removal", windows=key, chosen=sorted(chosen)) as stage:
-            candidates = None if stage.result is not None else _Step(source, windows, chosen, spill)
-            for index in range(len(source)):
-                next(told)
-                if candidates is not None:
-                    candidates.run(index)
-            if candidates is not None:
-                stage.finish({str(block): candidates.perplexity(block) for block in candidates.without})
-            return {int(block): value for block, value in stage.result.items()}
-
-    choice = choose_greedily(len(source), count, step)
-    list(told)  # tells that it is done
-    return choice
-
-
-class _Step:
-    """All candidates of one step.
-
-    Attributes:
-        without: candidate -> its stream, which has left it out.
-    """
-
-    def __init__(
-        self, source: StreamedModel, windows: torch.Tensor, removed: Sequence[int], spill: Path | None
-    ) -> None:
-        self._source, self._removed, self._spill = source, set(removed), spill
-        self._batches = calibration_batches(windows)
-        self._whole = Stream(source.model, self._batches, spill)
-        self.without: dict[int, Stream] = {}
-
-    def run(self, index: int) -> None:
-        """Takes every stream past a block."""
-        if index in self._removed:
-            return
-        self._source.expect(index + 1)
-        leaving = self._whole.copy(self._spill)
-        with self._source.block(index) as block:
-            for stream in (*self.without.values(), self._whole):
-                stream.advance(block, index)
-        self.without[index] = leaving
-
-    def perplexity(self, block: int) -> float:
-        """Without that block."""
-        with finished_blocks(self._source, self.without[block]):
-            return windows_perplexity(self._source.model, self._batches)
+    windows, options = workspace.windows, workspace.options
+    blocks = () if isinstance(pruned, int) else tuple(pruned)
+    if not len(windows):
+        return blocks, {}
+    text = {"text": options.calibration, "windows": list(windows.shape), "asked": options.windows}
+    choice = BLOCK_SCORES[options.block_score].choose(workspace, pruned if isinstance(pruned, int) else 0)
+    check_means(choice.record.get("scores", ()))
+    if "pruning_order" in choice.record:
+        text["judged"] = min(len(windows), MOST_WINDOWS)
+    by = {"block_score": options.block_score} if choice.record else {}
+    return choice.blocks or blocks, {"calibration": text, **by, **choice.record}

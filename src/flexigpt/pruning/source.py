@@ -1,101 +1,149 @@
-"""Which blocks are pruned: how many by the options, which by their scores on calibration text."""
+"""The source that a flow works on: checked by its configuration alone, then opened with the texts that it needs."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
 import psutil
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flexigpt.calibration import block_means, check_means
-from flexigpt.model import ModelShape, find_architecture, model_shape, num_blocks
-from flexigpt.pruning.options import DEFAULT_WINDOWS, ScoringOptions, calibration_text
-from flexigpt.pruning.scores import (
-    BLOCK_SCORES,
-    GREEDY_SCORES,
-    MOST_WINDOWS,
-    REMOVAL_SCORE,
-    check_blocks,
-    lowest,
-    num_pruned_at,
-    remove_greedily,
-)
-from flexigpt.runtime import Cache, InputError, Track, check_dtype, digest, parse_size
+from flexigpt.model import ModelShape, default_rank, find_architecture, model_shape, num_blocks
+from flexigpt.pruning.options import ExtendOptions, PruneOptions
+from flexigpt.record import Record, measure_both, new_record
+from flexigpt.replicas import ReplicaOptions
+from flexigpt.runtime import Cache, InputError, Timed, Track, parse_share, parse_size
 from flexigpt.text import TokenizedText, calibration_windows, check_window_length, tokenize_text
-from flexigpt.weights import Source, check_finite, load_tokenizer, open_empty, read_config
+from flexigpt.weights import Assembly, Source, check_finite, load_tokenizer, open_empty
+
+Asked = TypeVar("Asked", bound=PruneOptions | ExtendOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckedSource:
-    """What the source's configuration says, before any text or weight is read.
+class CheckedSource(Generic[Asked]):
+    """A source as its configuration tells, before any text or weight is read.
 
     Attributes:
-        shape: of the source.
-        depth: blocks of the source.
-        itemsize: bytes of a stored parameter.
-        window_length: for calibration and perplexity.
+        name: folder or hub name.
+        options: of the flow; `window_length`, `refit_kept` and `rank` are what will be used.
+        empty: the model, its parameters on the meta device, in the dtype that is asked for.
+        shape: of the source, and of replicas as the options make them.
         memory: bytes that a block and hidden states may take.
     """
 
+    name: str
+    options: Asked
+    empty: PreTrainedModel
     shape: ModelShape
-    depth: int
-    itemsize: int
-    window_length: int
     memory: int
+
+    @classmethod
+    def check(cls, name: str, options: Asked, replicas: ReplicaOptions) -> Self:
+        """Refuses what the configuration rules out.
+
+        Args:
+            name: folder or hub name.
+            options: of the flow.
+            replicas: how replicas are made.
+
+        Raises:
+            InputError: a source that cannot be opened or is not supported, a window or a memory that does not fit.
+        """
+        empty = open_empty(name, options.dtype)
+        shape = model_shape(empty, replicas.has_norms, replicas.base_scale)
+        used: dict[str, Any] = {"window_length": check_window_length(options.window_length, empty.config)}
+        memory = None
+        if isinstance(options, PruneOptions):
+            architecture, memory = find_architecture(empty.config), options.memory
+            # Where a norm of the family's own stands between a sublayer and the residual stream, nothing can be.
+            refits = set(architecture.output_norms) <= set(architecture.linears)
+            used["refit_kept"] = options.refit_kept and refits
+        resolved = dataclasses.replace(options, **used)
+        return cls(name=name, options=resolved, empty=empty, shape=shape, memory=_memory(memory, empty, shape))
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the source."""
+        return num_blocks(self.empty.config)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a stored parameter."""
+        return self.empty.dtype.itemsize
+
+    @property
+    def window_length(self) -> int:
+        """For calibration and perplexity."""
+        assert self.options.window_length is not None
+        return self.options.window_length
+
+    @property
+    def rank(self) -> int:
+        """Of the adapters, once `with_rank` has found it."""
+        assert isinstance(self.options.rank, int)
+        return self.options.rank
+
+    def with_rank(self, replicas: int) -> Self:
+        """The same with the rank that so many replicas have.
+
+        Raises:
+            InputError: a rank, or a share of the source's parameters, that no adapter can have.
+        """
+        asked = self.options.rank
+        if isinstance(asked, str):
+            of_a_rank = replicas * self.shape.adapter_parameters(1) / self.shape.parameters
+            rank = int(parse_share(asked) / of_a_rank + 1e-9)
+            if not 1 <= rank <= self.shape.max_rank:
+                # Rounded up, so that what is advised will do.
+                limits = (1, self.shape.max_rank)
+                least, most = (f"{math.ceil(1e5 * of_a_rank * limit) / 1e3:g}%" for limit in limits)
+                raise InputError(
+                    f"--rank {asked} is out of range for {replicas} replicas: give {least} (rank 1) to {most} (rank "
+                    f"{self.shape.max_rank})"
+                )
+        else:
+            rank = default_rank(self.shape.hidden_size) if asked is None else asked
+            self.shape.check_rank(rank)
+        return dataclasses.replace(self, options=dataclasses.replace(self.options, rank=rank))
 
     def needs_file(self, tokens: int) -> bool:
         """Whether the hidden states of so many tokens, each copy counted, do not fit beside a block."""
-        block = self.shape.block_parameters * self.itemsize
-        return block + tokens * self.shape.hidden_size * self.itemsize > self.memory
+        return (self.shape.block_parameters + tokens * self.shape.hidden_size) * self.itemsize > self.memory
 
-    def spill(self, folder: Path, tokens: int) -> Path | None:
-        """The folder, where the hidden states of so many tokens have to go into a file; None: memory holds them."""
-        return folder if self.needs_file(tokens) else None
-
-
-def can_refit(source: str) -> bool:
-    """Whether kept blocks can be refitted: what attention and MLP write goes to the residual stream as it is.
-
-    Raises:
-        InputError: a source that is not there or of another family.
-    """
-    architecture = find_architecture(read_config(source))
-    return set(architecture.output_norms) <= set(architecture.linears)
-
-
-def check_source(
-    source: str, options: ScoringOptions, output_norm: bool = True, base_scale: bool = False
-) -> CheckedSource:
-    """What the source's configuration says; no weight is read.
-
-    Raises:
-        InputError: what the configuration rules out.
-    """
-    check_dtype(options.dtype)
-    if options.refit_kept and not can_refit(source):
-        raise InputError(
-            f"--refit-kept has no effect on {source}, whose blocks normalise what attention and MLP write: leave it out"
-        )
-    empty = open_empty(source)
-    stored: torch.dtype = empty.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    shape = model_shape(empty, output_norm, base_scale)
-    return CheckedSource(
-        shape=shape,
-        depth=num_blocks(empty.config),
-        itemsize=stored.itemsize,
-        window_length=check_window_length(options.window_length, empty.config),
-        memory=_memory(options.memory, shape.block_parameters * stored.itemsize),
-    )
+    def open(self, track: Track) -> "Workspace[Asked]":
+        """Reads the texts and opens the weights; what can be refused early is, first."""
+        timed, options, tokenizer, text = Timed(track), self.options, None, None
+        windows = torch.empty((0, self.window_length), dtype=torch.int64)
+        calibrates = isinstance(options, PruneOptions) and options.calibrates
+        if calibrates or options.perplexity is not None:
+            tokenizer = load_tokenizer(self.name)
+            if options.perplexity is not None:
+                text = tokenize_text(options.perplexity, tokenizer, window_length=self.window_length)
+            if isinstance(options, PruneOptions) and calibrates:
+                windows = calibration_windows(
+                    options.calibration,
+                    tokenizer,
+                    windows=options.windows,
+                    window_length=self.window_length,
+                    seed=options.seed,
+                )
+        source = Source(self.name, options.dtype, options.device, self.empty)
+        cache = source.cache(None)
+        with cache.stage("finite") as stage:
+            if stage.result is None:
+                check_finite(source, timed)
+                stage.finish(True)
+        opened: dict[str, Any] = {"tokenizer": tokenizer, "source": source, "text": text, "windows": windows}
+        return Workspace(**vars(self), **opened, cache=cache, track=timed)
 
 
-def _memory(given: str | None, block_bytes: int) -> int:
+def _memory(given: str | None, empty: PreTrainedModel, shape: ModelShape) -> int:
     """Bytes that a block and hidden states may take."""
     if given is None:
         return int(psutil.virtual_memory().available) // 2
-    memory = parse_size(given, itemsize=1)
+    memory, block_bytes = parse_size(given, itemsize=1), shape.block_parameters * empty.dtype.itemsize
     if memory < block_bytes:
         raise InputError(
             f"--memory {given} is too small: one block alone takes {math.ceil(block_bytes / 2**20):,} MiB; give more"
@@ -103,139 +151,59 @@ def _memory(given: str | None, block_bytes: int) -> int:
     return memory
 
 
-def pruned_or_count(
-    options: ScoringOptions, checked: CheckedSource, num_pruned_for: Callable[[int], int]
-) -> Sequence[int] | int:
-    """The blocks to prune, or, where their scores decide, how many.
-
-    Args:
-        options: which say it.
-        checked: the source.
-        num_pruned_for: stored parameters to come down to -> how many blocks.
-    """
-    if options.blocks is not None:
-        return check_blocks(options.blocks, checked.depth)
-    if options.ratio is not None:
-        return num_pruned_at(options.ratio, checked.depth)
-    assert options.target_size is not None
-    return num_pruned_for(parse_size(options.target_size, checked.itemsize))
-
-
 @dataclass(frozen=True, kw_only=True)
-class Opened:
-    """A source whose blocks have been scored, where the options ask for it.
+class Workspace(CheckedSource[Asked]):
+    """What a flow works on, opened once.
 
     Attributes:
-        source: the source.
-        text: to measure perplexity on.
-        windows: calibration windows, (windows, tokens) ids.
-        scored: what the record says of the scores: nothing, or `calibration`, `block_score` and `scores`, and
-            `pruning_order` where blocks were chosen one after the other.
+        tokenizer: of the source; None where no text is read.
+        source: the source, of which only the blocks in use are in memory.
+        text: to measure perplexity on; None: it is not measured.
+        windows: calibration windows, (windows, tokens) ids; none where no calibration text is read.
         cache: keeps what is measured of this source.
-        spill: where hidden states of the text go that memory does not hold; None: it does.
+        track: reports the progress of each stage, and times them.
     """
 
+    tokenizer: PreTrainedTokenizerBase | None
     source: Source
     text: TokenizedText | None
-    windows: torch.Tensor | None
-    scored: dict[str, Any]
+    windows: torch.Tensor
     cache: Cache
-    spill: Path | None
+    track: Timed
 
+    def hidden_in(self, copies: int, ids: torch.Tensor | None = None) -> Path | None:
+        """Where hidden states go: a folder, or None, where memory holds so many copies of them beside a block.
 
-def open_scored(
-    name: str, options: ScoringOptions, checked: CheckedSource, pruned: Sequence[int] | int, track: Track
-) -> Opened:
-    """Opens the source and scores its blocks, where the options ask for it; what can be refused early is, first.
+        Args:
+            copies: how often they are held.
+            ids: tokens of the text; None: those of the calibration windows.
+        """
+        tokens = self.windows.numel() if ids is None else ids.numel()
+        return self.cache.folder if self.needs_file(copies * tokens) else None
 
-    Args:
-        name: folder or hub name of the source.
-        options: as given.
-        checked: the source.
-        pruned: the blocks to prune, or how many.
-        track: told of the progress of each stage.
-    """
-    windows, text = _read_texts(name, options, checked.window_length)
-    source = Source(name, options.dtype, options.device)
-    cache = source.cache(options.cache)
-    with cache.stage("finite") as stage:
-        if stage.result is None:
-            check_finite(source, track)
-            stage.finish(True)
-    tokens = 0 if text is None else len(text.ids)
-    opened = Opened(
-        source=source,
-        text=text,
-        windows=windows,
-        scored={},
-        cache=cache,
-        spill=checked.spill(cache.folder, tokens),
-    )
-    if windows is None:
-        return opened
-    defaults = options.defaults(checked.window_length)
-    scored: dict[str, Any] = {
-        "calibration": {
-            "text": defaults["calibration"],
-            "windows": list(windows.shape),
-            "asked": defaults["windows"],
-        },
-        "block_score": defaults["block_score"],
-    }
-    if defaults["block_score"] in GREEDY_SCORES:
-        scored["calibration"]["judged"] = min(len(windows), MOST_WINDOWS)
-    if defaults["block_score"] == REMOVAL_SCORE:
-        assert isinstance(pruned, int)
-        scored |= _removed(opened, windows, checked, pruned, track)
-    elif defaults["block_score"] in BLOCK_SCORES:
-        scored["scores"] = _scores(opened, windows, checked, track)[defaults["block_score"]]
-    check_means(scored.get("scores", ()))
-    return dataclasses.replace(opened, scored=scored)
+    def record(self) -> Record:
+        """What the record of a flow begins with."""
+        return new_record(self.name, self.options, {})
 
+    def compared(self, label: str, assembly: Assembly) -> Record:
+        """Sizes of the source and of what it became, perplexities where there is a text, and how long all stages took.
 
-def _scores(opened: Opened, windows: torch.Tensor, checked: CheckedSource, track: Track) -> dict[str, list[float]]:
-    """Every block's score by each of BLOCK_SCORES, in one pass."""
-    sources = [opened.source, *opened.source.twins()]
-    with opened.cache.stage("scores", windows=digest(windows), devices=len(sources)) as stage:
-        if stage.result is None:
-            spill = checked.spill(opened.cache.folder, windows.numel())
-            stage.finish(block_means(sources, windows, BLOCK_SCORES, spill=spill, stage=stage, track=track))
-        found: dict[str, list[float]] = stage.result
-    return found
-
-
-def _removed(opened: Opened, windows: torch.Tensor, checked: CheckedSource, count: int, track: Track) -> dict[str, Any]:
-    """The blocks that the model misses least, one after the other."""
-    windows = windows[:MOST_WINDOWS]
-    spill = checked.spill(opened.cache.folder, windows.numel() * checked.depth)
-    key = digest(windows)
-    done = remove_greedily(opened.source, windows, count, cache=opened.cache, key=key, spill=spill, track=track)
-    return done.record()
-
-
-def chosen(pruned: Sequence[int] | int, scored: dict[str, Any]) -> Sequence[int]:
-    """The blocks that were named, or as many of the lowest scores as were counted."""
-    if not isinstance(pruned, int):
-        return pruned
-    return sorted(scored.get("pruning_order", ())) or lowest(scored["scores"], pruned)
-
-
-def _read_texts(
-    source: str, options: ScoringOptions, window_length: int
-) -> tuple[torch.Tensor | None, TokenizedText | None]:
-    """The calibration windows and the text for perplexity, where the options ask for them."""
-    windows, text = None, None
-    if not options.calibrates and options.perplexity is None:
-        return windows, text
-    tokenizer = load_tokenizer(source)
-    if options.perplexity is not None:
-        text = tokenize_text(options.perplexity, tokenizer, window_length=window_length)
-    if options.calibrates:
-        windows = calibration_windows(
-            calibration_text(options),
-            tokenizer,
-            windows=options.windows or DEFAULT_WINDOWS,
-            window_length=window_length,
-            seed=options.seed or 0,
+        Args:
+            label: what the record calls the model that it became.
+            assembly: that model; it gets the tokenizer.
+        """
+        assembly.tokenizer = self.tokenizer
+        measured = measure_both(
+            {"source": self.source, label: assembly},
+            self.text,
+            name=self.options.perplexity,
+            window_length=self.window_length,
+            spill=None if self.text is None else self.hidden_in(1, self.text.ids),
+            cache=self.cache,
+            track=self.track,
         )
-    return windows, text
+        return measured | self.took()
+
+    def took(self) -> Record:
+        """Seconds of each stage, and of all."""
+        return {"stages": self.track.seconds, "seconds": round(self.track.total, 1)}

@@ -1,94 +1,120 @@
 """What flexigpt recorded in a folder, read back and checked: the record, the plan, the evaluation."""
 
-import json
+# ruff: noqa: UP013 - what has few fields is a line
+
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict  # pydantic wants it from there before Python 3.12
+
+from flexigpt.evaluation import METRICS, Evaluation
 from flexigpt.model import FlexiGPTConfig, Plan, plan_of
-from flexigpt.record.record import FORMAT, Record, find_in
+from flexigpt.record.record import EVALUATION, FORMAT, Record, find_in
 from flexigpt.record.tables import shown_name
-from flexigpt.record.write import EVALUATION
 from flexigpt.runtime import RECORD, InputError
 from flexigpt.weights import read_config
 
-# The shape of what is read: a type; [shape] for a list; {int: shape} or {str: shape} for a mapping, whose whole numbers
-# JSON has made strings; {"field": shape, "perhaps?": shape, "field|null": shape} for fields, beside which there may be
-# others. Null in a field that is perhaps there counts as not there.
-_SIZE = {"parameters": int, "bytes": int, "parts?": {str: int}}
 
-_PERPLEXITY = {"perplexity": float, "tokens": int, "window_length": int, "bits_per_byte?": float}
+def _alike(columns: dict[str, Any]) -> dict[str, Any]:
+    lengths = {len(column) for column in columns.values() if isinstance(column, list)}
+    if len(lengths) > 1 or 0 in lengths:
+        raise PydanticCustomError("columns", "has columns that differ in length, or are empty")
+    return columns
 
-_DISTANCES = {int: {int: float}}
 
-_STEP = {
-    "step": int,
-    "tokens": int,
-    "loss": float,
-    "cross_entropy": float,
-    "divergence": float,
-    "lr": float,
-    "tokens_per_second": float,
-    "perplexity?": float,
-}
+def _in_numbers(measured: dict[str, Any]) -> dict[str, Any]:
+    for name, metric in METRICS.items():
+        if metric.heading and not isinstance(measured.get(name, 0), int | float):
+            raise PydanticCustomError("number", "has a {name} that is not a number", {"name": name})
+    return measured
 
-_RECORD = {
-    "format?": int,
-    "source_name": str,
-    "versions": {str: str},
-    "options": {str: object},
-    "command?": str,
-    "calibration?": {"text": str, "windows": [int], "asked": int},
-    "block_score?": str,
-    "scores?": [float],
-    "pruning_order?": [int],
-    "base_distance?": str,
-    "distances?": _DISTANCES,
-    "compared_distances?": {str: _DISTANCES},
-    "adapter_spectra?": {int: {str: {"ranks": [int], "mended": [float]}}},
-    "compared?": [str],
-    "perplexity?": {"text": str},
-    "plain_removal?": {"parameters": int},
-    "removed?": {"blocks": [int], "num_blocks": int, "source": str},
-    "source_blocks?": [int],
-    "recovery?": {"tokens": int, "steps": int, "train": str, "history": [_STEP], "stopped?": str},
-    "origin?": {str: object},
-}
 
-_TASK = {"metric": str, "value": float, "stderr|null": float, "num_fewshot|null": int}
+# What is read, as pydantic checks it; there may be more beside it.
+_Size = TypedDict("_Size", {"parameters": int, "bytes": int, "parts": NotRequired[dict[str, int]]})
+_Perplexity = TypedDict("_Perplexity", {"perplexity": float, "tokens": int, "window_length": int})
+_Spectrum = TypedDict("_Spectrum", {"ranks": list[int], "mended": list[float]})
+_Calibration = TypedDict("_Calibration", {"text": str, "windows": tuple[int, int], "asked": int})
+_Removed = TypedDict("_Removed", {"blocks": list[int], "num_blocks": int, "source": str})
+_Text = TypedDict("_Text", {"text": str})
+_Parameters = TypedDict("_Parameters", {"parameters": int})
 
-_FIDELITY = {
-    "against": str,
-    "tokens": int,
-    "divergence": float,
-    "agreement": float,
-    "positions?": {"position": [int], "source": [float], "model": [float]},
-    "blocks?": {int: {"base": int, "output": float}},
-}
 
-_MODEL = {
-    "name": str,
-    "parameters": int,
-    "bytes": int,
-    "perplexity?": _PERPLEXITY | {"text": str, "bits_per_byte": float, "stride": int},
-    "tasks?": {str: _TASK},
-    "tasks_mean?": float,
-    "fidelity?": _FIDELITY,
-}
+class _Step(TypedDict):
+    step: int
+    tokens: int
+    loss: float
+    cross_entropy: float
+    divergence: float
+    lr: float
+    tokens_per_second: float
+    perplexity: NotRequired[float]
 
-_EVALUATION = {
-    "format": int,
-    "versions": {"flexigpt": str, "torch": str, "transformers": str, "lm_eval?": str},
-    "command|null": str,
-    "device": str,
-    "dtype": str,
-    "options": {str: object},
-    "models": [_MODEL],
-}
 
-_WORDS = {float: "a number", int: "a whole number", str: "a text", list: "a list", dict: "a mapping"}
+class _Recovery(TypedDict):
+    tokens: int
+    steps: int
+    train: str
+    history: list[_Step]
+    stopped: NotRequired[str]
+
+
+class _Record(TypedDict):
+    format: NotRequired[Annotated[int, Field(le=FORMAT)]]
+    source_name: str
+    versions: dict[str, str]
+    options: dict[str, Any]
+    command: NotRequired[str | None]
+    calibration: NotRequired[_Calibration | None]
+    block_score: NotRequired[str | None]
+    scores: NotRequired[list[float] | None]
+    base_distance: NotRequired[str | None]
+    distances: NotRequired[dict[int, dict[int, float]] | None]
+    adapter_spectra: NotRequired[dict[int, dict[str, Annotated[_Spectrum, AfterValidator(_alike)]]] | None]
+    compared: NotRequired[tuple[str, str] | None]
+    perplexity: NotRequired[_Text | None]
+    plain_removal: NotRequired[_Parameters | None]
+    removed: NotRequired[_Removed | None]
+    source_blocks: NotRequired[list[int] | None]
+    recovery: NotRequired[_Recovery | None]
+    origin: NotRequired["_Record | None"]
+
+
+_Task = TypedDict("_Task", {"metric": str, "value": float, "stderr": float | None, "num_fewshot": int | None})
+_OnText = TypedDict("_OnText", {"text": str, "tokens": int, "window_length": int, "stride": int})
+_Positions = TypedDict("_Positions", {"position": list[int], "source": list[float], "model": list[float]})
+_Error = TypedDict("_Error", {"base": int, "output": float})
+
+
+class _Fidelity(TypedDict):
+    against: str
+    tokens: int
+    positions: NotRequired[Annotated[_Positions, AfterValidator(_alike)]]
+    blocks: NotRequired[dict[int, _Error]]
+
+
+class _Model(TypedDict):
+    name: str
+    parameters: int
+    bytes: int
+    perplexity: NotRequired[Annotated[_OnText, AfterValidator(_in_numbers)]]
+    tasks: NotRequired[dict[str, _Task]]
+    tasks_mean: NotRequired[float]
+    fidelity: NotRequired[Annotated[_Fidelity, AfterValidator(_in_numbers)]]
+
+
+class _Evaluation(TypedDict):
+    format: Annotated[int, Field(le=FORMAT)]
+    versions: dict[str, str]
+    command: str | None
+    device: str
+    dtype: str
+    options: dict[str, Any]
+    models: list[_Model]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,17 +133,6 @@ class Size:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Perplexity:
-    """What was measured of one state of a model."""
-
-    label: str
-    text: str
-    window_length: int
-    value: float
-    tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Recorded:
     """All that a folder holds but for the weights.
 
@@ -133,7 +148,7 @@ class Recorded:
     folder: Path
     record: Record
     plan: Plan | None
-    evaluation: dict[str, Any] | None
+    evaluation: Evaluation | None
 
     @property
     def chain(self) -> list[Record]:
@@ -154,7 +169,7 @@ class Recorded:
         """The blocks that replicas stand in for, or that are removed; of an extended model its replicas."""
         if self.plan is not None:
             return self.plan.pruned
-        return sorted(self.removed["blocks"] if self.removed else find_in(self.record, "distances") or ())
+        return sorted(self.removed["blocks"] if self.removed else self.distances)
 
     @property
     def bases(self) -> dict[int, int]:
@@ -162,46 +177,38 @@ class Recorded:
         return {} if self.plan is None else {replica.block: replica.base for replica in self.plan.replicas}
 
     @property
-    def distances(self) -> dict[str, dict[int, dict[int, float]]]:
-        """By name of the distance, the one that chose the bases first."""
-        chosen = find_in(self.record, "distances")
-        if not chosen:
-            return {}
-        return {find_in(self.record, "base_distance"): chosen} | (find_in(self.record, "compared_distances") or {})
+    def distances(self) -> dict[int, dict[int, float]]:
+        """Pruned block -> candidate -> distance, by which the bases were chosen."""
+        return find_in(self.record, "distances") or {}
 
     @property
     def sizes(self) -> list[Size]:
         """From the source to this model; what only repeats the one before is left out."""
         found: list[Size] = []
         for record in self.chain:
-            for label in record.get("compared", ()):
-                if "recovery" in record and label == record["compared"][0] and found:
-                    continue
-                size = record[label]
-                shown = "recovered" if "recovery" in record and label == record["compared"][-1] else label
-                parts = size.get("parts", {})
-                found.append(Size(label=shown, parameters=size["parameters"], bytes=size["bytes"], parts=parts))
+            labels = {name: name for name in record.get("compared", ())}
+            if "recovery" in record and labels:
+                before, after = labels
+                labels = {after: "recovered"} if found else {before: before, after: "recovered"}
+            for name, label in labels.items():
+                size = record[name]
+                found.append(
+                    Size(label=label, parameters=size["parameters"], bytes=size["bytes"], parts=size.get("parts", {}))
+                )
         return found
 
     @property
-    def perplexities(self) -> list[Perplexity]:
-        """From the source to this model."""
-        found: list[Perplexity] = []
+    def perplexities(self) -> list[dict[str, Any]]:
+        """`label`, `text`, `perplexity`, `tokens` and `window_length` of each state, from the source to this model."""
+        labels = {"before": "before recovery", "after": "recovered"}
+        found: list[dict[str, Any]] = []
         for record in self.chain:
             measured = record.get("perplexity", {})
-            for label in record.get("compared", ()) if measured else ():
-                value = measured[label]
-                if label == "before" and found and round(value["perplexity"], 2) == round(found[-1].value, 2):
+            for name in record.get("compared", ()) if measured else ():
+                value = measured[name]["perplexity"]
+                if name == "before" and found and round(value, 2) == round(found[-1]["perplexity"], 2):
                     continue  # the same model, measured twice
-                found.append(
-                    Perplexity(
-                        label={"before": "before recovery", "after": "recovered"}.get(label, label),
-                        text=measured["text"],
-                        window_length=value["window_length"],
-                        value=value["perplexity"],
-                        tokens=value["tokens"],
-                    )
-                )
+                found.append(measured[name] | {"text": measured["text"], "label": labels.get(name, name)})
         return found
 
 
@@ -215,8 +222,7 @@ def held_out(model: Recorded) -> list[tuple[int, float]]:
 
 def fidelities(models: Sequence[Recorded]) -> list[tuple[str, dict[str, Any]]]:
     """(name, how near to its source) of each evaluated model of which that was measured."""
-    evaluations = [model.evaluation for model in models if model.evaluation is not None]
-    rows = [row for evaluation in evaluations for row in evaluation["models"] if "fidelity" in row]
+    rows = [row for model in models if model.evaluation for row in model.evaluation["models"] if "fidelity" in row]
     return [
         (shown_name(row["name"]), row["fidelity"] | {"against": shown_name(row["fidelity"]["against"])}) for row in rows
     ]
@@ -231,25 +237,27 @@ def read_recorded(folder: str | Path) -> Recorded:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: give a checkpoint or plan folder that flexigpt wrote")
-    if not (folder / RECORD).is_file():
+    path = folder / RECORD
+    if not path.is_file():
         raise InputError(f"{folder} holds no {RECORD}: give a checkpoint or plan folder that flexigpt wrote")
-    record = _check_record(_read(folder / RECORD), _Place(folder / RECORD))
-    evaluation = None
-    if (folder / EVALUATION).is_file():
-        evaluation = _check_evaluation(_read(folder / EVALUATION), _Place(folder / EVALUATION))
-    name, plan = folder.resolve().name, _read_plan(folder)
-    recorded = Recorded(name=name, folder=folder, record=record, plan=plan, evaluation=evaluation)
-    _check_blocks(recorded)
+    record = _completed(_checked(_Record, _read(path), str(path)), str(path))
+    plan, evaluation = _read_plan(folder), read_evaluation(folder)
+    recorded = Recorded(name=folder.resolve().name, folder=folder, record=record, plan=plan, evaluation=evaluation)
+    scores = find_in(record, "scores")
+    depth = len(scores) if scores else plan.num_blocks if plan else math.inf
+    if any(not 0 <= block < depth for pruned, row in recorded.distances.items() for block in (pruned, *row)):
+        raise _damaged(f"{path}: the distances name a block that is not there")
     return recorded
 
 
-def _check_blocks(recorded: Recorded) -> None:
-    """Refuses distances of blocks that the scores or the plan rule out."""
-    scores, plan = find_in(recorded.record, "scores"), recorded.plan
-    depth = len(scores) if scores else plan.num_blocks if plan else math.inf
-    for name, distances in recorded.distances.items():
-        if any(not 0 <= block < depth for pruned, row in distances.items() for block in (pruned, *row)):
-            raise _damaged(f"{recorded.folder / RECORD}: the {name} distances name a block that is not there")
+def read_evaluation(folder: Path) -> Evaluation | None:
+    """The evaluation that is recorded in a folder, if one is.
+
+    Raises:
+        InputError: one that cannot be read, is damaged or of a newer version.
+    """
+    path = folder / EVALUATION
+    return _checked(_Evaluation, _read(path), str(path)) if path.is_file() else None
 
 
 def _read_plan(folder: Path) -> Plan | None:
@@ -261,110 +269,42 @@ def _read_plan(folder: Path) -> Plan | None:
     return plan_of(config) if isinstance(config, FlexiGPTConfig) else None
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> bytes:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise _damaged(f"{path} is not JSON ({error})") from error
 
 
-def _check_format(data: Any, where: "_Place") -> None:
-    number = data.get("format", FORMAT) if isinstance(data, dict) else FORMAT
-    if isinstance(number, int) and number > FORMAT:
-        raise InputError(f"{where} has format {number}, this flexigpt reads {FORMAT}: upgrade flexigpt")
-
-
-def _check_record(data: Any, where: "_Place") -> Record:
-    """The record with its origins, checked: what flows write together is there together."""
-    _check_format(data, where)
-    record: Record = _checked(data, _RECORD, where)
-    for key in record.get("compared", ()):
-        record[key] = _checked(record.get(key), _SIZE, where / key)
+def _completed(found: Record, where: str) -> Record:
+    """The record with its origins, in which what flows write together is there together, and nothing is null."""
+    record = {key: value for key, value in found.items() if value is not None}
+    for name in record.get("compared", ()):
+        record[name] = _checked(_Size, record.get(name), f"{where}: {name}")
         if "perplexity" in record:
             measured = record["perplexity"]
-            measured[key] = _checked(measured.get(key), _PERPLEXITY, where / "perplexity" / key)
+            measured[name] = _checked(_Perplexity, measured.get(name), f"{where}: perplexity.{name}")
     for key, named_by in (("distances", "base_distance"), ("scores", "block_score")):
         if record.get(key) and named_by not in record:
             raise _damaged(f"{where} has {key} but no {named_by}")
-    if "calibration" in record and len(record["calibration"]["windows"]) != 2:
-        raise _damaged(f"{where / 'calibration' / 'windows'} is not their number and their length")
-    for block, linears in record.get("adapter_spectra", {}).items():
-        for linear, spectrum in linears.items():
-            if len(spectrum["ranks"]) != len(spectrum["mended"]) or not spectrum["ranks"]:
-                place = where / "adapter_spectra" / block / linear
-                raise _damaged(f"{place} has ranks and shares that do not match")
     if "origin" in record:
-        record["origin"] = _check_record(record["origin"], where / "origin")
+        record["origin"] = _completed(record["origin"], f"{where}: origin")
     return record
 
 
-def _check_evaluation(data: Any, where: "_Place") -> dict[str, Any]:
-    _check_format(data, where)
-    evaluation: dict[str, Any] = _checked(data, _EVALUATION, where)
-    for number, model in enumerate(evaluation["models"]):
-        columns = model.get("fidelity", {}).get("positions", {})
-        if len({len(columns[name]) for name in ("position", "source", "model") if columns}) > 1:
-            place = where / "models" / number / "fidelity" / "positions"
-            raise _damaged(f"{place} has columns that differ in length")
-    return evaluation
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where in which file a value stands, for messages."""
-
-    file: Path
-    keys: tuple[str, ...] = ()
-
-    def __truediv__(self, key: object) -> "_Place":
-        return _Place(self.file, (*self.keys, str(key)))
-
-    def __str__(self) -> str:
-        return f"{self.file}: {'.'.join(self.keys)}" if self.keys else str(self.file)
-
-
-def _checked(value: Any, shape: Any, where: _Place) -> Any:
-    """The value in that shape: whole numbers as keys, optional fields that are null left out.
-
-    Raises:
-        InputError: the first place that is not as the shape says.
-    """
-    kind = type(shape) if isinstance(shape, dict | list) else shape
-    allowed = (int, float) if kind is float else kind
-    if not isinstance(value, allowed) or (kind in (int, float) and isinstance(value, bool)):
-        raise _damaged(f"{where} is {_short(value)}, not {_WORDS[kind]}")
-    checked: Any = value
-    if kind is list:
-        return [_checked(item, shape[0], where / number) for number, item in enumerate(checked)]
-    return dict(_checked_items(checked, shape, where)) if kind is dict else checked
-
-
-def _checked_items(value: dict[str, Any], shape: dict[Any, Any], where: _Place) -> Iterator[tuple[Any, Any]]:
-    for key, item in value.items():
-        if int in shape:
-            if not key.isascii() or not key.isdigit():
-                raise _damaged(f"{where / _short(key)} is not the number of a block")
-            yield int(key), _checked(item, shape[int], where / key)
-        elif str in shape or key in shape:
-            yield key, _checked(item, shape.get(key, shape.get(str)), where / key)
-        elif f"{key}|null" in shape:
-            yield key, None if item is None else _checked(item, shape[f"{key}|null"], where / key)
-        elif f"{key}?" not in shape:
-            yield key, item
-        elif item is not None:
-            yield key, _checked(item, shape[f"{key}?"], where / key)
-    needed = [key.removesuffix("|null") for key in shape if isinstance(key, str) and not key.endswith("?")]
-    missing = [key for key in needed if key not in value]
-    if missing:
-        raise _damaged(f"{where / missing[0]} is not there")
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 40 else f"{shown[:37]}..."
+def _checked(kind: Any, data: Any, where: str) -> dict[str, Any]:
+    """JSON, or a part of what was read of it; keys that are blocks become whole numbers."""
+    kind = TypeAdapter(kind)
+    try:
+        check = kind.validate_json if isinstance(data, bytes) else kind.validate_python
+        return check(data, strict=True, extra="allow")
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place, given = ".".join(map(str, first["loc"])), first["input"]
+        found = f", not {given!r}"[:50] if place and isinstance(given, str | int | float | None) else ""
+        problem = f"{where}: {place + ': ' if place else ''}{first['msg'][0].lower()}{first['msg'][1:]}{found}"
+        raise InputError(f"{problem}: upgrade flexigpt") if place.endswith("format") else _damaged(problem) from error
 
 
 def _damaged(what: str) -> InputError:
-    return InputError(f"{what}: the file is damaged or was changed by hand; write it anew")
+    return InputError(f"{what}: the file is damaged or was changed by hand; remove it, or write it again")

@@ -16,6 +16,9 @@ from flexigpt.weights import Source, StreamedModel, open_empty
 
 Record = dict[str, Any]
 
+# Lies beside a record where the model was evaluated.
+EVALUATION = "evaluation.json"
+
 FORMAT = 1  # of what is recorded; raised when an older flexigpt could no longer read it
 
 

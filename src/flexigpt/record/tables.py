@@ -307,7 +307,7 @@ def _evaluation_notes(evaluation: Evaluation) -> list[str]:
         shots = ", ".join(f"{number}-shot" for number in sorted({task["num_fewshot"] or 0 for task in tasks.values()}))
         limit = evaluation["options"].get("limit")
         questions = "" if limit is None else f", only the first {limit} questions of each task"
-        lines.append(f"tasks: lm_eval {versions['lm_eval']}, {shots}, ± its standard error{questions}")
+        lines.append(f"tasks: lm_eval {versions.get('lm_eval', '')}, {shots}, ± its standard error{questions}")
     for model in models:
         if "truncated" in model:
             lines.append(f"{shown_name(model['name'])}: {model['truncated']} requests did not fit into its context")

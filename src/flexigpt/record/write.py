@@ -5,14 +5,17 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexigpt.evaluation import Evaluation, is_same, mean_accuracy
 from flexigpt.model import FlexiGPTConfig, Plan, plan_in_words, plan_of, stored_bytes
-from flexigpt.record.record import Record, find_in
+from flexigpt.record.read import read_evaluation
+from flexigpt.record.record import EVALUATION, Record, find_in
 from flexigpt.record.tables import block_rows, cost_rows, evaluation_rows, replica_parts, shown_name
 from flexigpt.runtime import (
     RECORD,
@@ -26,7 +29,7 @@ from flexigpt.runtime import (
 )
 from flexigpt.weights import Assembly, load_tokenizer, write_shards
 
-EVALUATION = "evaluation.json"
+PLAN_PICTURE = "plan.png"  # lies beside a compact model's card
 
 _CONDITIONS = ("versions", "device", "dtype")
 
@@ -51,7 +54,7 @@ def write_checkpoint(
         model: a compact model, or an ordinary one of its source's family; of one that was assembled, what it shares
             with its source is copied from file to file.
         record: as the flow that made the model returned it.
-        source: where the tokenizer lies; None: no tokenizer is written.
+        source: where the tokenizer lies, if the assembly does not have it; None: no other is written.
         max_shard_size: largest weight file, in bytes or as 5GB.
         extras: further files by their names; the model card shows plan.png, a picture of the plan.
         track: reports each tensor of a model that was assembled.
@@ -61,7 +64,8 @@ def write_checkpoint(
     """
     assembly, model = (model, model.model) if isinstance(model, Assembly) else (None, model)
     check_space(out, stored_bytes(model))
-    tokenizer = None if source is None else load_tokenizer(source)
+    opened = None if assembly is None else assembly.tokenizer
+    tokenizer = opened or (None if source is None else load_tokenizer(source))
     with replaced_folder(out) as folder:
         if assembly is None:
             model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -112,7 +116,7 @@ def check_recordable(folder: str | Path) -> None:
         )
     if not os.access(folder, os.W_OK):
         raise InputError(f"--record: {folder} cannot be written to")
-    _recorded_evaluation(Path(folder) / EVALUATION)
+    read_evaluation(Path(folder))
 
 
 def record_evaluation(folder: str | Path, evaluation: Evaluation) -> None:
@@ -122,7 +126,7 @@ def record_evaluation(folder: str | Path, evaluation: Evaluation) -> None:
         InputError: an evaluation.json that cannot be read, or a disk that is full or cannot be written to.
     """
     path, card = Path(folder) / EVALUATION, Path(folder) / "README.md"
-    before = _recorded_evaluation(path)
+    before = read_evaluation(Path(folder))
     together = evaluation if before is None else merged(before, evaluation)
     replace_file(path, _json_text(together))
     replace_file(card, with_evaluation(card.read_text(encoding="utf-8") if card.is_file() else "", together))
@@ -139,38 +143,15 @@ def merged(old: Evaluation, new: Evaluation) -> Evaluation:
     models = []
     for model in new["models"]:
         before: dict[str, Any] = next((other for other in old["models"] if is_same(other["name"], model["name"])), {})
-        models.append(_one_model(before, model) if before.get("revision") == model["revision"] else model)
-    models += [
-        other for other in old["models"] if not any(is_same(other["name"], model["name"]) for model in new["models"])
-    ]
+        if before.get("revision") == model["revision"]:
+            tasks = before.get("tasks", {}) | model.get("tasks", {})
+            both = {key: value for key, value in before.items() if key != "tasks_mean"} | model
+            model = both | ({"tasks": tasks} | mean_accuracy(tasks) if tasks else {})
+        models.append(model)
+    models += [one for one in old["models"] if not any(is_same(one["name"], model["name"]) for model in new["models"])]
     commands = dict.fromkeys(command for one in (old, new) for command in (one["command"] or "").splitlines())
-    return new | {
-        "command": "\n".join(commands) or None,
-        "options": old["options"] | new["options"],
-        "models": models,
-    }
-
-
-def _one_model(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    both = before | now
-    if "tasks" in both:
-        both["tasks"] = before.get("tasks", {}) | now.get("tasks", {})
-        both.pop("tasks_mean", None)
-        both |= mean_accuracy(both["tasks"])
-    return both
-
-
-def _recorded_evaluation(path: Path) -> Evaluation | None:
-    if not path.exists():
-        return None
-    try:
-        found: Evaluation = json.loads(path.read_text(encoding="utf-8"))
-        sound = found["format"] == 1 and all("name" in model for model in found["models"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read: remove it, and record anew") from error
-    if not sound:
-        raise InputError(f"{path} is not of a format that this flexigpt reads: remove it, and record anew")
-    return found
+    options = old["options"] | new["options"]
+    return new | {"command": "\n".join(commands) or None, "options": options, "models": models}
 
 
 def _json_text(data: dict[str, Any]) -> str:
@@ -181,49 +162,27 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(_json_text(data), encoding="utf-8")
 
 
-PLAN_PICTURE = "plan.png"  # lies beside a compact model's card
-
-
 def model_card(config: PreTrainedConfig, record: Record, picture: bool = False) -> str:
     """The README.md of a checkpoint: what it is, measured numbers, how to open it, its blocks, how it was made."""
-    ran = record.get("command")
-    made = (
-        f"Made with:\n\n```bash\n{ran}\n```\n" if ran else "Made with the Python API; `record.json` has the options.\n"
+    template = (files("flexigpt.record") / "card.md.j2").read_text(encoding="utf-8")
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    plan = plan_of(config) if isinstance(config, FlexiGPTConfig) else None
+    removed = find_in(record, "removed")
+    return environment.from_string(template).render(
+        name=shown_name(record["source_name"]),
+        on_hub=not Path(record["source_name"]).exists(),
+        config=config,
+        plan=plan,
+        parts=["low-rank adapters", *(replica_parts(config) if isinstance(config, FlexiGPTConfig) else [])],
+        removed=removed,
+        removed_from=removed and shown_name(removed["source"]),
+        cost=cost_rows(record),
+        blocks=block_rows(config, record),
+        picture=PLAN_PICTURE if picture else "",
+        picture_in_words=plan_in_words(plan) if plan else "",
+        command=record.get("command"),
+        versions=", ".join(f"{name} {number}" for name, number in record["versions"].items()),
     )
-    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-    name, is_local = shown_name(record["source_name"]), Path(record["source_name"]).exists()
-    base_model = "" if is_local else f"base_model: {name}\n"
-    title, summary, trust, hint = _card_words(config, record)
-    rows = block_rows(config, record)
-    shown = f"![{plan_in_words(plan_of(config))}]({PLAN_PICTURE})\n\n" if picture else ""
-    blocks = "" if rows is None else f"## Blocks\n\n{shown}{rows.markdown()}\n"
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-{base_model}tags:
-- flexigpt
----
-
-# {name.rpartition("/")[2]}, {title}
-
-{summary}
-
-{cost_rows(record).markdown()}
-## Open it
-
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("."{trust})
-```
-
-{hint}
-
-{blocks}## Origin
-
-{made}
-Source: {name}. Versions: {versions}. All that was measured is in `record.json`.
-"""
 
 
 def with_evaluation(card: str, evaluation: Evaluation) -> str:
@@ -232,25 +191,3 @@ def with_evaluation(card: str, evaluation: Evaluation) -> str:
     rest = re.sub(r"^## Evaluation\n.*?(?=^## |\Z)", "", card, flags=re.MULTILINE | re.DOTALL)
     before, origin, after = rest.partition("## Origin\n")
     return f"{before}{section}{origin}{after}" if origin else f"{rest.rstrip()}\n\n{section}".lstrip()
-
-
-def _card_words(config: PreTrainedConfig, record: Record) -> tuple[str, str, str, str]:
-    """What a model card says of its kind of model: in the title, below it, in the snippet, and after the snippet."""
-    if isinstance(config, FlexiGPTConfig):
-        plan, parts = plan_of(config), " and ".join(("low-rank adapters", *replica_parts(config)))
-        summary = (
-            f"{len(plan.replicas)} of {plan.num_blocks} blocks are replicas: each borrows the linears of a kept block, "
-            f"its base, and\nadds {parts} of its own\n([FlexiGPT](https://arxiv.org/abs/2501.14713)). "
-            "Every tensor is stored once."
-        )
-        hint = "With `import flexigpt` first, `trust_remote_code` is not needed."
-        return "compact", summary, ", trust_remote_code=True", hint
-    hint = f"An ordinary checkpoint of the `{config.model_type}` family: transformers is all that it needs."
-    removed = find_in(record, "removed")
-    if removed is None:
-        return "trained", f"All {config.num_hidden_layers} blocks are kept.", "", hint
-    summary = (
-        f"{len(removed['blocks'])} of {removed['num_blocks']} blocks of {shown_name(removed['source'])} are removed, "
-        "and nothing stands in for them\n(plain removal, [ShortGPT](https://arxiv.org/abs/2403.03853))."
-    )
-    return "shorter", summary, "", hint

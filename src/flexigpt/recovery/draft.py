@@ -110,13 +110,14 @@ def measure_draft(
     draft = Draft(model)
 
     def both(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with draft.watched() as entering:
-            return model(input_ids=ids, use_cache=False).logits, draft.logits(ids, entering[0])
+        with draft.watched() as entered:
+            return model(input_ids=ids, use_cache=False).logits, draft.logits(ids, entered[0])
 
     sums = torch.zeros(5, dtype=torch.float64, device=model.device)
-    walk = logits_over(model, text, window_length, forward=both, world=world, stage="measuring the draft", track=track)
+    walk = logits_over(model, text, window_length, both=both, world=world, stage="measuring the draft", track=track)
     for seen in walk:
-        sums += _compared(seen.logits.float(), seen.other.float(), seen.targets)
+        logits, drafted = (part.float() for part in seen.logits)
+        sums += _compared(logits, drafted, seen.targets)
     tokens, loss, divergence, agreed, accepted = world.sum(sums).tolist()
     if not math.isfinite(loss + divergence):
         raise InputError("the draft's logits are not finite on this text: give --dtype float32, or check the weights")

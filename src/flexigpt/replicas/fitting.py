@@ -5,10 +5,10 @@ fitted to the inputs that it will see, behind the blocks before it; what a block
 to where the source's stream is, so that it also mends what the blocks before it left.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -86,10 +86,10 @@ def fit_blocks(
         fits: what is fitted.
         spill: folder for files that hold the hidden states; None: memory does, HIDDEN_COPIES times.
         stage: keeps what is fitted, which a run that was killed finds again.
-        track: told of each block.
+        track: reports each block.
     """
     theirs = Stream(source.model, calibration_batches(windows), spill)
-    ours = theirs.copy(spill)
+    ours = theirs.at(theirs.hidden)
     replicas = pruned.layout.bases
     missing = [i for i, block in enumerate(standing) if block is None or block in replicas]
     last = max(missing, default=-1)
@@ -98,38 +98,28 @@ def fit_blocks(
         number = standing[index]
         source.expect(index + 1)
         with source.block(index) as own:
-            behind = HiddenStates(theirs.outputs(own, index), spill)
+            behind = theirs.at(theirs.outputs(own, index))
             if number is not None:
                 changed = min(missing) < index or (index + 1 < len(standing) and standing[index + 1] is None)
                 is_replica = number in replicas
                 with pruned.block(number) as block:
                     if is_replica or (fits.kept and changed and number not in replicas.values()):
-                        leaving = _past_removed(source, standing, index + 1, theirs, behind, spill)
-                        fit = _BlockFit(source, own, block, _Streams(index, theirs, ours, leaving), spill)
+                        leaving = _past_removed(source, standing, index + 1, behind).hidden
+                        fit = _BlockFit(source, own, block, _Streams(index, theirs, ours, leaving))
                         fitted = fit.kept_in(stage, f"fitted-{number}", fits, is_replica)
                         pruned.own(number, fitted)
                     ours.advance(block, index)
-        theirs.hidden = behind
+        theirs = behind
 
 
-def _past_removed(
-    source: StreamedModel,
-    standing: Sequence[int | None],
-    index: int,
-    theirs: Stream,
-    hidden: HiddenStates,
-    spill: Path | None,
-) -> HiddenStates:
-    """The source's hidden states before a block, or behind the removed ones that begin there."""
-    if index == len(standing) or standing[index] is not None:
-        return hidden
-    stream = copy.copy(theirs)
-    stream.hidden = HiddenStates(hidden, spill)
-    while index < len(standing) and standing[index] is None:
-        with source.block(index) as block:
-            stream.advance(block, index)
-        index += 1
-    return stream.hidden
+def _past_removed(source: StreamedModel, standing: Sequence[int | None], index: int, theirs: Stream) -> Stream:
+    """The source's stream before a block, or behind the removed ones that begin there."""
+    removed = list(takewhile(lambda i: standing[i] is None, range(index, len(standing))))
+    stream = theirs.at(theirs.hidden) if removed else theirs
+    for number in removed:
+        with source.block(number) as block:
+            stream.advance(block, number)
+    return stream
 
 
 class _Streams(NamedTuple):
@@ -149,18 +139,15 @@ class _BlockFit:
         own: its block in that place.
         block: a replica, or the kept block itself.
         streams: before the block.
-        spill: folder for what the block writes; None: memory holds it.
     """
 
-    def __init__(
-        self, source: StreamedModel, own: nn.Module, block: nn.Module, streams: _Streams, spill: Path | None
-    ) -> None:
+    def __init__(self, source: StreamedModel, own: nn.Module, block: nn.Module, streams: _Streams) -> None:
         self._own, self._block, self._streams = own, block, streams
         # Paths of the last modules of attention and MLP, which write to the residual stream.
         self._writers = find_architecture(source.model.config).output_norms
         self._fitted: dict[str, torch.Tensor] = {}
         self._weights: dict[str, torch.Tensor] = {}
-        self._their_writes = {path: HiddenStates((), spill) for path in self._writers}
+        self._their_writes = {path: HiddenStates((), streams.theirs.hidden.folder) for path in self._writers}
         self._factor: float | None = None
 
     def kept_in(self, stage: CachedStage | None, name: str, fits: Fits, is_replica: bool) -> dict[str, torch.Tensor]:
@@ -204,9 +191,7 @@ class _BlockFit:
 
     def _set(self, path: str, values: torch.Tensor) -> None:
         """A fitted tensor takes the place of the parameter at that path; that itself stays as it is."""
-        parent, _, last = path.rpartition(".")
-        before = cast(torch.Tensor, getattr(self._block.get_submodule(parent), last))
-        self._fitted[path] = values.to(before.dtype).contiguous()
+        self._fitted[path] = values.to(self._block.get_parameter(path).dtype).contiguous()
         exchange_parameters(self._block, {path: self._fitted[path]})
 
     def _residual_factor(self, leaving: torch.Tensor) -> float | None:

@@ -1,7 +1,6 @@
 """Adapters and output norms of a new replica."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,21 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from flexigpt.model import (
-    INNER,
-    OUTPUT_NORM,
-    NormedOutput,
-    Plan,
-    Replica,
-    SharedLinear,
-    linear_tensors,
-)
+from flexigpt.model import INNER, OUTPUT_NORM, NormedOutput, Plan, Replica, SharedLinear, linear_tensors, plan_of
 from flexigpt.replicas.alignment import AlignedSource
 from flexigpt.replicas.fitting import AdapterFit, Fits, fit_blocks
 from flexigpt.replicas.least_squares import least_squares_scale, low_rank_fit
-from flexigpt.replicas.options import DEFAULT_NORM_INIT, FITTED, ReplicaOptions
+from flexigpt.replicas.options import ReplicaOptions
 from flexigpt.replicas.svd import truncated_svd
-from flexigpt.runtime import CachedStage, Track, in_parallel, workers_of
+from flexigpt.runtime import CachedStage, Track, in_parallel, silent, workers_of
 from flexigpt.weights import Assembly, StreamedModel
 
 # Between the seeds of two replicas: any large odd number.
@@ -36,10 +27,7 @@ AdapterStart = Callable[[torch.Tensor, torch.Tensor, int, torch.Generator], tupl
 
 
 def svd_adapter(
-    pruned: torch.Tensor,
-    base: torch.Tensor,
-    rank: int,
-    generator: torch.Generator,
+    pruned: torch.Tensor, base: torch.Tensor, rank: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best rank-r approximation of W_i - W_j (eq. 7-8): A = V_r^T, B = U_r S_r."""
     difference = truncated_svd(pruned.double() - base.double(), rank)
@@ -47,10 +35,7 @@ def svd_adapter(
 
 
 def zero_adapter(
-    pruned: torch.Tensor,
-    base: torch.Tensor,
-    rank: int,
-    generator: torch.Generator,
+    pruned: torch.Tensor, base: torch.Tensor, rank: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """B = 0 and A random with variance 1 / inputs, as LoRA starts: the replica computes what its base does."""
     outputs, inputs = base.shape
@@ -86,27 +71,12 @@ ADAPTER_INITS: dict[str, AdapterInit] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReplicaStart:
-    """How what is a replica's own starts.
-
-    Attributes:
-        adapter_init: a key of ADAPTER_INITS.
-        norm_init: the constant that the output norms' gamma starts at.
-        seed: for random adapters.
-    """
-
-    adapter_init: str
-    norm_init: float
-    seed: int
-
-
 @torch.no_grad()
 def replica_tensors(
     block: nn.Module,
     source: StreamedModel,
     replica: Replica,
-    start: ReplicaStart,
+    options: ReplicaOptions,
     source_blocks: Sequence[int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """What is one replica's own, by paths within its block: adapters, output norms and bias differences.
@@ -115,12 +85,12 @@ def replica_tensors(
         block: the replica in the compact model; its parameters may be on the meta device.
         source: the model that the blocks come from.
         replica: its row of the plan.
-        start: how they start.
+        options: how they start; where output norms are to be fitted, at the paper's constant.
         source_blocks: the source's block behind each logical block; None: the same numbering.
     """
     own, base = (i if source_blocks is None else source_blocks[i] for i in (replica.block, replica.base))
-    generator = torch.Generator().manual_seed((start.seed + replica.block * _SEED_STEP) % 2**63)
-    init, scales, *_ = ADAPTER_INITS[start.adapter_init]
+    generator = torch.Generator().manual_seed((options.seed + replica.block * _SEED_STEP) % 2**63)
+    init, scales, *_ = ADAPTER_INITS[options.adapter_init]
     like = next(source.model.get_input_embeddings().parameters())
 
     def filled(path: str, shared: SharedLinear, seed: int) -> dict[str, torch.Tensor]:
@@ -144,7 +114,7 @@ def replica_tensors(
     for path, module in block.named_modules():
         if isinstance(module, NormedOutput):
             shape = module.output_norm.normalized_shape
-            tensors[f"{path}{OUTPUT_NORM}"] = _like(torch.full(shape, start.norm_init), like)
+            tensors[f"{path}{OUTPUT_NORM}"] = _like(torch.full(shape, options.gamma), like)
     return tensors
 
 
@@ -186,30 +156,10 @@ def _like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.to(device=like.device, dtype=like.dtype).contiguous()
 
 
-class Filling(NamedTuple):
-    """What replicas are filled from.
-
-    Attributes:
-        plan: which they are.
-        source: whose blocks they replace.
-        windows: calibration windows, (windows, tokens) ids; None: nothing is fitted.
-        stage: keeps what is done, which a run that was killed finds again.
-        spill: folder for files that hold the fits' hidden states; None: memory does.
-    """
-
-    plan: Plan
-    source: StreamedModel
-    windows: torch.Tensor | None
-    stage: CachedStage
-    spill: Path | None = None
-
-
 def init_of(options: ReplicaOptions) -> dict[str, Any]:
     """What decides the replicas' own tensors, besides plan, source and text."""
-    settings = {
-        name: getattr(options, name) for name in ("align", "adapter_init", "output_norm", "base_scale", "refit_kept")
-    }
-    return settings | {"norm_init": options.norm_start, "seed": options.seed or 0}
+    names = ("align", "adapter_init", "output_norm", "base_scale", "refit_kept", "seed")
+    return {name: getattr(options, name) for name in names}
 
 
 def source_of_replicas(source: StreamedModel, plan: Plan, options: ReplicaOptions, stage: CachedStage) -> StreamedModel:
@@ -217,22 +167,33 @@ def source_of_replicas(source: StreamedModel, plan: Plan, options: ReplicaOption
     return AlignedSource(source, plan, stage) if options.align else source
 
 
-def fill(assembly: Assembly, work: Filling, options: ReplicaOptions, track: Track) -> None:
-    """Fills what is the replicas' own, block by block, from the stage's folder where it is there already."""
-    norm_init = options.norm_start
-    start = ReplicaStart(
-        adapter_init=options.adapter_init,
-        norm_init=DEFAULT_NORM_INIT if isinstance(norm_init, str) else norm_init,
-        seed=options.seed or 0,
-    )
-    for replica in track(work.plan.replicas, "initialising replicas", len(work.plan.replicas)):
-        make = partial(replica_tensors, assembly.blocks[replica.block], work.source, replica, start)
-        assembly.own(replica.block, work.stage.tensors(f"replica-{replica.block}", make))
+def fill(
+    assembly: Assembly,
+    source: StreamedModel,
+    windows: torch.Tensor,
+    options: ReplicaOptions,
+    *,
+    stage: CachedStage,
+    spill: Path | None = None,
+    track: Track = silent,
+) -> None:
+    """Fills what is the replicas' own, block by block, then fits what is to be fitted.
+
+    Args:
+        assembly: the compact model.
+        source: whose blocks they replace, as `source_of_replicas` gives it.
+        windows: calibration windows, (windows, tokens) ids; none where nothing is fitted.
+        options: how replicas are made.
+        stage: keeps what is done, which a run that was killed finds again.
+        spill: folder for files that hold the fits' hidden states; None: memory does.
+        track: reports each replica, and each block that is fitted.
+    """
+    replicas = plan_of(assembly.model.config).replicas
+    for replica in track(replicas, "initialising replicas", len(replicas)):
+        make = partial(replica_tensors, assembly.blocks[replica.block], source, replica, options)
+        assembly.own(replica.block, stage.tensors(f"replica-{replica.block}", make))
     if options.fits:
-        assert work.windows is not None
         init = ADAPTER_INITS[options.adapter_init]
-        kept = options.refit_kept
-        fits = Fits(adapter=init.fit, weighted=init.weighted, norms=norm_init == FITTED, kept=kept)
-        numbers = range(len(assembly))
-        given = (work.source, assembly, numbers, work.windows, fits)
-        fit_blocks(*given, spill=work.spill, stage=work.stage, track=track)
+        norms, kept = options.output_norm == "fitted", options.refit_kept
+        fits = Fits(adapter=init.fit, weighted=init.weighted, norms=norms, kept=kept)
+        fit_blocks(source, assembly, range(len(assembly)), windows, fits, spill=spill, stage=stage, track=track)

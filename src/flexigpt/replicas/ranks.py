@@ -41,11 +41,23 @@ def spread_ranks(
         windows: calibration windows, (windows, tokens) ids.
         shape: of the source; it says whether bases are scaled.
         stage: keeps what is measured.
-        spill: folder for a file that holds the hidden states; None: memory does.
-        track: told of each block that text goes through.
+        spill: folder for files that hold the hidden states; None: memory does.
+        track: reports each block that text goes through.
     """
     if stage.result is None:
-        spectra = _all_spectra(source, plan, windows, shape, stage, spill, track)
+        spectra: dict[Place, torch.Tensor] = {}
+        replaced = {replica.block: replica for replica in plan.replicas}
+        depth = max(replaced, default=-1) + 1
+        text = Stream(source.model, calibration_batches(windows), spill)
+        for index in track(range(depth), "spreading ranks", depth):
+            source.expect(index + 1)
+            if index not in replaced:
+                with source.block(index) as block:
+                    text.advance(block, index)
+                continue
+            weighed = _Weighed(source, text, index, windows.numel())
+            measure = partial(weighed.spectra, replaced[index], shape)
+            spectra |= {(index, path): values for path, values in stage.tensors(f"spectra-{index}", measure).items()}
         budget = sum(shape.adapter_parameters(replica) for replica in plan.replicas)
         costs = {place: sum(shape.linears[place[1]]) for place in spectra}
         spent = spend(spectra, costs, budget)
@@ -75,31 +87,6 @@ def spend(spectra: Mapping[Place, torch.Tensor], costs: Mapping[Place, int], bud
         if ranks[place] < len(spectra[place]):
             heapq.heappush(gains, (-spectra[place][ranks[place]].item() / costs[place], place))
     return ranks
-
-
-def _all_spectra(
-    source: StreamedModel,
-    plan: Plan,
-    windows: torch.Tensor,
-    shape: ModelShape,
-    stage: CachedStage,
-    spill: Path | None,
-    track: Track,
-) -> dict[Place, torch.Tensor]:
-    replicas = {replica.block: replica for replica in plan.replicas}
-    depth = max(replicas, default=-1) + 1
-    spectra: dict[Place, torch.Tensor] = {}
-    text = Stream(source.model, calibration_batches(windows), spill)
-    for index in track(range(depth), "spreading ranks", depth):
-        source.expect(index + 1)
-        if index not in replicas:
-            with source.block(index) as block:
-                text.advance(block, index)
-            continue
-        weighed = _Weighed(source, text, index, windows.numel())
-        measure = partial(weighed.spectra, replicas[index], shape)
-        spectra |= {(index, path): values for path, values in stage.tensors(f"spectra-{index}", measure).items()}
-    return spectra
 
 
 class _Weighed:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import escape
 from matplotlib import colormaps, rc_context, rcdefaults, rcParams
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -187,7 +188,7 @@ def to_svg(drawn: Drawn) -> str:
     body = re.sub(r"\n\s*", "\n", body)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img" '
-        f'aria-label="{_attribute(drawn.alt)}" style="max-width:{width / 72:.3g}in">{body}</svg>'
+        f'aria-label="{escape(drawn.alt)}" style="max-width:{width / 72:.3g}in">{body}</svg>'
     )
 
 
@@ -204,12 +205,6 @@ def palette_css() -> str:
     """The colours as CSS variables, for both themes."""
     light, dark = ("".join(f"--{name}:{pair[theme]};" for name, pair in PALETTE.items()) for theme in (0, 1))
     return f":root{{{light}}}\n@media screen and (prefers-color-scheme: dark){{:root{{{dark}}}}}"
-
-
-def _attribute(text: str) -> str:
-    for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;"), ("\n", " ")):
-        text = text.replace(character, entity)
-    return text
 
 
 _STACK = 2.4  # width of a block; blocks are 1 apart

@@ -95,31 +95,28 @@ def influence_figure(recorded: Recorded) -> Drawn | None:
 
 def distances_figure(recorded: Recorded) -> Drawn | None:
     """Distance of every pruned block to every candidate, by the candidate and by how far apart the two stand."""
-    if not recorded.distances:
+    rows, bases = recorded.distances, recorded.bases
+    if not rows:
         return None
-    chosen, *_ = names = list(recorded.distances)
-    rows, bases = recorded.distances[chosen], recorded.bases
-    figure = new_figure(WIDTH, 0.95 + 1.9 * len(names), _distances_title(rows, bases))
-    grid: Any = figure.subplots(len(names), 2, sharey="row", squeeze=False)
+    figure = new_figure(WIDTH, 2.85, _distances_title(rows, bases))
+    by_index, by_gap = figure.subplots(1, 2, sharey="row")
     shades = _shades(sorted(rows))
-    for number, name in enumerate(names):
-        by_index, by_gap = grid[number]
-        for i, row in recorded.distances[name].items():
-            _draw_row(by_index, sorted(row.items()), bases.get(i), shades[i])
-            for side, dashes in ((-1, "-"), (1, DASHES)):
-                gaps = {abs(i - j): distance for j, distance in row.items() if (j - i) * side > 0}
-                base = bases.get(i, i)
-                marked = abs(i - base) if (base - i) * side > 0 else None
-                _draw_row(by_gap, sorted(gaps.items()), marked, shades[i], dashes)
-        by_index.set_ylabel("distance")
-        by_index.set_title(f"{name} distance{', chose the bases' if name == chosen else ''}", weight="bold")
-        for axes in (by_index, by_gap):
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
-    grid[-1][0].set_xlabel("candidate")
-    grid[-1][1].set_xlabel("steps apart, |i \u2212 j|")
+    for i, row in rows.items():
+        _draw_row(by_index, sorted(row.items()), bases.get(i), shades[i])
+        for side, dashes in ((-1, "-"), (1, DASHES)):
+            gaps = {abs(i - j): distance for j, distance in row.items() if (j - i) * side > 0}
+            base = bases.get(i, i)
+            marked = abs(i - base) if (base - i) * side > 0 else None
+            _draw_row(by_gap, sorted(gaps.items()), marked, shades[i], dashes)
+    name = find_in(recorded.record, "base_distance")
+    by_index.set(xlabel="candidate", ylabel="distance")
+    by_index.set_title(f"{name} distance, chose the bases", weight="bold")
+    by_gap.set_xlabel("steps apart, |i \u2212 j|")
+    for axes in (by_index, by_gap):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
     sides = [("candidate before it", line_key(colour("muted"))), ("after it", line_key(colour("muted"), DASHES))]
     key(figure, [*_block_keys(shades), ("its base", _dot(colour("ink"))), *sides], 7)
-    alt = f"Lines: distance of each pruned block ({number_ranges(rows)}) to each kept block, by {', '.join(names)}."
+    alt = f"Lines: distance of each pruned block ({number_ranges(rows)}) to each kept block, by {name}."
     return Drawn(name="distances", alt=alt, figure=figure)
 
 

@@ -4,12 +4,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from markupsafe import Markup
+
 from flexigpt.record import read_recorded
 from flexigpt.report.drawing import GENERATOR, palette_css, to_png, to_svg
 from flexigpt.report.figures import figures_of
 from flexigpt.report.page import page
 from flexigpt.report.result_figures import shared_figures
-from flexigpt.runtime import InputError, replace_file, replaced_folder
+from flexigpt.runtime import InputError, existing_parent, replace_file, replaced_folder
 
 _PAGE, FIGURES = "report.html", "figures"
 
@@ -40,7 +42,7 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
     prefixes = [f"{number}-{_file_name(model.name)}-" for number, model in enumerate(models, 1)]
     own = [figures_of(model, prefix if len(models) > 1 else "") for model, prefix in zip(models, prefixes, strict=True)]
     shared = shared_figures(models)
-    svgs = [{name: to_svg(drawn) for name, drawn in each.items()} for each in (*own, shared)]
+    svgs = [{name: Markup(to_svg(drawn)) for name, drawn in each.items()} for each in (*own, shared)]
     text = page(models, svgs[:-1], svgs[-1], palette_css(), GENERATOR)
     with replaced_folder(pictures) as folder:
         for drawn in (drawn for each in (*own, shared) for drawn in each.values()):
@@ -64,7 +66,7 @@ def _target(folders: Sequence[str | Path], out: str | Path | None) -> Path:
 def _check_place(target: Path, pictures: Path, generator: bytes) -> None:
     """Refuses to replace what no report wrote."""
     try:
-        parent = next(folder for folder in target.absolute().parents if folder.exists())
+        parent = existing_parent(target)
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise InputError(f"{parent} is no folder that can be written to: give another --out")
         if target.is_dir() or (target.exists() and not _is_ours(target, generator)):

@@ -10,7 +10,7 @@ from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
     from flexigpt.runtime.cache import Cache, CachedStage, default_folder
-    from flexigpt.runtime.errors import InputError, check_seed, flag, one_line
+    from flexigpt.runtime.errors import InputError, flag, one_line
     from flexigpt.runtime.files import (
         RECORD,
         check_output,
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
         fingerprint,
         local_path,
         replace_file,
-        replaced_file,
         replaced_folder,
     )
     from flexigpt.runtime.launch import launched, launched_rank, on_signals

@@ -17,6 +17,11 @@ class _Door(ModuleType):
     __files__: dict[str, str]
 
     def __getattr__(self, name: str) -> Any:
+        if name == "__version__" and self.__name__ == "flexigpt":
+            from importlib.metadata import version  # noqa: PLC0415 - it takes longer than all else here
+
+            self.__version__ = version(self.__name__)
+            return self.__version__
         if name not in self.__files__:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         value = getattr(import_module(self.__files__[name]), name)
@@ -30,7 +35,7 @@ class _Door(ModuleType):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        return [*self.__all__, "__all__", *(["__version__"] if "__version__" in self.__dict__ else [])]
+        return [*self.__all__, "__all__", *(["__version__"] if self.__name__ == "flexigpt" else [])]
 
 
 def lazy_door(name: str) -> None:

@@ -42,7 +42,9 @@ def parse_share(share: str) -> float:
     """
     value = _read(share, {"%": 1}) / 100
     if not 0 < value < 1:
-        raise InputError(f"--adapter-budget {share} cannot be used: give a share of the source's parameters, as 3.7%")
+        raise InputError(
+            f"--rank {share} cannot be used: give a number, as 12, or a share of the source's parameters, as 3.7%"
+        )
     return value
 
 

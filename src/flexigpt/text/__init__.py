@@ -11,7 +11,6 @@ from flexigpt.runtime.doors import lazy_door
 if TYPE_CHECKING:
     from flexigpt.text.batches import EndOfText, TrainingStream, check_enough, iterate
     from flexigpt.text.windows import (
-        DEFAULT_TEXT,
         TokenizedText,
         batch_size_for,
         calibration_windows,

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
         StreamedModel,
         check_finite,
         exchange_parameters,
-        remove_blocks,
         without_blocks,
     )
 else:

@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from flexigpt.model import all_tensors, empty_of_blocks, fill_model, layout_of
@@ -121,6 +121,7 @@ class Source(StreamedModel):
         name: folder or hub name.
         dtype: of the weights: auto (the source's), float32, bfloat16 or float16.
         device: auto (a GPU where there is one), cpu, cuda or cuda:N.
+        empty: `open_empty` of that name and dtype, where it is there already.
 
     Attributes:
         files: of its weights.
@@ -129,12 +130,13 @@ class Source(StreamedModel):
         InputError: as `open_empty` and `open_weights`; an unknown dtype or device.
     """
 
-    def __init__(self, name: str, dtype: str = "auto", device: str = "auto") -> None:
+    def __init__(
+        self, name: str, dtype: str = "auto", device: str = "auto", empty: PreTrainedModel | None = None
+    ) -> None:
         check_dtype(dtype)
         self._name = name = located(name)
         self._where = find_device(device)
-        self._anywhere = device in ("auto", "cuda")
-        model = open_empty(name, dtype)
+        model = open_empty(name, dtype) if empty is None else empty
         self.files: WeightFiles = open_weights(name)
         self._names = names_in_files(self.files, model)
         self._dtype = model.dtype
@@ -148,13 +150,6 @@ class Source(StreamedModel):
         if not Path(name).is_dir() or Path(name, "generation_config.json").is_file():
             with contextlib.suppress(OSError):  # none there: the one made of config.json stands
                 model.generation_config = GenerationConfig.from_pretrained(name)
-
-    def twins(self) -> list["Source"]:
-        """The same model on every further GPU, where none was named."""
-        if not self._anywhere or self._where.type != "cuda":
-            return []
-        dtype = str(self._dtype).removeprefix("torch.")
-        return [Source(self._name, dtype, f"cuda:{number}") for number in range(1, torch.cuda.device_count())]
 
     def cache(self, folder: str | Path | None) -> Cache:
         """Keeps what is measured of it, in that folder or the default one."""
@@ -222,10 +217,14 @@ class Assembly(StreamedModel):
         empty: the model, its parameters on the meta device.
         source: whose tensors it takes.
         taken: name in the model -> name in the source, buffers included; what is missing is its own.
+
+    Attributes:
+        tokenizer: the source's, where it has been opened.
     """
 
     def __init__(self, empty: PreTrainedModel, source: StreamedModel, taken: Mapping[str, str]) -> None:
         super().__init__(empty, self._gathered)
+        self.tokenizer: PreTrainedTokenizerBase | None = None
         self._source, self._taken = source, dict(taken)
         self._own: dict[str, torch.Tensor] = {}
         there, block = all_tensors(source.model), f"{self.prefix}."

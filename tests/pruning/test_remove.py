@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from conftest import Run
 from families import FAMILIES, NUM_BLOCKS, block_list, tiny_model, token_ids
-from flexigpt import BaselineOptions, EvalOptions, InputError, PruneOptions, baseline, evaluate, prune, write_checkpoint
-from flexigpt.cli.main import main
+from flexigpt import EvalOptions, InputError, PruneOptions, assemble_removed, evaluate, prune, remove, write_checkpoint
 from flexigpt.model import find_architecture, stored_bytes
-from flexigpt.pruning import BLOCK_SCORES
-from flexigpt.pruning.baseline import expected_bytes
+from flexigpt.pruning import STATISTICS
+from workspaces import announced
 
 REMOVED = [1, 4]
 
@@ -39,7 +39,7 @@ def skip_blocks(model: PreTrainedModel) -> None:
 def test_what_is_written_is_the_stock_model_without_those_blocks(family: str, tmp_path: Path) -> None:
     """Longer than the sliding windows, so that a per-block list that did not follow would show."""
     tiny_model(family).save_pretrained(tmp_path / "source")
-    model, blocks, record = baseline(str(tmp_path / "source"), BaselineOptions(blocks=REMOVED))
+    model, blocks, record = remove(str(tmp_path / "source"), PruneOptions.paper(blocks=REMOVED))
     write_checkpoint(tmp_path / "out", model, record)
     source = AutoModelForCausalLM.from_pretrained(tmp_path / "source").eval()
     shorter = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -58,7 +58,7 @@ def test_what_is_written_is_the_stock_model_without_those_blocks(family: str, tm
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_written_generates_with_its_cache(family: str, tmp_path: Path) -> None:
     tiny_model(family).save_pretrained(tmp_path / "source")
-    model, _, record = baseline(str(tmp_path / "source"), BaselineOptions(blocks=REMOVED))
+    model, _, record = remove(str(tmp_path / "source"), PruneOptions.paper(blocks=REMOVED))
     write_checkpoint(tmp_path / "out", model, record)
     shorter = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     ids = token_ids(batch=1, tokens=20)
@@ -68,26 +68,27 @@ def test_what_is_written_generates_with_its_cache(family: str, tmp_path: Path) -
     assert torch.equal(generated, ids)
 
 
-@pytest.mark.parametrize("score", BLOCK_SCORES)
+@pytest.mark.parametrize("score", STATISTICS)
 @pytest.mark.parametrize("seed", [0, 3])
 def test_the_blocks_are_those_that_prune_would_prune(
     tiny_source: Path, calibrated: dict[str, object], score: str, seed: int
 ) -> None:
     settings = {"ratio": 0.5, "block_score": score, "seed": seed} | calibrated
-    _, plan, pruned = prune(str(tiny_source), PruneOptions(rank=4, **settings))
-    _, blocks, record = baseline(str(tiny_source), BaselineOptions(**settings))
+    _, plan, pruned = prune(str(tiny_source), PruneOptions.paper(rank=4, **settings))
+    _, blocks, record = remove(str(tiny_source), PruneOptions.paper(**settings))
     assert list(blocks) == plan.pruned
     assert (record["scores"], record["calibration"]) == (pruned["scores"], pruned["calibration"])
-    shared = BaselineOptions.__dataclass_fields__
-    assert record["options"] == {name: value for name, value in pruned["options"].items() if name in shared}
+    asked = pruned["options"] | {"remove": True}
+    del asked["rank"]  # of which there is none
+    assert record["options"] == asked
 
 
 @pytest.mark.parametrize("target", ["0.29M", "1.16MB"])
 def test_target_size_is_kept_by_the_fewest_blocks(
     tiny_source: Path, calibrated: dict[str, object], target: str
 ) -> None:
-    options = BaselineOptions(target_size=target, **calibrated)
-    model, blocks, record = baseline(str(tiny_source), options)
+    options = PruneOptions.paper(target_size=target, **calibrated)
+    model, blocks, record = remove(str(tiny_source), options)
     stock = AutoModelForCausalLM.from_pretrained(tiny_source)
     one_block = sum(parameter.numel() for parameter in stock.model.layers[0].parameters())
     assert model.num_parameters() == stock.num_parameters() - len(blocks) * one_block
@@ -95,32 +96,28 @@ def test_target_size_is_kept_by_the_fewest_blocks(
     size = {name: record["shorter"][name] for name in ("parameters", "bytes")}
     assert size == {"parameters": model.num_parameters(), "bytes": 4 * model.num_parameters()}
     assert sum(record["shorter"]["parts"].values()) == model.num_parameters()
-    assert expected_bytes(str(tiny_source), options) == stored_bytes(model)
+    assert announced(assemble_removed, tiny_source, options).written == stored_bytes(model)
 
 
 @pytest.mark.parametrize("family", ["llama-biases-tied", "opt-norm-before", "gpt2"])
 def test_the_size_is_known_before_the_work(family: str, tmp_path: Path) -> None:
     tiny_model(family).save_pretrained(tmp_path / "source")
-    options = BaselineOptions(blocks=REMOVED, dtype="bfloat16")
-    model, _, _ = baseline(str(tmp_path / "source"), options)
+    options = PruneOptions.paper(blocks=REMOVED, dtype="bfloat16")
+    model, _, _ = remove(str(tmp_path / "source"), options)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert expected_bytes(str(tmp_path / "source"), options) == stored_bytes(model)
+    assert announced(assemble_removed, tmp_path / "source", options).written == stored_bytes(model)
 
 
-def test_the_command_tells_what_went_and_what_it_cost(
-    tiny_source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_tells_what_went_and_what_it_cost(tiny_source: Path, text: Path, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "out"
-    arguments = ["baseline", str(tiny_source), str(out), "--ratio", "0.4", "--windows", "4", "--window-length", "64"]
-    with pytest.raises(SystemExit) as stopped:
-        main([*arguments, "--calibration", str(text), "--perplexity", str(text)])
-    assert not stopped.value.code
-    printed = capsys.readouterr().out
+    flags = ["--remove", "--preset", "paper", "--ratio", 0.4, "--windows", 4, "--window-length", 64]
+    code, printed, _ = run("prune", tiny_source, out, *flags, "--calibration", text, "--perplexity", text)
+    assert code == 0
     record, card = json.loads((out / "record.json").read_text()), (out / "README.md").read_text()
     gone = record["removed"]["blocks"]
     scores = record["scores"]
     assert gone == sorted(sorted(range(6), key=scores.__getitem__)[:2])
-    assert record["command"].startswith("flexigpt baseline ")
+    assert record["command"].startswith("flexigpt prune ")
     removed = f"emoved: {gone[0]}, {gone[1]} of the 6 blocks of source"
     for name, where in (("source", tiny_source), ("shorter", out)):
         measured = evaluate(str(where), EvalOptions(perplexity=str(text), window_length=64))["models"][0]["perplexity"]
@@ -135,7 +132,7 @@ def test_the_command_tells_what_went_and_what_it_cost(
 
 
 def test_the_card_of_an_ordinary_model_asks_for_no_trust(tiny_source: Path, tmp_path: Path) -> None:
-    model, _, record = baseline(str(tiny_source), BaselineOptions(blocks=[2]))
+    model, _, record = remove(str(tiny_source), PruneOptions.paper(blocks=[2]))
     write_checkpoint(tmp_path / "out", model, record, source=str(tiny_source))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "trust_remote_code" not in card
@@ -151,26 +148,6 @@ def test_the_card_of_an_ordinary_model_asks_for_no_trust(tiny_source: Path, tmp_
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({}, "exactly one of --ratio, --blocks and --target-size: got none"),
-        ({"ratio": 0.3, "target_size": "1M"}, "got --ratio and --target-size"),
-        ({"ratio": 0.3, "block_score": "best"}, "--block-score best is unknown: give influence, angular"),
-        ({"ratio": 0.3, "windows": 0}, "--windows 0 is too small"),
-        ({"ratio": 0.3, "seed": -1}, "--seed -1 is out of range"),
-        ({"blocks": [1], "windows": 4}, "--windows has no effect"),
-        ({"blocks": [1], "block_score": "angular"}, "--block-score has no effect"),
-        ({"blocks": [1], "seed": 3}, "--seed has no effect, since nothing is random"),
-        ({"blocks": [1], "text_column": "t"}, "--text-column has no effect, since no text is read"),
-        ({"blocks": [1], "window_length": 9}, "--window-length has no effect, since no text is read"),
-    ],
-)
-def test_options_that_clash_or_have_no_effect_are_refused(options: dict[str, object], reason: str) -> None:
-    with pytest.raises(InputError, match=reason):
-        BaselineOptions(**options)
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
         ({"ratio": 0.1}, "prunes nothing"),
         ({"ratio": 1.0}, "outside"),
         ({"blocks": [2, 2]}, "each once"),
@@ -178,10 +155,9 @@ def test_options_that_clash_or_have_no_effect_are_refused(options: dict[str, obj
         ({"target_size": "9B"}, "meets the target"),
         ({"target_size": "huge"}, "cannot be read"),
         ({"ratio": 0.4, "window_length": 4000}, "give 2 to 128"),
-        ({"blocks": [2], "dtype": "int8"}, "dtype int8 is unknown"),
         ({"blocks": [2], "perplexity": "nowhere.txt"}, "nowhere.txt is not there"),
     ],
 )
 def test_what_the_source_rules_out_is_refused(tiny_source: Path, options: dict[str, object], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        baseline(str(tiny_source), BaselineOptions(**options))
+        remove(str(tiny_source), PruneOptions.paper(**options))

@@ -1,0 +1,66 @@
+"""Plain removal of blocks (ShortGPT): what pruning is compared with."""
+
+import dataclasses
+
+from transformers import PreTrainedModel
+
+from flexigpt.pruning.estimate import estimate
+from flexigpt.pruning.options import PruneOptions
+from flexigpt.pruning.prune import Announce
+from flexigpt.pruning.scores import pruned_or_count, scored
+from flexigpt.pruning.source import CheckedSource
+from flexigpt.record import Record
+from flexigpt.replicas import HIDDEN_COPIES, Fits, fit_blocks
+from flexigpt.runtime import Track, silent
+from flexigpt.weights import Assembly, without_blocks
+
+
+def remove(
+    source: str, options: PruneOptions, track: Track = silent
+) -> tuple[PreTrainedModel, tuple[int, ...], Record]:
+    """Removes the blocks that `prune` would prune, and puts nothing in their place.
+
+    With `target_size` they are fewer, since nothing is stored for them. With `refit_kept`, which is the default, the
+    kept blocks are fitted to the source; `PruneOptions.paper` leaves them as they are (ShortGPT).
+
+    Args:
+        source: folder or hub name of a source model.
+        options: which blocks to remove; how replicas are made has no effect.
+        track: reports the progress of each stage.
+
+    Returns:
+        The shorter model, an ordinary one of the source's family; the removed blocks, ascending; and the record:
+        everything measured on the way, JSON-ready.
+
+    Raises:
+        InputError: anything a user can put right; see the message.
+    """
+    assembly, blocks, record = assemble_removed(source, options, track)
+    return assembly.in_memory(), blocks, record
+
+
+def assemble_removed(
+    source: str, options: PruneOptions, track: Track = silent, announce: Announce | None = None
+) -> tuple[Assembly, tuple[int, ...], Record]:
+    """`remove` with one block in memory at a time: the shorter model is assembled, for `write_checkpoint` to write.
+
+    Arguments and errors are those of `remove`; `announce` is called once with what the run will take, after the checks
+    and before the work.
+    """
+    options = dataclasses.replace(options, remove=True)
+    checked = CheckedSource.check(source, options, options)
+    pruned = pruned_or_count(checked)
+    if announce is not None:
+        count = pruned if isinstance(pruned, int) else len(pruned)
+        announce(estimate(checked, checked.shape.removed_parameters(count), ()))
+    workspace = checked.open(track)
+    blocks, found = scored(workspace, pruned)
+    assembly = without_blocks(workspace.source, blocks)
+    if workspace.options.refit_kept:
+        left = iter(range(len(assembly)))
+        standing = [None if block in blocks else next(left) for block in range(workspace.depth)]
+        given = (workspace.source, assembly, standing, workspace.windows, Fits(kept=True))
+        fit_blocks(*given, spill=workspace.hidden_in(HIDDEN_COPIES), track=workspace.track)
+    record = workspace.record() | found
+    record["removed"] = {"blocks": list(blocks), "num_blocks": workspace.depth, "source": source}
+    return assembly, blocks, record | workspace.compared("shorter", assembly)
