@@ -13,7 +13,6 @@ if TYPE_CHECKING:
         ARCHITECTURES,
         Roles,
         find_architecture,
-        model_shape,
         num_blocks,
         weight_matrix,
     )
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
         count_parts,
         layout_of,
         linear_tensors,
+        model_shape,
         plan_of,
         stored_bytes,
     )

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
         check_output,
         check_space,
         digest,
-        existing_parent,
         fingerprint,
         local_path,
         replace_file,
