@@ -1,4 +1,4 @@
-"""Models side by side: what is shown, written and recorded, and fidelity to a source."""
+"""Models side by side: what is measured and shown, fidelity to a source, and a new metric."""
 
 import json
 import shutil
@@ -13,7 +13,6 @@ from flexigpt.evaluation import METRICS
 from flexigpt.evaluation.fidelity import measure_fidelity
 from flexigpt.evaluation.metrics import Metric, Predictions
 from flexigpt.record import evaluation_rows
-from flexigpt.record.write import merged
 from flexigpt.text import tokenize_text
 from web_page import Page
 
@@ -24,13 +23,6 @@ SAMPLES = Path(__file__).parents[2] / "examples" / "benchmarks"
 def compact(tiny_compact: Path, tmp_path: Path) -> Path:
     """A copy to record in."""
     return Path(shutil.copytree(tiny_compact, tmp_path / "compact"))
-
-
-def section(card: str) -> list[list[str]]:
-    """The rows of the card's evaluation, each as its cells."""
-    assert card.count("## Evaluation\n") == 1
-    lines = card.partition("## Evaluation\n")[2].partition("\n## ")[0].splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
 
 
 def test_models_stand_side_by_side_and_each_is_what_it_is_alone(
@@ -110,52 +102,7 @@ def test_a_new_metric_is_a_class_and_a_line_of_metrics(
     row = ["in the first ten, %", f"{100 * value:.1f}"]
     printed = [[cell.strip() for cell in line.split("│")[1:-1]] for line in run(*asked)[1].splitlines()]
     assert row in printed
-    assert row in section((compact / "README.md").read_text())
+    assert f"| {' | '.join(row)} |\n" in (compact / "README.md").read_text()
     page = Page(report([compact], tmp_path / "report").read_text(encoding="utf-8"))
     assert row in page.tables["Models side by side"]
     assert "Lower is better: perplexity, bits per byte; higher is better: in the first ten." in page.prose
-
-
-def test_what_is_recorded_adds_up_in_the_folder_and_in_the_card(
-    run: Run, compact: Path, tiny_source: Path, text: Path
-) -> None:
-    before = (compact / "README.md").read_text()
-    tasks = ("--include-path", SAMPLES, "--limit", "4", "--tasks")
-    assert run("eval", compact, tiny_source, "--perplexity", text, "--window-length", "64", "--record")[0] == 0
-    assert run("eval", compact, *tasks, "arc_easy_sample", "--record")[0] == 0
-    assert run("eval", compact, *tasks, "piqa_sample", "--record")[0] == 0
-    recorded = json.loads((compact / "evaluation.json").read_text())
-    ours, source = recorded["models"]
-    assert list(ours["tasks"]) == ["arc_easy_sample", "piqa_sample"]
-    assert ours["tasks_mean"] == pytest.approx(sum(task["value"] for task in ours["tasks"].values()) / 2)
-    assert "perplexity" in source
-    assert "tasks" not in source
-    assert len(recorded["command"].splitlines()) == 3
-    card = (compact / "README.md").read_text()
-    rows = {row[0]: row[1:] for row in section(card)}
-    assert rows["perplexity"] == [f"{model['perplexity']['perplexity']:.4f}" for model in (ours, source)]
-    assert rows["mean of the tasks, %"] == [f"{100 * ours['tasks_mean']:.2f}", ""]
-    left = card.partition("## Evaluation\n")
-    assert left[0] + "## Origin" + left[2].partition("## Origin")[2] == before
-    # The same measure again takes the place of the first.
-    assert run("eval", compact, "--perplexity", text, "--window-length", "32", "--record")[0] == 0
-    again = json.loads((compact / "evaluation.json").read_text())["models"][0]
-    assert (again["perplexity"]["window_length"], list(again["tasks"])) == (32, list(ours["tasks"]))
-
-
-def test_what_others_measured_under_other_conditions_does_not_stand_beside(tiny_source: Path, text: Path) -> None:
-    new = evaluate(str(tiny_source), EvalOptions(perplexity=str(text), window_length=64))
-    task = {"metric": "acc", "value": 0.5, "stderr": None, "samples": 4, "num_fewshot": 0, "version": 1, "metrics": {}}
-    model = {**new["models"][0], "tasks": {"piqa": task}}
-    assert merged(new | {"models": [model]}, new)["models"] == [model | {"tasks_mean": 0.5}]
-    assert merged(new | {"models": [model | {"revision": "other"}]}, new)["models"] == new["models"]
-    for changed in ({"dtype": "bfloat16"}, {"device": "another"}, {"versions": {"torch": "1.0"}}):
-        assert merged(new | {"models": [model]} | changed, new)["models"] == new["models"]
-
-
-def test_a_damaged_record_is_told_and_left(run: Run, compact: Path, text: Path) -> None:
-    (compact / "evaluation.json").write_text("{")
-    code, _, errors = run("eval", compact, "--perplexity", text, "--window-length", "64", "--record")
-    assert code == 2
-    assert "evaluation.json cannot be read: remove it, and record anew" in errors
-    assert (compact / "evaluation.json").read_text() == "{"

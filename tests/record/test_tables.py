@@ -1,4 +1,4 @@
-"""Tables and model cards of records that are no pruning's: training, of a compact and of an ordinary model."""
+"""Tables: what they say of a record, and how they are shown in a terminal, in Markdown and on a page."""
 
 import io
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from flexigpt import PruneOptions, prune, remove, write_checkpoint
-from flexigpt.record import Rows, cost_rows, find_in, notes, plan_rows, result_rows
+from flexigpt import PruneOptions, prune
+from flexigpt.record import Rows, cost_rows, find_in, notes, plan_rows
 
 SIZE = {"parameters": 2000, "bytes": 8000}
 
@@ -45,35 +45,6 @@ def test_a_trained_models_notes_say_on_what_and_claim_no_lack_of_training() -> N
     trained, measured = notes(recovered(perplexity=PERPLEXITY))
     assert trained == "trained (adapters) on 12,345 tokens of novels.jsonl in 67 steps"
     assert measured == "perplexity per token on 900 tokens of validation.jsonl, windows of 64 without overlap"
-
-
-@pytest.mark.parametrize("output_norm", [True, False])
-def test_a_trained_compact_model_has_a_card_with_its_plan(tiny_source: Path, tmp_path: Path, output_norm: bool) -> None:
-    model, _, _ = prune(str(tiny_source), PruneOptions.paper(blocks=[2], rank=4, output_norm=output_norm))
-    write_checkpoint(tmp_path / "out", model, recovered(perplexity=PERPLEXITY), source=str(tiny_source))
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "# pruned, compact" in card
-    assert "base_model: someone/pruned" in card
-    assert "1 of 6 blocks are replicas" in card
-    assert f"adapters of rank 4{', output norms' if output_norm else ''} |" in card
-    assert ("output norm" in card) == output_norm
-    assert card.count("\nTrained (adapters) on 12,345 tokens of novels.jsonl in 67 steps.\n") == 1
-    assert len(result_rows(model.config, recovered())) == 2
-
-
-@pytest.mark.parametrize("told", [True, False])
-def test_a_trained_ordinary_model_has_a_card_without_one(tiny_source: Path, tmp_path: Path, told: bool) -> None:
-    model, _, removal = remove(str(tiny_source), PruneOptions.paper(blocks=[2]))
-    record = recovered(**({"origin": removal} if told else {}))
-    write_checkpoint(tmp_path / "out", model, record, source=str(tiny_source))
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert ("# pruned, shorter" if told else "# pruned, trained") in card
-    assert ("Removed: 2 of the 6 blocks of source." in card) == told
-    assert ("## Blocks" in card) == told
-    assert "Trained (adapters) on 12,345 tokens" in card
-    assert "trust_remote_code" not in card
-    assert "replica" not in card
-    assert len(result_rows(model.config, record)) == 1 + told
 
 
 def test_what_the_origins_origin_tells_is_found(tiny_source: Path, text: Path) -> None:

@@ -42,7 +42,6 @@ class EvalOptions(RunOptions):
     num_fewshot: int | None = option(None, group=_TASKS, least=0)
     batch_size: int | str = option("auto", group=_TASKS, metavar="auto|N")
     include_path: Path | None = option(None, group=_TASKS, metavar="DIR")
-    device: str = option("auto")
 
     def __post_init__(self) -> None:
         super().__post_init__()
