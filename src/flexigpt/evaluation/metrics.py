@@ -96,7 +96,8 @@ class Divergence(Metric):
     heading, against = "divergence", True
 
     def add(self, seen: Predictions) -> None:
-        self.total += F.kl_div(*seen.log_probabilities, reduction="sum", log_target=True).item()
+        own, theirs = seen.log_probabilities
+        self.total += F.kl_div(own, theirs, reduction="sum", log_target=True).item()
 
 
 class Agreement(Metric):
