@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         check_output,
         check_space,
         digest,
+        existing_parent,
         fingerprint,
         local_path,
         replace_file,

@@ -78,7 +78,7 @@ def check_output(out: str | Path, inputs: Iterable[str | Path | None], overwrite
     """
     out = Path(out).expanduser()
     try:
-        parent = _existing_parent(out)
+        parent = existing_parent(out)
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise InputError(f"{parent} is no folder that can be written to: give another one")
         if out.is_symlink() and not out.exists():
@@ -102,7 +102,7 @@ def check_output(out: str | Path, inputs: Iterable[str | Path | None], overwrite
         raise InputError(f"{out} cannot be written to: {error.strerror}") from error
 
 
-def _existing_parent(out: Path) -> Path:
+def existing_parent(out: Path) -> Path:
     return next((folder for folder in out.absolute().parents if folder.exists()), Path("/"))
 
 
@@ -151,7 +151,7 @@ def _write_error(out: Path, error: Exception) -> InputError:
 
 def check_space(out: str | Path, num_bytes: int, what: str = "the checkpoint needs") -> None:
     """Raises InputError where the disk that `out` will lie on has less free space than a checkpoint needs."""
-    folder = _existing_parent(Path(out).expanduser())
+    folder = existing_parent(Path(out).expanduser())
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise InputError(
