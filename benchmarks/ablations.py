@@ -13,7 +13,7 @@ from flexigpt import PruneOptions, prune
 from flexigpt.evaluation import perplexity
 from flexigpt.model import stored_bytes
 from flexigpt.text import tokenize_text
-from flexigpt.weights import load_model, load_tokenizer, remove_blocks
+from flexigpt.weights import StreamedModel, load_model, load_tokenizer, without_blocks
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "novel16"
 VARIANTS = {
@@ -64,7 +64,7 @@ def main() -> None:
             model, plan, _ = prune(arguments.source, options)
             if not pruned:
                 pruned = plan.pruned
-                shorter = remove_blocks(source, pruned)
+                shorter = without_blocks(StreamedModel(source), pruned).in_memory()
                 row(ratio, "plain removal", ", ".join(map(str, pruned)), shorter, measure(shorter))
             bases = ", ".join(f"{replica.block}<-{replica.base}" for replica in plan.replicas)
             row(ratio, name, bases, model, measure(model))

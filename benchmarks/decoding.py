@@ -14,13 +14,19 @@ from statistics import median
 from typing import Any
 
 from speculation import EXAMPLE, OPTIONS, add_large, heading, large
+from transformers import PreTrainedModel
 
 from flexigpt import BenchmarkOptions, benchmark, prune, write_checkpoint
 from flexigpt.model import layout_of
 from flexigpt.runtime import megabytes
-from flexigpt.weights import load_model, load_tokenizer, remove_blocks
+from flexigpt.weights import StreamedModel, load_model, load_tokenizer, without_blocks
 
 COLUMNS = ("batch", "variant", "prefill, ms", "tokens/s each", "time, %", "least-most", "throughput, %", "peak, MB")
+
+
+def shortened(source: PreTrainedModel, compact: PreTrainedModel) -> PreTrainedModel:
+    """The source without the blocks that are replicas in the compact model."""
+    return without_blocks(StreamedModel(source), list(layout_of(compact).bases)).in_memory()
 
 
 def small(folder: Path) -> None:
@@ -28,7 +34,7 @@ def small(folder: Path) -> None:
     model, _, record = prune(str(EXAMPLE), OPTIONS)
     write_checkpoint(folder / "compact", model, record, source=str(EXAMPLE))
     source = load_model(str(EXAMPLE), "float32")
-    save({"source": source, "removal": remove_blocks(source, list(layout_of(model).bases))}, folder)
+    save({"source": source, "removal": shortened(source, model)}, folder)
 
 
 def save(models: dict[str, Any], folder: Path) -> None:
@@ -85,7 +91,7 @@ def main() -> None:
         for ratio in arguments.ratios if arguments.layers else ():
             print(f"## {heading(arguments, ratio, arguments.gamma)}\n")
             source, compact = large(arguments, ratio, arguments.gamma)
-            removal = remove_blocks(source, list(layout_of(compact).bases))
+            removal = shortened(source, compact)
             save({"source": source, "compact": compact, "removal": removal}, folder)
             del source, compact, removal
             measure(folder, arguments.dtype, arguments.rounds)

@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from flexigpt import FlexiGPTForCausalLM, Plan
 from flexigpt.model import all_tensors, empty_compact, fill_model, layout_of
 from flexigpt.replicas import ReplicaOptions, replica_tensors
-from flexigpt.weights import StreamedModel, exchange_parameters
+from flexigpt.weights import StreamedModel, exchange_parameters, without_blocks
 
 NUM_BLOCKS = 6
 VOCABULARY = 96
@@ -113,6 +113,11 @@ def token_ids(batch: int = 2, tokens: int = 24, seed: int = 1) -> torch.Tensor:
 def block_list(model: PreTrainedModel) -> nn.ModuleList:
     """The blocks of a source or compact model, in order."""
     return layout_of(model).blocks
+
+
+def remove_blocks(source: PreTrainedModel, blocks: Sequence[int]) -> PreTrainedModel:
+    """The source without these blocks, as plain removal makes it, in memory."""
+    return without_blocks(StreamedModel(source), blocks).in_memory()
 
 
 def compact_of(

@@ -13,12 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import Run
-from families import tiny_config
+from families import remove_blocks, tiny_config
 from flexigpt import BenchmarkOptions, InputError, benchmark
 from flexigpt.cli.main import main
 from flexigpt.decoding import benchmark_rows
 from flexigpt.decoding.benchmark import NEW_TOKENS, time_generation, variants_of
-from flexigpt.weights import load_model, load_tokenizer, remove_blocks
+from flexigpt.weights import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")

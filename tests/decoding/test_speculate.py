@@ -16,10 +16,10 @@ from transformers import (
 )
 
 from conftest import Run
-from families import CACHE, FAMILIES, NUM_BLOCKS, compact_of, initialize_replicas, tiny_model, token_ids
+from families import CACHE, FAMILIES, NUM_BLOCKS, compact_of, initialize_replicas, remove_blocks, tiny_model, token_ids
 from flexigpt import InputError, Plan, Replica, SpeculateOptions, SpeculateStatistics, speculative_generate
 from flexigpt.decoding.split import SplitDecoder
-from flexigpt.weights import load_model, load_tokenizer, remove_blocks
+from flexigpt.weights import load_model, load_tokenizer
 
 # replica -> base: in the middle, at the first block, at the last, apart and adjacent, all after the first or all before
 # the last.

@@ -16,6 +16,7 @@ from families import (
     block_list,
     compact_of,
     initialize_replicas,
+    remove_blocks,
     tiny_config,
     tiny_model,
     token_ids,
@@ -26,7 +27,7 @@ from flexigpt.model import ARCHITECTURES, find_architecture, weight_matrix
 from flexigpt.model.build import config_with_blocks
 from flexigpt.pruning.scores import influence
 from flexigpt.runtime import replaced_folder
-from flexigpt.weights import StreamedModel, load_model, remove_blocks
+from flexigpt.weights import StreamedModel, load_model
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
 

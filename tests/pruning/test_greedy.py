@@ -11,14 +11,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import Run
-from families import tiny_model, token_ids
+from families import remove_blocks, tiny_model, token_ids
 from flexigpt import InputError, PruneOptions, assemble_pruned, plan_only, prune, remove, write_checkpoint
 from flexigpt.pruning.scores import BLOCK_SCORES, Choice
 from flexigpt.replicas import Fits, fit_blocks
 from flexigpt.replicas.initialization import ADAPTER_INITS
 from flexigpt.runtime.cache import CACHE_VARIABLE
 from flexigpt.text import calibration_windows
-from flexigpt.weights import Source, StreamedModel, load_model, load_tokenizer, remove_blocks
+from flexigpt.weights import Source, StreamedModel, load_model, load_tokenizer
 from killing import Killed, KillingTrack
 from workspaces import workspace_of
 

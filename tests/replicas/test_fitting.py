@@ -9,7 +9,16 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from families import FAMILIES, FULL_RANK, NUM_BLOCKS, compact_of, initialize_replicas, tiny_model, token_ids
+from families import (
+    FAMILIES,
+    FULL_RANK,
+    NUM_BLOCKS,
+    compact_of,
+    initialize_replicas,
+    remove_blocks,
+    tiny_model,
+    token_ids,
+)
 from flexigpt import (
     FlexiGPTForCausalLM,
     InputError,
@@ -23,7 +32,7 @@ from flexigpt import (
 from flexigpt.model import find_architecture
 from flexigpt.replicas import Fits, fit_blocks
 from flexigpt.replicas.least_squares import Moments, low_rank_fit, ridge_fit
-from flexigpt.weights import StreamedModel, remove_blocks
+from flexigpt.weights import StreamedModel
 
 WINDOWS = token_ids(batch=12, tokens=32, seed=3)
 

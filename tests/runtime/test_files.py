@@ -15,10 +15,10 @@ from flexigpt.runtime import (
     fingerprint,
     local_path,
     replace_file,
-    replaced_file,
     replaced_folder,
     versions,
 )
+from flexigpt.runtime.files import replaced_file
 
 
 def test_the_output_is_checked_before_the_work(tmp_path: Path) -> None:

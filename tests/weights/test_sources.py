@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from families import FAMILIES, compact_of, initialize_replicas, tiny_model, token_ids
+from families import FAMILIES, compact_of, initialize_replicas, remove_blocks, tiny_model, token_ids
 from flexigpt import (
     PRESETS,
     ExtendOptions,
@@ -32,7 +32,7 @@ from flexigpt.pruning import BLOCK_SCORES, assemble_extended, assemble_pruned, a
 from flexigpt.record import write_checkpoint
 from flexigpt.runtime import Cache
 from flexigpt.runtime.cache import CACHE_VARIABLE
-from flexigpt.weights import Source, StreamedModel, load_model, remove_blocks
+from flexigpt.weights import Source, StreamedModel, load_model
 from killing import Killed, KillingTrack
 
 

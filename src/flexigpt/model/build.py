@@ -57,12 +57,6 @@ def materialize(model: PreTrainedModel) -> FlexiGPTForCausalLM:
     return model
 
 
-def sharing_copy(model: FlexiGPTForCausalLM) -> FlexiGPTForCausalLM:
-    """Another model of the same tensors: what is exchanged in one of the two stays in the other."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
-
-
 def _shared_linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, SharedLinear]]:
     for parent in model.modules():
         for name, child in parent.named_children():

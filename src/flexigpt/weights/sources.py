@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from flexigpt.model import all_tensors, empty_of_blocks, fill_model, layout_of
 from flexigpt.runtime import Cache, InputError, Track, check_dtype, find_device, silent
 from flexigpt.weights.files import StoredTensor, WeightFiles, located, names_in_files, open_weights
-from flexigpt.weights.open import move, open_empty
+from flexigpt.weights.open import open_empty
 from flexigpt.weights.shards import Piece
 
 # Names of parameters -> their values.
@@ -296,7 +296,7 @@ def _check_finite(name: str, parameter: torch.Tensor, where: str) -> None:
         )
 
 
-def remove_blocks(source: PreTrainedModel, blocks: Sequence[int]) -> PreTrainedModel:
+def without_blocks(source: StreamedModel, blocks: Sequence[int]) -> Assembly:
     """The source without these blocks: an ordinary, shorter model of its own family that shares its tensors.
 
     Args:
@@ -306,10 +306,6 @@ def remove_blocks(source: PreTrainedModel, blocks: Sequence[int]) -> PreTrainedM
     Raises:
         InputError: a block that does not exist, or none that would stay.
     """
-    return move(without_blocks(StreamedModel(source), blocks).in_memory(), source.device)
-
-
-def without_blocks(source: StreamedModel, blocks: Sequence[int]) -> Assembly:
     depth = len(source)
     strange = sorted(set(blocks) - set(range(depth)))
     if strange or len(set(blocks)) >= depth:
