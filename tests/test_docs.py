@@ -42,12 +42,14 @@ def run_flexigpt(arguments: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the shipped example, its validation text cut short, in which `make demo` has run."""
+    """A folder with the shipped example, its texts cut to one document each, in which `make demo` has run."""
     folder = tmp_path_factory.mktemp("workplace")
     for name in ("examples", "recipes"):
         shutil.copytree(ROOT / name, folder / name)
-    validation = folder / "examples" / "novel16" / "validation.jsonl"
-    validation.write_text("".join(validation.read_text(encoding="utf-8").splitlines(keepends=True)[:2]))
+    for name in ("calibration", "validation"):
+        path = folder / "examples" / "novel16" / f"{name}.jsonl"
+        documents = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text(min((row for row in documents if len(row) > 7000), key=len), encoding="utf-8")
     before = Path.cwd()
     os.chdir(folder)
     try:
