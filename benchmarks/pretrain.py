@@ -23,12 +23,11 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from flexigpt.cli.options import field_help
+from flexigpt.cli.options import descriptions
 from flexigpt.recovery import RecoverOptions
 from flexigpt.recovery.checkpoints import RunFolder
 from flexigpt.recovery.measuring import HeldOut
-from flexigpt.recovery.options import resolve_settings
-from flexigpt.recovery.training import NotFiniteError, Settings, Training
+from flexigpt.recovery.training import NotFiniteError, Settings, Training, resolve_settings
 from flexigpt.runtime import (
     ALONE,
     InputError,
@@ -51,8 +50,7 @@ MEASURED = "training.json"
 SHAPES = {"novel16": {}, "deep": {"hidden_size": 320, "num_hidden_layers": 24, "intermediate_size": 896}}
 SIZES = {"hidden_size": "hidden_size", "blocks": "num_hidden_layers", "intermediate_size": "intermediate_size"}
 # Options that mean what they mean to `flexigpt recover`, with defaults of their own.
-TRAINING = {"epochs": 10, "window_length": 256, "batch_tokens": 16_384, "micro_batch": None}
-TRAINING |= {"lr": 2e-3, "warmup": 0.03, "weight_decay": 0.1, "clip": 1.0, "device": "auto"}
+TRAINING = {"epochs": 10, "window_length": 256, "batch_tokens": 16_384, "lr": 2e-3, "warmup": 0.03, "device": "auto"}
 LINES_AN_EPOCH = 20
 # Three times (while a checkpoint is written two others are there) a parameter and AdamW's two averages; and OUT.
 BYTES_PER_PARAMETER = 3 * 12 + 4
@@ -69,10 +67,9 @@ def parse(words: list[str] | None) -> argparse.Namespace:
         parser.add_argument(flag(name), type=int, help="instead of the shape's")
     parser.add_argument("--attention-dropout", type=float, default=0.0)
     for name, default in TRAINING.items():
-        shown = field_help(RecoverOptions)[name]
-        if default is not None:
-            shown = f"{shown.partition('; default')[0].rstrip('.')}; default: {default}"
-        parser.add_argument(flag(name), type=int if default is None else type(default), default=default, help=shown)
+        shown = descriptions(RecoverOptions)[name].partition("; default")[0].rstrip(".")
+        parser.add_argument(flag(name), type=type(default), default=default, help=f"{shown}; default: {default}")
+    parser.add_argument("--weight-decay", type=float, default=0.1, help="AdamW's, of matrices; default: 0.1")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the windows and dropout; default: 0")
     parser.add_argument("--compile", action="store_true", help="by torch.compile: a slow start, then faster")
     parser.add_argument("--resume", action="store_true", help="goes on after the last complete epoch")
@@ -123,8 +120,13 @@ class Pretraining:
         self.config, self.tokenizer = shape_of(arguments), load_tokenizer(str(EXAMPLE))
         self.window_length = check_window_length(arguments.window_length, self.config)
         self.device = find_device(arguments.device)
-        self.settings = resolve_settings(self.options, self.window_length, ALONE, self.device, {})
-        asked = {name: getattr(arguments, name) for name in ("shape", *SIZES, "attention_dropout", "tokens", "compile")}
+        self.settings = resolve_settings(
+            self.options, self.window_length, ALONE, self.device, replicas=False, fitted=False
+        )
+        asked = {
+            name: getattr(arguments, name)
+            for name in ("shape", *SIZES, "attention_dropout", "weight_decay", "tokens", "compile")
+        }
         self.identity = asked | given | {"data": text_fingerprint(data), "validation": text_fingerprint(validation)}
         self.identity |= {"precision": str(self.settings.dtype).removeprefix("torch."), "device": self.device.type}
         self.folder = RunFolder(self.out, ALONE)
@@ -184,7 +186,7 @@ class Pretraining:
         training = Training(model, settings, ALONE, self.device, teacher=None)
         matrices: dict[str, Any] = {"params": [p for p in model.parameters() if p.ndim > 1], "share": 1.0}
         norms = {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0, "share": 1.0}
-        given = {"lr": settings.lr, "weight_decay": settings.weight_decay, "betas": (0.9, 0.95)}
+        given = {"lr": settings.lr, "weight_decay": self.arguments.weight_decay, "betas": (0.9, 0.95)}
         training.optimizer = torch.optim.AdamW([matrices, norms], **given)
         if self.arguments.compile:
             training.wrapped = torch.compile(model)

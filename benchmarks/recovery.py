@@ -21,9 +21,12 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
+from flexigpt.model import REPLICA_PARTS, layout_of, linear_size
+from flexigpt.recovery.trainable import lora_rank_for
 from flexigpt.text.windows import Documents
+from flexigpt.weights import open_empty
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "novel16"
@@ -49,8 +52,8 @@ class Row:
         label: what it is called.
         start: arguments of the command that makes the model to train, with RATIO or FEWER in the place of a ratio;
             none: the source itself is trained.
-        train: further arguments of `flexigpt recover`, with COMPACT in the place of the compact model of that ratio and
-            LR in that of the learning rate.
+        train: further arguments of `flexigpt recover`, with RANK in the place of the rank of LoRA that trains as many
+            parameters as the recovery of the compact model of that ratio does, and LR in that of the learning rate.
         rate_of: the row, trained alike, whose search for a learning rate serves this one too; None: its own.
     """
 
@@ -83,7 +86,7 @@ FITTED_NORMS = (*ACTIVATION, "--norm-init", "fitted")
 BY_REPLACEMENT = ("--block-score", "replacement-perplexity")
 BY_REMOVAL = ("--block-score", "removal-perplexity")
 REMOVE_FEWER = ("baseline", "--ratio", "FEWER")
-MATCH = ("--match", "COMPACT")
+MATCH = ("--lora-rank", "RANK")
 TEACH = ("--teacher", str(EXAMPLE))
 # Replicas that were fitted get a tenth of the rate, where nothing else is said.
 ONE_RATE = ("--replica-lr", "LR")
@@ -190,13 +193,18 @@ class Bench:
         texts = list(Documents(str(EXAMPLE / "calibration.jsonl"), seed=0))[-UNREAD_CHAPTERS:]
         self.unread.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
-    def flexigpt(self, *command: str) -> None:
+    def flexigpt(self, *command: str) -> str:
         environment = os.environ | {"OMP_NUM_THREADS": str(self.arguments.threads)}
         ran = subprocess.run(
             [sys.executable, "-m", "flexigpt", *command], cwd=ROOT, env=environment, capture_output=True, text=True
         )
         if ran.returncode:
             raise RuntimeError(f"flexigpt {' '.join(command)}\n{ran.stderr[-2000:]}")
+        return ran.stdout
+
+    def perplexity(self, model: Path, text: Path) -> float:
+        given = ("--perplexity", str(text), "--window-length", "256", "--dtype", "float32", "--json")
+        return json.loads(self.flexigpt("eval", str(model), *given))["models"][0]["perplexity"]["perplexity"]
 
     def start(self, start: tuple[str, ...], ratio: str) -> Path:
         """The folder of a model to train, made where it is not there yet."""
@@ -228,22 +236,24 @@ class Bench:
         """Runs the command, going on where it was killed."""
         name, ratio, tokens, lr, *seed = key.split(" ")
         row, out = ROWS[name], self.work / f"recovered-{key.replace(' ', '-')}"
-        compact = str(self.start((*EXTEND, "block") if ratio == EXTENSION else PRUNE, ratio))
+        model = self.start(row.start, ratio)
+        compact = self.start((*EXTEND, "block") if ratio == EXTENSION else PRUNE, ratio)
+        names = {"RANK": str(matching_lora_rank(str(model), str(compact))) if row.train[:2] == MATCH else "", "LR": lr}
         if not (out / "record.json").exists():  # a killed benchmark may have left one behind
             self.flexigpt(
-                *("recover", str(self.start(row.start, ratio)), str(out)),
-                *({"COMPACT": compact, "LR": lr}.get(word, word) for word in row.train),
+                *("recover", str(model), str(out)),
+                *(names.get(word, word) for word in row.train),
                 *("--data", str(EXAMPLE / "recovery.parquet"), "--epochs", "3", "--tokens", tokens),
                 *("--batch-tokens", "4096", "--window-length", "256", "--lr", lr, "--precision", "fp32"),
-                *("--perplexity", str(held_out), "--eval-every", "1000000", "--save-every", "20"),
                 *("--seed", seed[0].removeprefix("seed") if seed else "0"),
                 *(("--resume",) if out.with_name(f"{out.name}.recovery").exists() else ()),
             )
         record = json.loads((out / "record.json").read_text())
+        before, after = (self.perplexity(folder, held_out) for folder in (model, out))
         shutil.rmtree(out)
         return {
-            "before": record["perplexity"]["before"]["perplexity"],
-            "after": record["perplexity"]["after"]["perplexity"],
+            "before": before,
+            "after": after,
             "parameters": record["after"]["parameters"],
             "bytes": record["after"]["bytes"],
             "trained_parameters": record["recovery"]["trained_parameters"],
@@ -344,6 +354,22 @@ class Bench:
                 f"| {ratio} | {label} | {stored / 1e6:.2f} | | | {between[0]['before']:.2f} | {after_of(between)} |"
             )
         return lines
+
+
+def matching_lora_rank(model: str, compact: str) -> int:
+    """The rank at which LoRA on all blocks of a model without replicas trains most nearly what recovery trains of
+    `compact` by default: its replicas' own, and LoRA of their rank on the kept blocks."""
+    empty, other = open_empty(model), open_empty(compact)
+    own = sum(p.numel() for name, p in other.named_parameters() if name.endswith(tuple(REPLICA_PARTS)))
+    lora = lora_rank_for(other, None) * len(layout_of(other).kept) * sides(other)
+    return max(1, round((own + lora) / (len(layout_of(empty).kept) * sides(empty))))
+
+
+def sides(model: PreTrainedModel) -> int:
+    """Parameters that one rank of LoRA on a block's linears has."""
+    layout = layout_of(model)
+    block = layout.blocks[layout.kept[0]]
+    return sum(sum(linear_size(block.get_submodule(path))) for path in layout.linears)
 
 
 def shown(rates: tuple[float, ...]) -> str:

@@ -21,9 +21,11 @@ from typing import Any
 
 import torch
 
+from recovery import matching_lora_rank
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "novel16"
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "plain removal + LoRA": ("removed", ("--match", "COMPACT")),
+    "plain removal + LoRA": ("removed", ("--lora-rank", "RANK")),
     "the paper's recipe: replicas only": ("compact", ("--train", "replicas")),
     "+ LoRA on kept blocks": ("compact", ()),
     "replicas only + distillation": ("compact", ("--train", "replicas", "--teacher", "SOURCE")),
@@ -33,7 +35,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "everything": ("compact", ("--train", "all")),
 }
 UNSHARE = (
-    "from flexigpt import distillation; distillation._same_tensors = lambda *_: {}; "
+    "from flexigpt.recovery import teacher; teacher._same_tensors = lambda *_: {}; "
     "import sys; from flexigpt.cli import main; main(sys.argv[1:])"
 )
 
@@ -48,12 +50,13 @@ def flexigpt(arguments: argparse.Namespace, *command: str, unshared: bool = Fals
 
 def measure(arguments: argparse.Namespace, work: Path, name: str) -> dict[str, Any]:
     start, extra = VARIANTS[name]
-    places = {"COMPACT": str(work / "compact"), "SOURCE": arguments.source}
+    rank = matching_lora_rank(str(work / "removed"), str(work / "compact"))
+    places = {"RANK": str(rank), "SOURCE": arguments.source}
     flexigpt(
         arguments,
         *("recover", str(work / start), str(work / "out"), "--overwrite", "--data", arguments.data),
         *("--tokens", str(arguments.steps * arguments.batch_tokens), "--batch-tokens", str(arguments.batch_tokens)),
-        *("--window-length", str(arguments.window_length), "--save-every", "1000000", "--device", arguments.device),
+        *("--window-length", str(arguments.window_length), "--device", arguments.device),
         *(places.get(word, word) for word in extra),
         unshared=name.endswith("unshared"),
     )

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from families import tiny_config
 from flexigpt import PruneOptions, prune, write_checkpoint
 from flexigpt.cli.main import main
+from flexigpt.recovery import checkpoints
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "novel16"
 
@@ -72,9 +73,16 @@ def tiny_compact(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-Hooked = Callable[[str, str, str], dict[str, str]]
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recovery saves after every step, in a longer run after every five minutes."""
+    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
+
+
+Hooked = Callable[..., dict[str, str]]
 HOOK = """
 import fnmatch, os, resource, signal, sys
+{before}
 
 def hook(event, arguments):
     names = [os.fspath(argument) for argument in arguments if isinstance(argument, str | os.PathLike)]
@@ -87,11 +95,13 @@ sys.addaudithook(hook)
 
 @pytest.fixture
 def hooked(tmp_path_factory: pytest.TempPathFactory) -> Hooked:
-    """The environment of a command to which something happens at an audit event that names something."""
+    """The environment of a command to which something happens at an audit event that names something, and before it."""
 
-    def environment(event: str, pattern: str, action: str) -> dict[str, str]:
+    def environment(event: str, pattern: str, action: str, before: str = "") -> dict[str, str]:
         folder = tmp_path_factory.mktemp("hooked")
-        (folder / "sitecustomize.py").write_text(HOOK.format(event=event, pattern=pattern, action=action))
+        (folder / "sitecustomize.py").write_text(
+            HOOK.format(event=event, pattern=pattern, action=action, before=before)
+        )
         path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
         return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from flexigpt import InputError, RecoverOptions, recover
 from flexigpt.cli.main import main
+from flexigpt.recovery import checkpoints, training
 
 
 def command(words: list[str]) -> str:
@@ -25,7 +26,13 @@ def command(words: list[str]) -> str:
 
 
 def run(job: dict[str, Any]) -> str | None:
-    """One recovery; the error's message, or None. With `stop_after` the first process is told to stop then."""
+    """One recovery; the error's message, or None.
+
+    With `stop_after` the first process is told to stop then; `often` saves after every step; `one_by_one` lets a window
+    through at a time.
+    """
+    checkpoints.SECONDS = 0.0 if job["often"] else 300.0
+    training._PASS_TOKENS["cpu"] = 16 if job["one_by_one"] else 1024
 
     def log(values: dict[str, float], steps: int) -> None:
         if values["step"] == job.get("stop_after"):

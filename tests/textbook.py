@@ -45,7 +45,6 @@ def train(
     lr: float,
     warmup: int,
     clip: float = 1.0,
-    weight_decay: float = 0.0,
     replica_lr: float | None = None,
 ) -> list[dict[str, float]]:
     """Trains what requires gradients; what each step measured. Adapters and output norms may get another rate."""
@@ -56,7 +55,7 @@ def train(
         {"params": [named[name] for name in named if name not in own], "lr": lr},
         {"params": [named[name] for name in own], "lr": lr if replica_lr is None else replica_lr},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
 
     def factor(step: int) -> float:
         if step < warmup:

@@ -40,7 +40,7 @@ def make(recipe: Recipe, stages: dict[str, Stage], command: str) -> str:
             stage.run()
             print(f"took {time.monotonic() - started:.0f} s", flush=True)
         results[name] = stage.measured() or {}
-    shown = "\n".join([f"# {recipe.title}", "", recipe.note, "", *table(recipe, results)])
+    shown = "\n".join([f"# {recipe.title}", "", recipe.note.strip(), "", *table(recipe, results)])
     Console().print(Markdown(shown))
     devices = {found["device"] for found in results.values() if "device" in found}
     machine = ", ".join([platform.system(), platform.machine(), f"{os.cpu_count()} CPU cores", *sorted(devices)])

@@ -169,11 +169,11 @@ BAD_INPUT = {
     "prune SOURCE out --ratio 0.4 --calibration nowhere.jsonl": "text file nowhere.jsonl is not there",
     "prune SOURCE out --ratio 0.4 --calibration TEXT#body": "has no column 'body': its columns",
     "prune SOURCE out --blocks 2 --output-norm nan": "--output-norm nan cannot be used",
-    "prune SOURCE out --blocks 2 --preset quick": "--preset quick is unknown: give paper, fitted, thorough",
+    "prune SOURCE out --blocks 2 --preset quick": "--preset quick is unknown: give fitted, thorough, paper",
     "prune SOURCE out --blocks 2 --rank 0": "--rank 0 is too small",
     "prune SOURCE out --blocks 2 --rank 300%": "--rank 300% cannot be used",
     "prune SOURCE out --blocks 2 --adapter-init magic": "--adapter-init magic is unknown: give svd",
-    "prune ./nowhere/at/all out --blocks 2": "no such folder: ./nowhere/at/all",
+    "prune ./nowhere/at/all out --blocks 2": "no such folder: nowhere/at/all",
     "prune ~/nowhere-at-all out --blocks 2": "no such folder",
     "prune SOURCE out --ratio 0.4 --calibration empty.txt": "text file empty.txt is empty",
     "prune SOURCE out --ratio 0.4 --calibration short.txt --window-length 64": "fewer than one window of 64",
@@ -201,7 +201,7 @@ BAD_INPUT = {
     "extend SOURCE out --blocks 4:4": "give ranges within 0:6",
     "extend SOURCE out --blocks 3:5,1:2": "give ranges within 0:6",
     "extend SOURCE out --blocks 1:4,3:5": "give ranges within 0:6",
-    "extend SOURCE out --blocks 1:4 --times 1": "--times 1 repeats nothing",
+    "extend SOURCE out --blocks 1:4 --times 1": "--times 1 is too small: give at least 2",
     "extend SOURCE out --blocks 1:4 --pattern zigzag": "--pattern zigzag is unknown: give block, sequential",
     "extend SOURCE out --blocks 1:4 --rank 33": "rank 33 is above the size",
     "extend SOURCE out": "Missing option '--blocks'",
@@ -246,7 +246,8 @@ def test_bad_input_is_one_clear_line(
         (tmp_path / folder / name).write_text("{}")
     before = sorted(tmp_path.rglob("*"))
     places = {"SOURCE": tiny_source, "COMPACT": compact, "TEXT": text}
-    code, printed, errors = run(*(places.get(word, word) for word in shlex.split(command)))
+    words = [word.partition("#") for word in shlex.split(command)]
+    code, printed, errors = run(*(f"{places.get(word, word)}{sign}{column}" for word, sign, column in words))
     lines = [
         line
         for line in errors.splitlines()

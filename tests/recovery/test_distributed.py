@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,18 @@ from flexigpt import InputError, RecoverOptions, recover
 # One worker of `pytest -n 2` runs them all: two would start everything twice.
 pytestmark = pytest.mark.xdist_group("torchrun")
 
-# Options besides those of `quick`; each process has 2 of a step's 4 windows.
+# Options besides those of `quick`; each process has 2 of a step's 4 windows, which may go through one by one. Often: a
+# checkpoint after every step.
 RUNS: dict[str, dict[str, Any]] = {
-    "ddp": {"perplexity": "TEXT", "eval_every": 8},
-    "ddp-replicas-teacher": {"train": "replicas", "teacher": "SOURCE", "micro_batch": 1},
-    "ddp-draft": {"draft_weight": 0.5, "perplexity": "TEXT", "eval_every": 99, "micro_batch": 1},
-    "fsdp-draft": {"fsdp": True, "draft_weight": 0.5, "perplexity": "TEXT", "eval_every": 99, "micro_batch": 1},
+    "ddp": {"perplexity": "TEXT"},
+    "ddp-replicas-teacher": {"train": "replicas", "teacher": "SOURCE", "one_by_one": True},
+    "ddp-draft": {"draft_weight": 0.5, "perplexity": "TEXT", "one_by_one": True},
+    "fsdp-draft": {"fsdp": True, "draft_weight": 0.5, "perplexity": "TEXT", "one_by_one": True},
     "fsdp-teacher-checkpointing": {"fsdp": True, "teacher": "SOURCE", "activation_checkpointing": True},
-    "fsdp-all": {"fsdp": True, "train": "all", "perplexity": "TEXT", "eval_every": 8, "save_every": 8},
+    "fsdp-all": {"fsdp": True, "train": "all", "perplexity": "TEXT", "often": True},
 }
 MORE_RUNS: dict[str, dict[str, Any]] = {
-    "ddp-all": {"train": "all", "micro_batch": 1},
+    "ddp-all": {"train": "all", "one_by_one": True},
     "ddp-draft-all-teacher": {"draft_weight": 0.5, "train": "all", "teacher": "SOURCE", "lr": 1e-3},
     "fsdp-draft-all-checkpointing": {
         "fsdp": True,
@@ -41,9 +43,10 @@ MORE_RUNS: dict[str, dict[str, Any]] = {
         "teacher": "SOURCE",
         "activation_checkpointing": True,
     },
-    "fsdp-replicas": {"fsdp": True, "train": "replicas", "micro_batch": 1},
+    "fsdp-replicas": {"fsdp": True, "train": "replicas", "one_by_one": True},
     "fsdp-bf16": {"fsdp": True, "precision": "bf16"},
 }
+SETTINGS = ("often", "one_by_one")
 STEP = ("--window-length", 16, "--batch-tokens", 64)
 # name -> (what is stopped after step 7, what goes on)
 RESUMED = {"2 ddp, 1": ("ddp", "one"), "2 fsdp, 2 ddp": ("fsdp", "ddp")}
@@ -74,8 +77,9 @@ class Two:
         self.errors = ""
 
     def add(self, name: str, job: str = "", **given: Any) -> dict[str, Any]:
-        options = asked({"save_every": 99} | given, self._places)
-        self._jobs[job or name] = {"model": str(self._model), "out": str(self.folder / name), "options": options}
+        settings = {name: given.pop(name, False) for name in SETTINGS}
+        made = {"model": str(self._model), "out": str(self.folder / name), "options": asked(given, self._places)}
+        self._jobs[job or name] = made | settings
         return self._jobs[job or name]
 
     def add_command(self, name: str, *words: object) -> None:
@@ -87,7 +91,7 @@ class Two:
             with pytest.raises(InputError):
                 recover(str(self._model), self.folder / name, options, log=signal_after(7))
         else:
-            self.add(name, f"{name}, stopped", fsdp=before == "fsdp", save_every=4)["stop_after"] = 7
+            self.add(name, f"{name}, stopped", fsdp=before == "fsdp")["stop_after"] = 7
         if after != "one":
             self.add(name, fsdp=after == "fsdp")["resume"] = True
 
@@ -131,7 +135,7 @@ def more(tiny_compact: Path, places: dict[str, Path], tmp_path_factory: pytest.T
     for name, (before, after) in MORE_RESUMED.items():
         started.add_resumed(name, before, after)
     model = poisoned(tiny_compact, places["TEXT"], started.folder / "model", step=11)
-    started.add("poisoned", train="replicas", fsdp=True, save_every=4)["model"] = str(model)
+    started.add("poisoned", train="replicas", fsdp=True, often=True)["model"] = str(model)
     started.start()
     return started
 
@@ -139,8 +143,7 @@ def more(tiny_compact: Path, places: dict[str, Path], tmp_path_factory: pytest.T
 def asked(given: dict[str, Any], places: dict[str, Path]) -> dict[str, Any]:
     """The fields of the options."""
     named = {name: str(places.get(value, value)) if isinstance(value, str) else value for name, value in given.items()}
-    fsdp = named.pop("fsdp", False)  # which a process alone would refuse
-    return quick(places["TEXT"], **named).__dict__ | {"fsdp": fsdp}
+    return asdict(quick(places["TEXT"], **named))
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +152,8 @@ def alone(tiny_compact: Path, places: dict[str, Path], tmp_path_factory: pytest.
 
     def run(**given: Any) -> Path:
         out = tmp_path_factory.mktemp("alone") / "out"
-        recover(str(tiny_compact), out, RecoverOptions(**asked({"save_every": 99} | given | {"fsdp": False}, places)))
+        of_one = {name: value for name, value in given.items() if name not in SETTINGS} | {"fsdp": False}
+        recover(str(tiny_compact), out, RecoverOptions(**asked(of_one, places)))
         return out
 
     return run
@@ -206,7 +210,7 @@ def test_a_stopped_run_goes_on_with_other_processes(
         stopped = "interrupted after step 7 of 20: --resume goes on from there"
         assert ran.told(f"{name}, stopped") == [stopped, stopped]
     if after == "one":
-        assert checkpoints(ran.folder / name) == ["checkpoint-4", "checkpoint-7"]
+        assert checkpoints(ran.folder / name) == ["checkpoint-7"]
         recover(str(tiny_compact), ran.folder / name, RecoverOptions(**asked({}, places)), resume=True)
     else:
         assert ran.told(name) == [None, None]
@@ -214,7 +218,7 @@ def test_a_stopped_run_goes_on_with_other_processes(
 
 
 @SLOW
-def test_a_loss_that_is_not_finite_stops_both(more: Two, places: dict[str, Path], tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_both(more: Two, places: dict[str, Path], tmp_path: Path, often: None) -> None:
     assert more.told("poisoned") == [None, None]
     out = more.folder / "poisoned"
     assert "the loss of step 11 is not finite" in json.loads((out / "record.json").read_text())["recovery"]["stopped"]

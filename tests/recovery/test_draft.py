@@ -204,7 +204,7 @@ def test_the_draft_agrees_more_often_than_without() -> None:
 
 
 def drafting(text: Path, single: Path) -> RecoverOptions:
-    return quick(text, draft_weight=0.5, perplexity=str(single), eval_every=99, save_every=99)
+    return quick(text, draft_weight=0.5, perplexity=str(single))
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,7 @@ def test_a_run_that_is_stopped_resumes_to_the_same_bits(
     out, options = tmp_path / "out", drafting(text, single)
     with pytest.raises(InputError, match="interrupted after step 7 of 20"):
         recover(str(tiny_compact), out, options, log=signal_after(7))
-    for other in (1.0, None):
+    for other in (1.0, 0.0):
         with pytest.raises(InputError, match=f"started with draft_weight = 0.5, now it is {other}"):
             recover(str(tiny_compact), out, replace(options, draft_weight=other), resume=True)
     record = recover(str(tiny_compact), out, options, resume=True)

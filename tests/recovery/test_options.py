@@ -1,18 +1,22 @@
 """Bad input to recovery: one clear line before any work, nothing written."""
 
+import re
 import shlex
 import shutil
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
-import typer
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
+import textbook
 from conftest import Run
-from flexigpt import RecoverOptions
-from flexigpt.cli.main import app
-from flexigpt.cli.options import field_help
+from flexigpt import InputError, RecoverOptions, recover
 
 QUICK = "--data TEXT --tokens 640 --window-length 16 --batch-tokens 64"
 BAD_INPUT = {
@@ -23,10 +27,9 @@ BAD_INPUT = {
     "COMPACT out --tokens 1M": "give --epochs 188, fewer --tokens, or more text",
     "COMPACT out --epochs 0": "--epochs 0 is too small",
     "COMPACT out --batch-tokens 100": "no multiple of 16 tokens x 1 processes: give 96 or 112",
-    "COMPACT out --micro-batch 5": "--micro-batch 5 is more than the 4 windows a process has in a step",
     "COMPACT out --train some": "--train some is unknown: give replicas+kept, replicas, all",
     "COMPACT out --precision int8": "--precision int8 is unknown: give fp32, bf16, fp16",
-    "COMPACT out --fsdp": "start it with torchrun --nproc-per-node N -m flexigpt",
+    "COMPACT out --fsdp": "start torchrun --nproc-per-node N -m flexigpt",
     "COMPACT out --data nowhere.jsonl": "text file nowhere.jsonl is not there",
     "COMPACT out --data empty.txt": "text file empty.txt is empty",
     "COMPACT out --data shards": "text file shards/b.txt is empty: remove it or",
@@ -36,32 +39,19 @@ BAD_INPUT = {
     "COMPACT out --perplexity nowhere.txt": "text file nowhere.txt is not there",
     "COMPACT out --perplexity short.txt": "fewer than one window of 16",
     "COMPACT out --window-length 999": "window length 999 does not fit: give 2 to 128",
-    "COMPACT out --lr 0": "--lr 0.0 is out of range",
+    "COMPACT out --lr 0": "--lr 0.0 is out of range: give a number above 0",
     "COMPACT out --lr nan": "--lr nan is out of range",
     "COMPACT out --replica-lr 0": "--replica-lr 0.0 is out of range",
-    "COMPACT out --replica-lr 1e-3 --train replicas": "--replica-lr has no effect with --train replicas, since --lr",
-    "SOURCE out --replica-lr 1e-3": "has no replicas: leave it out",
-    "COMPACT out --warmup 1": "--warmup 1.0 is out of range",
-    "COMPACT out --clip 0": "--clip 0.0 is out of range",
     "COMPACT out --seed -1": "--seed -1 is out of range",
     "COMPACT out --device cuda:9": "device cuda:9 cannot be used here",
+    "COMPACT out --lora-rank 0": "--lora-rank 0 is too small: give at least 1",
     "COMPACT out --lora-rank 99": "a LoRA of rank 99 does not fit the linears: give --lora-rank 1 to 32",
-    "COMPACT out --lora-rank 2 --train all": "--lora-rank has no effect with --train all",
-    "COMPACT out --eval-every 2": "--eval-every has no effect without --perplexity",
-    "COMPACT out --distill-weight 0.5": "--distill-weight has no effect without --teacher",
-    "COMPACT out --teacher SOURCE --distill-weight 0": "--distill-weight 0.0 is outside (0, 1]",
-    "COMPACT out --draft-weight 0": "--draft-weight 0.0 is outside (0, 1]",
-    "COMPACT out --draft-weight 1.5": "--draft-weight 1.5 is outside (0, 1]",
-    "COMPACT out --draft-weight 0.5 --train replicas": "--draft-weight has no effect with --train replicas",
-    "SOURCE out --draft-weight 0.5": "has no replicas and so no draft: leave it out",
+    "COMPACT out --teacher SOURCE --distill-weight 0": "--distill-weight 0.0 is out of range: give a number above 0",
+    "COMPACT out --draft-weight 1.5": "--draft-weight 1.5 is out of range: give a number of 0 to 1",
     "COMPACT out --teacher nowhere": "the model nowhere cannot be opened",
     "COMPACT out --teacher COMPACT": "is a compact model",
     "COMPACT out --teacher othertokenizer": "the teacher othertokenizer has another tokenizer than the model",
     "COMPACT out --teacher othervocabulary": "has a vocabulary of 4,100, the model one of 4,096",
-    "COMPACT out --match SOURCE": "--match is for a model without replicas",
-    "SOURCE out --match SOURCE": "names a compact model",
-    "SOURCE out --match COMPACT --lora-rank 2": "--match has no effect beside --lora-rank",
-    "SOURCE out --match COMPACT --train all": "--match has no effect with --train all",
     "SOURCE out --train replicas": "trains nothing, since the model has no replicas",
     "COMPACT out --report-to nowhere": "--report-to nowhere is unknown: give aim",
     "COMPACT out --report-to tensorboard,wandb": "--report-to wandb needs a package that is not installed",
@@ -122,8 +112,45 @@ def test_bad_input_is_one_clear_line(
     assert sorted(workplace.rglob("*")) == before
 
 
-def test_every_option_is_a_flag_with_its_fields_help() -> None:
-    flags = {parameter.name: parameter for parameter in typer.main.get_command(app).commands["recover"].params}
-    described = field_help(RecoverOptions)
-    assert set(described) == set(RecoverOptions.__dataclass_fields__)
-    assert {name: flags[name].help for name in described} == described
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"warmup": 1.0}, "--warmup 1.0 is out of range: give a number of 0 or more, below 1"),
+        ({"tokens": "many"}, "--tokens many cannot be read"),
+        ({"draft_weight": -0.1}, "--draft-weight -0.1 is out of range"),
+    ],
+)
+def test_options_are_checked_when_they_are_made(given: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=re.escape(reason)):
+        RecoverOptions(**given)
+
+
+@pytest.mark.parametrize("model", ["compact", "source"])
+def test_settings_without_effect_change_nothing(
+    model: str, tiny_source: Path, tiny_compact: Path, text: Path, tmp_path: Path
+) -> None:
+    """Without a teacher, with replicas alone trained, or in a model without any."""
+    folder, train = (tiny_compact, "replicas") if model == "compact" else (tiny_source, "replicas+kept")
+    asked = {"data": str(text), "tokens": "128", "window_length": 16, "batch_tokens": 64, "train": train}
+    idle = {"distill_weight": 0.9, "draft_weight": 0.5, "replica_lr": 0.3}
+    idle |= {"lora_rank": 2} if train == "replicas" else {}
+    for name, given in (("plain", {}), ("idle", idle)):
+        recover(str(folder), tmp_path / name, RecoverOptions(**asked, **given))
+    plain, other = (textbook.weights(tmp_path / name) for name in ("plain", "idle"))
+    assert all(torch.equal(other[name], tensor) for name, tensor in plain.items())
+
+
+def test_the_record_holds_what_every_option_stood_for(tiny_compact: Path, text: Path, tmp_path: Path) -> None:
+    options = RecoverOptions(data=str(text), tokens="128", window_length=16, batch_tokens=64)
+    record = recover(str(tiny_compact), tmp_path / "out", options)
+    assert record is not None
+    expected = {name: value for name, value in asdict(options).items() if value is not None}
+    expected |= {"lora_rank": 4, "replica_lr": 4e-3, "precision": "fp32"}
+    assert record["options"] == expected
+
+
+def test_the_options_load_no_torch() -> None:
+    code = (
+        "from flexigpt.recovery import RecoverOptions; RecoverOptions(); import sys; sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,17 +19,21 @@ from test_training import mark_trained
 import textbook
 from conftest import Hooked, Run
 from flexigpt import InputError, RecoverOptions, recover
+from flexigpt.recovery import checkpoints as kept
+from flexigpt.runtime import ALONE
 from flexigpt.text import batches
 from killing import run_apart
 
 WINDOW, WINDOWS, STEPS = 16, 4, 20
-QUICK = ("--window-length", WINDOW, "--batch-tokens", WINDOW * WINDOWS, "--save-every", 4)
+QUICK = ("--window-length", WINDOW, "--batch-tokens", WINDOW * WINDOWS)
 TOKENS = ("--tokens", STEPS * WINDOW * WINDOWS)
+# In a process of its own.
+OFTEN = "from flexigpt.recovery import checkpoints; checkpoints.SECONDS = 0.0"
 
 
 def quick(text: Path, **given: Any) -> RecoverOptions:
     """What QUICK and TOKENS ask for."""
-    asked = {"window_length": WINDOW, "batch_tokens": WINDOW * WINDOWS, "save_every": 4}
+    asked = {"window_length": WINDOW, "batch_tokens": WINDOW * WINDOWS}
     return RecoverOptions(data=str(text), **({"tokens": str(STEPS * WINDOW * WINDOWS)} | asked | given))
 
 
@@ -68,16 +73,16 @@ def whole(tiny_compact: Path, text: Path, tmp_path_factory: pytest.TempPathFacto
 def measured(tiny_compact: Path, text: Path, single: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with held-out perplexity."""
     out = tmp_path_factory.mktemp("measured") / "out"
-    recover(str(tiny_compact), out, quick(text, perplexity=str(single), eval_every=6))
+    recover(str(tiny_compact), out, quick(text, perplexity=str(single)))
     return out
 
 
 @pytest.fixture(scope="module")
 def long(tiny_compact: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
-    """The arguments of a run of eight checkpoints, and what it writes when nothing stops it."""
+    """The arguments of a run, and what it writes when nothing stops it."""
     out = tmp_path_factory.mktemp("long") / "out"
-    arguments = [str(word) for word in ("--data", text, *QUICK[:4], "--tokens", 80 * 64, "--save-every", 10)]
-    recover(str(tiny_compact), out, quick(text, tokens=str(80 * 64), save_every=10))
+    arguments = [str(word) for word in ("--data", text, *QUICK, "--tokens", 80 * 64)]
+    recover(str(tiny_compact), out, quick(text, tokens=str(80 * 64)))
     return arguments, out
 
 
@@ -85,9 +90,9 @@ def long(tiny_compact: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
 def test_a_run_that_is_stopped_resumes_to_the_same_bits(
     run: Run, hooked: Hooked, tiny_compact: Path, long: tuple[list[str], Path], tmp_path: Path, how: signal.Signals
 ) -> None:
-    """In the moment before its third checkpoint is complete."""
+    """In the moment before a checkpoint is complete."""
     arguments, whole = long
-    environment = hooked("os.rename", "*/checkpoint-30", f"os.kill(os.getpid(), {how.value})")
+    environment = hooked("os.rename", "*/checkpoint-30", f"os.kill(os.getpid(), {how.value})", OFTEN)
     ran = run_apart(environment, "recover", tiny_compact, tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
     if how is signal.SIGINT:
@@ -114,11 +119,11 @@ def signal_after(step: int) -> Callable[[dict[str, float], int], None]:
 def test_sigterm_saves_at_the_step_and_the_held_out_perplexity_goes_on(
     tiny_compact: Path, text: Path, single: Path, tmp_path: Path, measured: Path
 ) -> None:
-    out, options = tmp_path / "out", quick(text, perplexity=str(single), eval_every=6)
+    out, options = tmp_path / "out", quick(text, perplexity=str(single))
     for step in (7, 10):
         with pytest.raises(InputError, match=f"interrupted after step {step} of 20"):
             recover(str(tiny_compact), out, options, resume=step > 7, log=signal_after(step))
-    assert checkpoints(out) == ["checkpoint-10", "checkpoint-8"]
+    assert checkpoints(out) == ["checkpoint-10", "checkpoint-7"]
     record = recover(str(tiny_compact), out, options, resume=True)
     assert record is not None
     assert_same(out, measured)
@@ -141,8 +146,10 @@ def test_a_signal_at_the_last_step_lets_the_run_end(
 def unfinished(tiny_compact: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped after step 6."""
     out = tmp_path_factory.mktemp("unfinished") / "out"
-    with pytest.raises(InputError):
-        recover(str(tiny_compact), out, quick(text), log=signal_after(6))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(kept, "SECONDS", 0.0)
+        with pytest.raises(InputError):
+            recover(str(tiny_compact), out, quick(text), log=signal_after(6))
     return out
 
 
@@ -153,7 +160,7 @@ OTHER = {
     "--train all": "train = replicas+kept, now it is all",
     "--window-length 32": "window_length = 16, now it is 32",
     "--tokens 640": "steps = 20, now it is 10",
-    "--precision bf16": "precision = float32, now it is bfloat16",
+    "--precision bf16": "precision = fp32, now it is bf16",
     "--lora-rank 2": "lora_rank = 4, now it is 2",
     "--teacher SOURCE": "teacher = None",
     "--perplexity TEXT": "perplexity = None",
@@ -172,7 +179,7 @@ def test_a_run_of_something_else_is_not_resumed(
     code, _, errors = run("recover", model, unfinished, "--data", text, *TOKENS, *QUICK, "--resume", *words)
     assert code == 2
     assert OTHER[other] in last_line(errors)
-    assert checkpoints(unfinished) == ["checkpoint-4", "checkpoint-6"]
+    assert checkpoints(unfinished) == ["checkpoint-5", "checkpoint-6"]
 
 
 def test_an_unfinished_run_is_resumed_or_replaced_only_when_told(
@@ -182,7 +189,7 @@ def test_an_unfinished_run_is_resumed_or_replaced_only_when_told(
     arguments = ("recover", tiny_compact, tmp_path / "out", "--data", text, *TOKENS, *QUICK)
     code, _, errors = run(*arguments)
     assert code == 2
-    assert "holds an unfinished run: go on with --resume, or start anew with --overwrite" in last_line(errors)
+    assert "holds an unfinished run: go on with --resume, or start again with --overwrite" in last_line(errors)
     code, _, errors = run(*arguments, "--overwrite")
     assert code == 0
     assert "step 1/20 " in errors
@@ -205,17 +212,47 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_serves(
     assert_same(tmp_path / "out", whole)
 
 
-def test_the_newest_two_checkpoints_are_kept(tiny_compact: Path, text: Path, tmp_path: Path) -> None:
+def test_the_newest_two_checkpoints_are_kept(
+    tiny_compact: Path, text: Path, tmp_path: Path, often: None, whole: Path
+) -> None:
     seen: dict[int, list[str]] = {}
     out = tmp_path / "out"
     recover(str(tiny_compact), out, quick(text), log=lambda v, _: seen.__setitem__(int(v["step"]), checkpoints(out)))
-    assert [seen[step] for step in (4, 5, 9, 13)] == [
+    assert [seen[step] for step in (1, 2, 3, 4, 20)] == [
         [],
-        ["checkpoint-4"],
-        ["checkpoint-4", "checkpoint-8"],
-        ["checkpoint-12", "checkpoint-8"],
+        ["checkpoint-1"],
+        ["checkpoint-1", "checkpoint-2"],
+        ["checkpoint-2", "checkpoint-3"],
+        ["checkpoint-18", "checkpoint-19"],
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert_same(out, whole)
+
+
+@pytest.mark.parametrize(("took", "gap"), [(1.0, 300), (14.0, 300), (60.0, 1200)])
+def test_a_checkpoint_is_due_every_five_minutes_or_as_seldom_as_it_takes_long_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, took: float, gap: int
+) -> None:
+    """A killed run loses that much; writing takes a twentieth of the time at most."""
+    clock = [0.0]
+    monkeypatch.setattr(kept, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def write(tensors: dict[str, Any], *, checkpoint_id: Path, no_dist: bool) -> None:
+        checkpoint_id.mkdir()
+        clock[0] += took
+
+    monkeypatch.setattr(kept, "save_tensors", write)
+    folder = kept.RunFolder(tmp_path / "out", ALONE)
+    folder.start({})
+    clock[0] = 299
+    assert not folder.is_due()
+    clock[0] = 300
+    assert folder.is_due()
+    folder.save(1, {}, {})
+    clock[0] += gap - 1
+    assert not folder.is_due()
+    clock[0] += 1
+    assert folder.is_due()
 
 
 def test_a_disk_that_fills_during_a_checkpoint_leaves_the_one_before(
@@ -223,11 +260,11 @@ def test_a_disk_that_fills_during_a_checkpoint_leaves_the_one_before(
 ) -> None:
     arguments = ["recover", tiny_compact, tmp_path / "out", "--data", text, *TOKENS, *QUICK]
     filled = "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))"
-    ran = run_apart(hooked("os.rename", "*/checkpoint-4", filled), *arguments)
+    ran = run_apart(hooked("os.rename", "*/checkpoint-4", filled, OFTEN), *arguments)
     assert ran.returncode == 2
     line = last_line(ran.stderr)
     assert "the disk is full, free space; the state after step 4 is safe, --resume goes on from it" in line
-    assert checkpoints(tmp_path / "out") == ["checkpoint-4"]
+    assert checkpoints(tmp_path / "out") == ["checkpoint-3", "checkpoint-4"]
     assert run(*arguments, "--resume")[0] == 0
     assert_same(tmp_path / "out", whole)
 
@@ -245,24 +282,25 @@ def poisoned(model: Path, text: Path, folder: Path, step: int) -> Path:
 
 
 def test_a_loss_that_is_not_finite_leaves_the_last_good_state(
-    run: Run, tiny_compact: Path, single: Path, tmp_path: Path
+    run: Run, tiny_compact: Path, single: Path, tmp_path: Path, often: None
 ) -> None:
+    """That from which a finite step was taken."""
     model, out = poisoned(tiny_compact, single, tmp_path / "poisoned", step=11), tmp_path / "out"
-    arguments = ("recover", model, out, "--data", single, *TOKENS, *QUICK, "--train", "replicas", "--warmup", "0")
+    arguments = ("recover", model, out, "--data", single, *TOKENS, *QUICK, "--train", "replicas")
     code, printed, errors = run(*arguments)
     assert code == 2
-    stopped = f"the loss of step 11 is not finite: {out} holds the state after step 8; lower --lr (it was 0.004)"
+    stopped = f"the loss of step 11 is not finite: {out} holds the state after step 9; lower --lr (it was 0.004)"
     assert stopped in last_line(errors)
     record = json.loads((out / "record.json").read_text())["recovery"]
     assert record["stopped"].startswith(stopped)
-    assert record["steps"] == len(record["history"]) == 8
-    assert record["tokens"] == 8 * WINDOW * WINDOWS
-    assert "8 steps" in printed
+    assert record["steps"] == len(record["history"]) == 9
+    assert record["tokens"] == 9 * WINDOW * WINDOWS
+    assert "9 steps" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "poisoned"]
     trained = textbook.opened(tiny_compact)
     mark_trained(trained, "replicas", 0)
-    batches = textbook.batches_of(textbook.text_ids(single, tiny_compact), WINDOWS, WINDOW, 8)
-    textbook.train(trained, batches, steps=STEPS, lr=4e-3, warmup=0)
+    batches = textbook.batches_of(textbook.text_ids(single, tiny_compact), WINDOWS, WINDOW, 9)
+    textbook.train(trained, batches, steps=STEPS, lr=4e-3, warmup=1)
     found = textbook.weights(out)
     for name, parameter in trained.named_parameters():
         if parameter.requires_grad:
@@ -279,9 +317,9 @@ def test_a_loss_that_is_not_finite_at_first_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["poisoned"]
 
 
-def test_an_absurd_learning_rate_is_told(run: Run, tiny_compact: Path, text: Path, tmp_path: Path) -> None:
-    absurd = ("--lr", "900", "--precision", "fp16", "--train", "all", "--save-every", "1")
-    code, _, errors = run("recover", tiny_compact, tmp_path / "out", "--data", text, *TOKENS, *QUICK[:4], *absurd)
+def test_an_absurd_learning_rate_is_told(run: Run, tiny_compact: Path, text: Path, tmp_path: Path, often: None) -> None:
+    absurd = ("--lr", "900", "--precision", "fp16", "--train", "all")
+    code, _, errors = run("recover", tiny_compact, tmp_path / "out", "--data", text, *TOKENS, *QUICK, *absurd)
     assert code == 2
     assert re.search(r"step \d+ (is|are) not finite.*; lower --lr \(it was 900", last_line(errors))
 
@@ -304,7 +342,7 @@ def test_a_text_that_ends_uncounted_is_told_at_its_end_and_more_epochs_go_on(
     monkeypatch.setattr(batches, "_COUNTED_BYTES", 0)  # as if the text were too large to be counted
     tokens = len(textbook.text_ids(single, tiny_compact))
     steps = tokens // (WINDOW * WINDOWS)
-    asked = ("--data", single, *QUICK[:4], "--save-every", 99, "--tokens", (steps + 6) * WINDOW * WINDOWS)
+    asked = ("--data", single, *QUICK, "--tokens", (steps + 6) * WINDOW * WINDOWS)
     code, _, errors = run("recover", tiny_compact, tmp_path / "out", *asked)
     assert code == 2
     assert f"--resume with more --epochs goes on after step {steps}" in last_line(errors)
@@ -323,7 +361,7 @@ def test_no_thread_is_left_behind(tiny_compact: Path, text: Path, tmp_path: Path
 def test_tensorboard_gets_every_step(run: Run, tiny_compact: Path, text: Path, single: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415 - slow
 
-    reported = ("--report-to", "tensorboard", "--perplexity", single, "--eval-every", 5)
+    reported = ("--report-to", "tensorboard", "--perplexity", single)
     assert run("recover", tiny_compact, tmp_path / "out", "--data", text, *TOKENS, *QUICK, *reported)[0] == 0
     (events,) = (tmp_path / "logs" / "out").glob("events*")
     written = EventAccumulator(str(events))
@@ -331,7 +369,7 @@ def test_tensorboard_gets_every_step(run: Run, tiny_compact: Path, text: Path, s
     for name in ("loss", "lr", "gradient_norm"):
         expected = {step["step"]: step[name] for step in history(tmp_path / "out")}
         assert {event.step: event.value for event in written.Scalars(name)} == pytest.approx(expected)
-    assert [event.step for event in written.Scalars("perplexity")] == [5, 10, 15]
+    assert [event.step for event in written.Scalars("perplexity")] == list(range(2, 20, 2))
 
 
 @pytest.mark.parametrize(("train", "share"), [("replicas+kept", 0.1), ("replicas", 1.0), ("all", 1.0)])
@@ -356,5 +394,5 @@ def test_a_damaged_record_of_the_model_is_told(tiny_compact: Path, text: Path, t
     (tmp_path / "compact" / "record.json").write_text("{")
     code, _, errors = run("recover", tmp_path / "compact", tmp_path / "out", "--data", text, *TOKENS, *QUICK)
     assert code == 2
-    assert "record.json is not JSON" in last_line(errors)
+    assert "record.json is no record in JSON" in last_line(errors)
     assert not (tmp_path / "out").exists()

@@ -12,13 +12,12 @@ from torch import nn
 
 import textbook
 from families import FAMILIES, NUM_BLOCKS, block_list, compact_of, initialize_replicas, tiny_model, token_ids
-from flexigpt import InputError, PruneOptions, recover, remove
+from flexigpt import PruneOptions, recover, remove
 from flexigpt.pruning import ExtendOptions
 from flexigpt.pruning.extend import extend
 from flexigpt.record import write_checkpoint
-from flexigpt.recovery import TRAIN
 from flexigpt.recovery.teacher import Teacher
-from flexigpt.recovery.trainable import prepare_training, trained_parameters
+from flexigpt.recovery.trainable import TRAIN, prepare_training, trained_parameters
 from flexigpt.recovery.training import Training
 from flexigpt.runtime import ALONE
 
@@ -116,7 +115,7 @@ def test_the_teacher_stands_on_its_students_tensors(sources: Any, family: str, t
 def test_blocks_before_the_first_replica_run_once_for_both(sources: Any, train: str, once: int) -> None:
     training = distilling(compact_model("llama-gqa"), sources("llama-gqa"), train)
     assert training.teacher is not None
-    assert training.teacher.shared_blocks == once
+    assert training.teacher.blocks_run_once == once
     runs = [0] * NUM_BLOCKS
     for blocks in (training.model.block_list, block_list(training.teacher.model)):
         for number, block in enumerate(blocks):
@@ -152,7 +151,7 @@ def test_students_of_every_kind_learn_from_the_right_logits(
         write(student, remove(str(tiny_source), PruneOptions.paper(blocks=(1, 4))), tiny_source)
     else:
         write(student, extend(str(tiny_source), ExtendOptions(blocks="2:4", rank=2)), tiny_source)
-    given = options(single, teacher=str(tiny_source), distill_weight=WEIGHT, micro_batch=2)
+    given = options(single, teacher=str(tiny_source), distill_weight=WEIGHT)
     record = recover(str(student), tmp_path / "out", given)
     assert record is not None
     recovery = record["recovery"]
@@ -164,19 +163,16 @@ def test_students_of_every_kind_learn_from_the_right_logits(
     assert recovery["teacher"] == {"shared_bytes": stored - own, "own_bytes": own, "blocks_run_once": 0}
 
 
-def test_an_extended_student_shares_its_first_blocks(tiny_source: Path, single: Path, tmp_path: Path) -> None:
-    student = write(tmp_path / "student", extend(str(tiny_source), ExtendOptions(blocks="2:4", rank=2)), tiny_source)
+@pytest.mark.parametrize(("blocks", "once"), [("2:4", 3), ("5:6", 5)])
+def test_an_extended_student_shares_its_first_blocks(
+    tiny_source: Path, single: Path, tmp_path: Path, blocks: str, once: int
+) -> None:
+    """A repetition of the last block stands behind all blocks of the teacher."""
+    student = write(tmp_path / "student", extend(str(tiny_source), ExtendOptions(blocks=blocks, rank=2)), tiny_source)
     given = options(single, train="replicas", teacher=str(tiny_source), distill_weight=WEIGHT)
     record = recover(str(student), tmp_path / "out", given)
     assert record is not None
-    assert record["recovery"]["teacher"]["blocks_run_once"] == 3
+    assert record["recovery"]["teacher"]["blocks_run_once"] == once
     assert record["recovery"]["history"][0]["loss"] == pytest.approx(
         naive_losses(student, tiny_source, single), rel=1e-5
     )
-
-
-def test_a_teacher_of_another_vocabulary_is_refused(sources: Any) -> None:
-    student = compact_model("llama")
-    student.config.text_config.vocab_size = 100
-    with pytest.raises(InputError, match="has a vocabulary of 96, the model one of 100"):
-        Teacher(sources("llama"), student, torch.float32)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from test_training import CPU, SETTINGS, options
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import textbook
 from families import FAMILIES, NUM_BLOCKS, block_list, compact_of, initialize_replicas, tiny_model, token_ids
@@ -17,16 +16,7 @@ from flexigpt import InputError, Plan, Replica, recover
 from flexigpt.model import SharedLinear
 from flexigpt.pruning import PruneOptions, remove
 from flexigpt.record import write_checkpoint
-from flexigpt.recovery import TRAIN
-from flexigpt.recovery.draft import Draft
-from flexigpt.recovery.trainable import (
-    lora_rank_for,
-    matching_lora_rank,
-    merge_lora,
-    prepare_training,
-    trained_parameters,
-    training_flops,
-)
+from flexigpt.recovery.trainable import TRAIN, merge_lora, prepare_training, trained_parameters
 from flexigpt.recovery.training import Training
 from flexigpt.runtime import ALONE
 
@@ -148,45 +138,6 @@ def test_no_backward_pass_below_the_first_replica(family: str, checkpointing: bo
         )
     training.step(0, token_ids(4, 17))
     assert needed[:6] == [False, False, False, True, True, True]
-
-
-def test_match_trains_as_many_parameters_to_within_a_rank(tiny_source: Path, tiny_compact: Path) -> None:
-    shorter, _, _ = remove(str(tiny_source), PruneOptions.paper(blocks=(2, 4)))
-    compact = textbook.opened(tiny_compact)
-    rank = matching_lora_rank(shorter, compact)
-    counts = []
-    for given in (rank, rank + 1):
-        model, _, _ = remove(str(tiny_source), PruneOptions.paper(blocks=(2, 4)))
-        prepare_training(model, "replicas+kept", given, seed=0)
-        counts.append(sum(p.numel() for p in trained_parameters(model).values()))
-    prepare_training(compact, "replicas+kept", lora_rank_for(compact, None), seed=0)
-    wanted = sum(p.numel() for p in trained_parameters(compact).values())
-    assert abs(counts[0] - wanted) <= (counts[1] - counts[0]) / 2
-    with pytest.raises(InputError, match="--match is for a model without replicas"):
-        matching_lora_rank(compact_model("llama"), compact_model("llama"))
-
-
-@pytest.mark.parametrize("train", TRAIN)
-def test_operations_are_those_that_torch_counts(train: str) -> None:
-    """Of windows so short that attention, which torch does not count on a CPU, is within the tolerance."""
-    model = compact_model("llama")
-    prepare_training(model, train, 4, seed=0)
-    ids = token_ids(8, 8)
-    with FlopCounterMode(display=False) as counter:
-        model(input_ids=ids).logits.sum().backward()
-    assert training_flops(model, 8) * ids.numel() == pytest.approx(counter.get_total_flops(), rel=0.08)
-
-
-@pytest.mark.parametrize("train", ["replicas+kept", "all"])
-def test_a_draft_that_is_trained_too_counts(train: str) -> None:
-    model = compact_model("llama")
-    prepare_training(model, train, 4, seed=0)
-    ids, draft = token_ids(8, 8), Draft(model)
-    with FlopCounterMode(display=False) as counter, draft.watched() as entering:
-        logits = model(input_ids=ids).logits
-        (logits.sum() + draft.logits(ids, entering[0]).sum()).backward()
-    assert training_flops(model, 8, draft=True) * ids.numel() == pytest.approx(counter.get_total_flops(), rel=0.08)
-    assert training_flops(model, 8, draft=True) > 1.1 * training_flops(model, 8)
 
 
 def test_only_replicas_of_a_model_without_any_is_refused(tiny_source: Path, text: Path, tmp_path: Path) -> None:

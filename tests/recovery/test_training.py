@@ -12,10 +12,10 @@ import torch
 import textbook
 from families import tiny_model, token_ids
 from flexigpt import RecoverOptions, recover
-from flexigpt.recovery import TRAIN
-from flexigpt.recovery.trainable import prepare_training, trained_parameters
-from flexigpt.recovery.training import NotFiniteError, Settings, Training
-from flexigpt.runtime import ALONE
+from flexigpt.recovery import training as steps_of_training
+from flexigpt.recovery.trainable import TRAIN, prepare_training, trained_parameters
+from flexigpt.recovery.training import PRECISIONS, NotFiniteError, Settings, Training
+from flexigpt.runtime import ALONE, choices_of
 
 CPU = torch.device("cpu")
 WINDOW, WINDOWS, STEPS = 16, 4, 8
@@ -27,8 +27,6 @@ SETTINGS = Settings(
     lr=1e-2,
     replica_share=1.0,
     warmup_steps=2,
-    weight_decay=0.0,
-    clip=1.0,
     dtype=torch.float32,
     fsdp=False,
     activation_checkpointing=False,
@@ -57,20 +55,30 @@ def mark_trained(model: Any, train: str, lora_rank: int) -> dict[str, tuple[torc
 
 
 @pytest.mark.parametrize(
-    ("train", "micro_batch", "replica_lr"),
-    [("replicas+kept", 1, None), ("replicas+kept", 4, 3e-4), ("replicas", 3, None), ("all", 2, 1e-2)],
+    ("train", "windows_at_a_time", "replica_lr"),
+    [("replicas+kept", 1, None), ("replicas+kept", 4, 3e-4), ("replicas", 3, 0.7), ("all", 2, 1e-2)],
 )
 def test_recovery_is_the_textbooks_loop(
-    tiny_compact: Path, single: Path, tmp_path: Path, train: str, micro_batch: int, replica_lr: float | None
+    tiny_compact: Path,
+    single: Path,
+    tmp_path: Path,
+    train: str,
+    windows_at_a_time: int,
+    replica_lr: float | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = {"lr": 2e-3, "weight_decay": 0.1, "clip": 0.1, "replica_lr": replica_lr}
-    given = options(single, train=train, micro_batch=micro_batch, warmup=0.25, **asked)
+    """Of a step's 4 windows 1, 2 or 4 go through at a time. Where replicas alone are trained, --lr is theirs."""
+    monkeypatch.setitem(steps_of_training._PASS_TOKENS, "cpu", windows_at_a_time * WINDOW)
+    monkeypatch.setattr(steps_of_training, "_CLIP", 0.1)
+    given = options(single, train=train, warmup=0.25, lr=2e-3, replica_lr=replica_lr)
     record = recover(str(tiny_compact), tmp_path / "out", given)
+    assert record is not None
+    assert record["recovery"]["micro_batch"] == {1: 1, 2: 2, 3: 2, 4: 4}[windows_at_a_time]
+    asked = {"lr": 2e-3, "clip": 0.1, "replica_lr": None if train == "replicas" else replica_lr}
     model = textbook.opened(tiny_compact)
     factors = mark_trained(model, train, lora_rank=4)
     batches = textbook.batches_of(textbook.text_ids(single, tiny_compact), WINDOWS, WINDOW, STEPS)
     history = textbook.train(model, batches, steps=STEPS, warmup=2, **asked)
-    assert record is not None
     for found, expected in zip(record["recovery"]["history"], history, strict=True):
         assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert history[0]["gradient_norm"] > 0.1, "nothing was clipped"
@@ -82,6 +90,24 @@ def test_recovery_is_the_textbooks_loop(
     with torch.no_grad():
         found, expected_logits = (m(input_ids=batches[0]).logits for m in (textbook.opened(tmp_path / "out"), model))
     torch.testing.assert_close(found, expected_logits, atol=1e-4, rtol=1e-3)
+
+
+def test_each_choice_has_what_it_stands_for() -> None:
+    kinds = RecoverOptions.__annotations__
+    assert choices_of(kinds["train"]) == tuple(TRAIN)
+    assert choices_of(kinds["precision"]) == tuple(PRECISIONS)
+
+
+def test_trying_out_a_window_leaves_no_trace() -> None:
+    """By it a GPU finds how many windows it holds; a CPU goes by its caches."""
+    plain, tried = training(torch.float32), training(torch.float32)
+    tried._try_window()
+    tried.fit_memory()
+    assert tried.settings == plain.settings
+    windows = token_ids(4, WINDOW + 1)
+    assert tried.step(0, windows) == plain.step(0, windows)
+    expected = trained_parameters(plain.model)
+    assert all(torch.equal(p, expected[name]) for name, p in trained_parameters(tried.model).items())
 
 
 def test_the_learning_rate_rises_and_falls_to_zero() -> None:

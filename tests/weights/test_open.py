@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from families import compact_of, initialize_replicas, tiny_model, token_ids
 from flexigpt import FlexiGPTForCausalLM, InputError, Plan, PruneOptions, Replica, prune, write_checkpoint
-from flexigpt.runtime import check_output, check_space, find_device, replaced_folder
+from flexigpt.runtime import check_output
 from flexigpt.weights import (
     Source,
     StreamedModel,
@@ -237,98 +237,6 @@ def test_a_missing_tokenizer_is_one_clear_line(tiny_source: Path, tmp_path: Path
     (tmp_path / "config.json").write_bytes((tiny_source / "config.json").read_bytes())
     with pytest.raises(InputError, match=r"the tokenizer of .* cannot be opened"):
         load_tokenizer(str(tmp_path))
-
-
-@pytest.mark.parametrize("device", ["tpu", "cuda:99", "meta", ""])
-def test_devices_that_are_not_there_are_refused(device: str) -> None:
-    with pytest.raises(InputError, match="cannot be used here"):
-        find_device(device)
-
-
-def test_the_output_is_checked_before_the_work(tmp_path: Path) -> None:
-    source, full = tmp_path / "source", tmp_path / "full"
-    for folder in (source, full):
-        folder.mkdir()
-        (folder / "config.json").write_text("{}")
-    inputs = (str(source), None, "a/hub-name")
-    check_output(tmp_path / "new" / "deep", inputs, overwrite=False)
-    (tmp_path / "empty").mkdir()
-    check_output(tmp_path / "empty", inputs, overwrite=False)
-    with pytest.raises(InputError, match="is not empty: give another folder, or --overwrite"):
-        check_output(full, inputs, overwrite=False)
-    with pytest.raises(InputError, match="was not written by flexigpt"):
-        check_output(full, inputs, overwrite=True)
-    (full / "record.json").write_text("{}")
-    check_output(full, inputs, overwrite=True)
-    for out, read in ((source, source), (tmp_path, source), (full, full / "plan.json")):
-        read.touch()
-        with pytest.raises(InputError, match=r"lies in .*, which is to be replaced"):
-            check_output(out, (str(source), read), overwrite=True)
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for out, reason in (
-        (full / "config.json", "is a file"),
-        (full / "config.json" / "out", "is no folder"),
-        (tmp_path / "link", "a link to nowhere"),
-        (Path("/"), "cannot be replaced"),
-        (Path.cwd(), "cannot be replaced"),
-        (tmp_path / ("long" * 100), "cannot be written to"),
-    ):
-        with pytest.raises(InputError, match=reason):
-            check_output(out, inputs, overwrite=True)
-
-
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with replaced_folder(out) as folder:
-        (folder / "a").write_text("first")
-    with replaced_folder(out) as folder:
-        (folder / "b").write_text("second")
-    assert [file.name for file in out.iterdir()] == ["b"]
-
-    def write_half(error: BaseException) -> None:
-        with replaced_folder(out) as folder:
-            (folder / "c").write_text("half")
-            raise error
-
-    for error in (RuntimeError, KeyboardInterrupt):
-        with pytest.raises(error):
-            write_half(error())
-    assert [file.name for file in out.iterdir()] == ["b"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_an_error_between_the_two_renames_puts_the_old_folder_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").touch()
-    rename = Path.rename
-
-    def interrupted(self: Path, target: Path) -> Path:
-        if self.name == "new":
-            raise KeyboardInterrupt
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt), replaced_folder(out):
-        pass
-    assert [file.name for file in out.iterdir()] == ["old"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_link_to_a_folder_is_written_through(tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    with replaced_folder(tmp_path / "link") as folder:
-        (folder / "a").touch()
-    assert (tmp_path / "link").is_symlink()
-    assert [file.name for file in (tmp_path / "real").iterdir()] == ["a"]
-
-
-def test_a_disk_that_is_too_small_is_told_before_writing(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"MB free, the checkpoint needs 1,000,000,000,000 MB"):
-        check_space(tmp_path / "out", 10**18)
 
 
 def test_the_file_is_as_large_as_its_parameters(tmp_path: Path) -> None:

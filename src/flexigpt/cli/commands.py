@@ -34,17 +34,23 @@ _PRESET = (
     "calibration text), thorough (also chooses blocks by the damage that their replicas do; takes long), paper (the "
     f"paper's recipe). [default: {_DEFAULT}]"
 )
+Preset = Annotated[
+    str, typer.Option(help=_PRESET, metavar="NAME", autocompletion=lambda: list(PRESETS), show_default=False)
+]
 
 
 def prune(
     asked: Asked,
     source: Source,
     out: Out,
-    preset: Annotated[str, typer.Option(help=_PRESET, metavar="NAME", autocompletion=lambda: list(PRESETS))] = (
-        _DEFAULT
-    ),
+    preset: Preset = _DEFAULT,
     plan_only: Annotated[
-        bool, typer.Option("--plan-only", help="write only the plan, OUT/plan.json, to look at, edit and apply.")
+        bool,
+        typer.Option(
+            "--plan-only",
+            help="write only the plan, OUT/plan.json, to look at, edit and apply.",
+            rich_help_panel="What to prune",
+        ),
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:

@@ -8,8 +8,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,45 +27,34 @@ class Verbosity(IntEnum):
     VERBOSE = 2
 
 
-class Reporting(Protocol):
-    """What reports the progress of stages, and notes beside it."""
+class Reporting:
+    """Reports the progress of stages, and notes beside it; this one says nothing at all."""
 
-    def __enter__(self) -> "Reporting": ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *error: object) -> None:
+        pass
 
-    def __call__(self, items: Iterable[T], stage: str, total: int) -> Iterator[T]: ...
+    def __call__(self, items: Iterable[T], stage: str, total: int) -> Iterator[T]:
+        """Yields `items` one by one; `total` is how many there will be."""
+        return iter(items)
 
-    def note(self, line: str) -> None: ...
+    def note(self, line: str) -> None:
+        """Prints a line."""
 
 
-class _Bars:
+class _Bars(Reporting):
     """Progress bars on a terminal, one for each stage, with the time left."""
 
     def __init__(self) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich import progress
 
-        self._progress = Progress(
-            TextColumn("{task.description:22}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("elapsed"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=_console(stderr=True),
-        )
+        shown = ("{task.description:22}", progress.BarColumn(), progress.MofNCompleteColumn(), "elapsed")
+        columns = (*shown, progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn())
+        self._progress = progress.Progress(*columns, console=_console(stderr=True))
 
-    def __enter__(self) -> "_Bars":
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
@@ -77,11 +65,10 @@ class _Bars:
         return iter(self._progress.track(items, total=total, description=stage))
 
     def note(self, line: str) -> None:
-        """A line above the bars."""
         self._progress.console.print(line, highlight=False)
 
 
-class Lines:
+class Lines(Reporting):
     """Plain lines where nobody draws bars (`nohup`, Slurm, a notebook): when a stage begins, while it runs, at its end.
 
     Args:
@@ -90,12 +77,6 @@ class Lines:
 
     def __init__(self, seconds: float = _LINE_SECONDS) -> None:
         self._seconds = seconds
-
-    def __enter__(self) -> "Lines":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
 
     def __call__(self, items: Iterable[T], stage: str, total: int) -> Iterator[T]:
         began, done, ended = time.monotonic(), 0, threading.Event()
@@ -119,30 +100,13 @@ class Lines:
             teller.join()
 
     def note(self, line: str) -> None:
-        """A line."""
         print(line, file=sys.stderr, flush=True)
-
-
-class _Silent:
-    """Nothing at all."""
-
-    def __enter__(self) -> "_Silent":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def __call__(self, items: Iterable[T], stage: str, total: int) -> Iterator[T]:
-        return iter(items)
-
-    def note(self, line: str) -> None:
-        """Nothing."""
 
 
 def reporting(verbosity: Verbosity) -> Reporting:
     """Bars on a terminal, lines elsewhere, or nothing."""
     if verbosity is Verbosity.QUIET:
-        return _Silent()
+        return Reporting()
     return _Bars() if _console(stderr=True).is_terminal else Lines()
 
 

@@ -95,15 +95,16 @@ def add_command(
 
     made = [_parameter(field, kinds[field.name], described[field.name]) for field in fields]
     every = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
-    every += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-    every += [*made, _keyword("help_all", bool, typer.Option("--help-all", is_eager=True, callback=show_all), False)]
+    every += [*made, *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own)]
+    every += [_keyword("help_all", bool, typer.Option("--help-all", is_eager=True, callback=show_all), False)]
     call.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
     call.__doc__ = function.__doc__
-    own_names = {parameter.name for parameter in own}
+    panels = {parameter.name: _panel(parameter) for parameter in own}
+    everyday = {name for name, panel in panels.items() if panel is None}
     look = {
-        "groups": {field.name: field.metadata["group"] for field in fields},
-        "everyday": own_names | {field.name for field in fields if field.metadata["everyday"]},
+        "groups": {field.name: field.metadata["group"] for field in fields} | panels,
+        "everyday": everyday | {field.name for field in fields if field.metadata["everyday"]},
         "example": example,
     }
     settings = {"help_option_names": ["-h", "--help"]}
@@ -126,6 +127,11 @@ def descriptions(options: Options) -> dict[str, str]:
 
 def _parameters(function: Callable[..., None]) -> list[inspect.Parameter]:
     return list(inspect.signature(function, eval_str=True).parameters.values())
+
+
+def _panel(parameter: inspect.Parameter) -> str | None:
+    """The heading of an option of the command's own; None: it is an everyday one."""
+    return getattr(get_args(parameter.annotation)[1], "rich_help_panel", None)
 
 
 def _keyword(name: str, kind: Any, shown: Any, default: Any) -> inspect.Parameter:

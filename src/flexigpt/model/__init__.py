@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING
 from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
-    from flexigpt.model.architecture import (
-        ARCHITECTURES,
-        Roles,
-        find_architecture,
-        model_shape,
-        num_blocks,
-        weight_matrix,
-    )
+    from flexigpt.model.architecture import ARCHITECTURES, Roles, find_architecture, num_blocks, weight_matrix
     from flexigpt.model.build import (
         all_tensors,
         check_depth,
@@ -35,6 +28,7 @@ if TYPE_CHECKING:
         count_parts,
         layout_of,
         linear_tensors,
+        model_shape,
         plan_of,
         stored_bytes,
     )

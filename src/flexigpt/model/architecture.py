@@ -6,11 +6,9 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from flexigpt.model.modeling_flexigpt import linear_size
-from flexigpt.model.plan import ModelShape
 from flexigpt.runtime import InputError
 
 ADDING_PAGE = "docs/architectures.md"
@@ -65,18 +63,25 @@ class Architecture:
     Attributes:
         blocks: path of the list of blocks within the causal language model.
         roles: paths of a block's linears within the block, and what they compute.
-        output_norms: paths within the block of the modules that an output norm follows: the last ones of attention
-            and MLP before the residual addition. The output projections, or, where the family normalises a
-            sublayer's output itself (Gemma, OLMo 2), that norm: before it, it would undo the output norm's scale.
+        sublayer_norms: paths within the block of the norms of what attention and MLP put out, where the family has such
+            (Gemma, OLMo 2).
         gather: makes the per-block lists of a configuration those of the given blocks, in place.
         block_returns_tuple: whether a block returns (hidden states, ...) instead of the hidden states alone.
     """
 
     blocks: str
     roles: Roles
-    output_norms: tuple[str, str]
+    sublayer_norms: tuple[str, str] | None = None
     gather: Callable[[dict[str, Any], Sequence[int]], None] = _gather_layer_types
     block_returns_tuple: bool = False
+
+    @property
+    def output_norms(self) -> tuple[str, str]:
+        """Paths within the block of the modules that an output norm follows, the last before the residual addition.
+
+        The output projections, or the sublayers' norms: before these, they would undo the output norm's scale.
+        """
+        return self.sublayer_norms or (self.roles.output, self.roles.down)
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -84,6 +89,11 @@ class Architecture:
         roles = self.roles
         paths = (roles.query, roles.key, roles.value, roles.output, roles.gate, roles.up, roles.down)
         return tuple(dict.fromkeys(path for path in paths if path is not None))
+
+
+def _fused(qkv: str, output: str, up: str, down: str, **more: Any) -> Roles:
+    """Where one linear computes queries, keys and values."""
+    return Roles(query=qkv, key=qkv, value=qkv, output=output, up=up, down=down, **more)
 
 
 _LLAMA_ROLES = Roles(
@@ -96,17 +106,13 @@ _LLAMA_ROLES = Roles(
     down="mlp.down_proj",
 )
 
-_LLAMA = Architecture(
-    blocks="model.layers",
-    roles=_LLAMA_ROLES,
-    output_norms=("self_attn.o_proj", "mlp.down_proj"),
-)
+_LLAMA = Architecture(blocks="model.layers", roles=_LLAMA_ROLES)
 
-_SANDWICH = Architecture(
-    blocks=_LLAMA.blocks,
-    roles=_LLAMA_ROLES,
-    output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
-)
+_SANDWICH = replace(_LLAMA, sublayer_norms=("post_attention_layernorm", "post_feedforward_layernorm"))
+
+_PHI3 = _fused("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj", gate="mlp.gate_up_proj")
+
+_NEOX = _fused("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", by_head=True)
 
 # By the model type in the source's config.json.
 ARCHITECTURES: dict[str, Architecture] = {
@@ -118,45 +124,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma2": _SANDWICH,
     "gemma3_text": replace(_SANDWICH, roles=replace(_LLAMA_ROLES, query_key_norm="head")),
     "olmo2": replace(_SANDWICH, roles=replace(_LLAMA_ROLES, query_key_norm="all")),
-    "phi3": Architecture(
-        blocks="model.layers",
-        roles=Roles(
-            query="self_attn.qkv_proj",
-            key="self_attn.qkv_proj",
-            value="self_attn.qkv_proj",
-            output="self_attn.o_proj",
-            gate="mlp.gate_up_proj",
-            up="mlp.gate_up_proj",
-            down="mlp.down_proj",
-        ),
-        output_norms=("self_attn.o_proj", "mlp.down_proj"),
-    ),
+    "phi3": Architecture(blocks="model.layers", roles=_PHI3),
     "opt": Architecture(
         blocks="model.decoder.layers",
-        roles=Roles(
-            query="self_attn.q_proj",
-            key="self_attn.k_proj",
-            value="self_attn.v_proj",
-            output="self_attn.out_proj",
-            up="fc1",
-            down="fc2",
-            rotary=False,
-        ),
-        output_norms=("self_attn.out_proj", "fc2"),
+        roles=replace(_LLAMA_ROLES, output="self_attn.out_proj", gate=None, up="fc1", down="fc2", rotary=False),
     ),
-    "gpt_neox": Architecture(
-        blocks="gpt_neox.layers",
-        roles=Roles(
-            query="attention.query_key_value",
-            key="attention.query_key_value",
-            value="attention.query_key_value",
-            output="attention.dense",
-            up="mlp.dense_h_to_4h",
-            down="mlp.dense_4h_to_h",
-            by_head=True,
-        ),
-        output_norms=("attention.dense", "mlp.dense_4h_to_h"),
-    ),
+    "gpt_neox": Architecture(blocks="gpt_neox.layers", roles=_NEOX),
     "gpt_neo": Architecture(
         blocks="transformer.h",
         roles=Roles(
@@ -168,23 +141,12 @@ ARCHITECTURES: dict[str, Architecture] = {
             down="mlp.c_proj",
             rotary=False,
         ),
-        output_norms=("attn.attention.out_proj", "mlp.c_proj"),
         gather=_gather_attention_types,
         block_returns_tuple=True,
     ),
     "gpt2": Architecture(
         blocks="transformer.h",
-        roles=Roles(
-            query="attn.c_attn",
-            key="attn.c_attn",
-            value="attn.c_attn",
-            output="attn.c_proj",
-            up="mlp.c_fc",
-            down="mlp.c_proj",
-            transposed=True,
-            rotary=False,
-        ),
-        output_norms=("attn.c_proj", "mlp.c_proj"),
+        roles=_fused("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", transposed=True, rotary=False),
     ),
 }
 
@@ -236,26 +198,7 @@ def num_blocks(config: PreTrainedConfig) -> int:
     return int(config.num_hidden_layers)
 
 
-def block_list(model: PreTrainedModel) -> nn.ModuleList:
-    """The blocks of a source model, in order."""
-    return cast(nn.ModuleList, model.get_submodule(find_architecture(model.config).blocks))
-
-
 def weight_matrix(linear: nn.Module) -> torch.Tensor:
     """The weight as (outputs, inputs); GPT-2's `Conv1D` stores it transposed."""
     weight = cast(torch.Tensor, linear.weight)
     return weight.T if isinstance(linear, Conv1D) else weight
-
-
-def model_shape(model: PreTrainedModel, output_norm: bool = True, base_scale: bool = False) -> ModelShape:
-    """The sizes that accounting needs, read off a source model; the meta device will do."""
-    architecture = find_architecture(model.config)
-    block = block_list(model)[0]
-    return ModelShape(
-        parameters=model.num_parameters(),
-        block_parameters=sum(parameter.numel() for parameter in block.parameters()),
-        linears={path: linear_size(block.get_submodule(path)) for path in architecture.linears},
-        hidden_size=model.config.hidden_size,
-        num_output_norms=len(architecture.output_norms) if output_norm else 0,
-        base_scale=base_scale,
-    )

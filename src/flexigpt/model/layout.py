@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexigpt.model.architecture import find_architecture
 from flexigpt.model.configuration_flexigpt import FlexiGPTConfig
-from flexigpt.model.modeling_flexigpt import FlexiGPTForCausalLM
-from flexigpt.model.plan import Plan
+from flexigpt.model.modeling_flexigpt import FlexiGPTForCausalLM, linear_size
+from flexigpt.model.plan import ModelShape, Plan
 
 # What an output norm is wrapped around lies so within the wrapper, and the norm's weight so.
 INNER, OUTPUT_NORM = ".inner", ".output_norm.weight"
@@ -109,6 +109,20 @@ def layout_of(model: PreTrainedModel) -> Layout:
         ranks={replica.block: replica.rank for replica in replicas},
         returns_tuple=architecture.block_returns_tuple,
         is_compact=is_compact,
+    )
+
+
+def model_shape(model: PreTrainedModel, output_norm: bool = True, base_scale: bool = False) -> ModelShape:
+    """The sizes that accounting needs, read off a source model; the meta device will do."""
+    layout = layout_of(model)
+    block = layout.blocks[0]
+    return ModelShape(
+        parameters=model.num_parameters(),
+        block_parameters=sum(parameter.numel() for parameter in block.parameters()),
+        linears={path: linear_size(block.get_submodule(path)) for path in layout.linears},
+        hidden_size=model.config.hidden_size,
+        num_output_norms=2 if output_norm else 0,
+        base_scale=base_scale,
     )
 
 

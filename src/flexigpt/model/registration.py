@@ -7,7 +7,7 @@ not, right after it is loaded.
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
@@ -34,7 +34,13 @@ class _Hook(MetaPathFinder):
         self._unseen.remove(fullname)  # before the search, which comes back here
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Telling(spec.loader, self)
+            run = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                run(module)
+                self.loaded(fullname)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
     def loaded(self, name: str) -> None:
@@ -53,20 +59,6 @@ class _Hook(MetaPathFinder):
             else:
                 config_class = import_module(ours).FlexiGPTConfig
                 import_module(theirs).AutoConfig.register(config_class.model_type, config_class)
-
-
-class _Telling(Loader):
-    """Loads a module as its own loader does, then tells the hook."""
-
-    def __init__(self, loader: Loader, hook: _Hook) -> None:
-        self._loader, self._hook = loader, hook
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        self._hook.loaded(module.__name__)
 
 
 def register_when_imported() -> None:

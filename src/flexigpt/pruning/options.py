@@ -66,7 +66,7 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
     """
 
     ratio: float | None = option(None, group=_WHAT, everyday=True)
-    blocks: Sequence[int] | None = option(None, group=_WHAT, everyday=True, metavar="12,13,...", parse=parse_blocks)
+    blocks: Sequence[int] | None = option(None, group=_WHAT, metavar="12,13,...", parse=parse_blocks)
     target_size: str | None = option(None, group=_WHAT, everyday=True, metavar="4.8B|3.2GB")
     plan: str | Path | None = option(None, group=_WHAT)
     block_score: BlockScoreName = option("influence", group=_WHAT)

@@ -64,11 +64,10 @@ class RunFolder:
             raise InputError(f"there is no run to resume in {self.path}: leave --resume out") from error
         given = json.loads(json.dumps(identity))
         for name in [*started, *given]:
-            if started.get(name) != given.get(name):
-                raise InputError(
-                    f"the run in {self.path} was started with {name} = {started.get(name)}, now it is "
-                    f"{given.get(name)}: resume with the same, or start again with --overwrite"
-                )
+            was, became = started.get(name), given.get(name)
+            if was != became:
+                differs = f"the run in {self.path} was started with {name} = {was}, now it is {became}"
+                raise InputError(f"{differs}: resume with the same, or start again with --overwrite")
 
     def steps(self) -> list[int]:
         """The steps after which a complete checkpoint lies here, ascending."""
@@ -115,10 +114,8 @@ class RunFolder:
                 load_tensors(tensors, checkpoint_id=folder, no_dist=not self._world.joined)
             state: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         except (CheckpointException, OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-            reason = one_line(_cause(error))[:200]
-            raise InputError(
-                f"{folder} cannot be read ({reason}): remove it to go on from the checkpoint before"
-            ) from error
+            advice = "remove it to go on from the checkpoint before"
+            raise InputError(f"{folder} cannot be read ({_reason(error)}): {advice}") from error
         return state
 
     def remove(self) -> None:
@@ -146,16 +143,11 @@ def _quietly() -> Iterator[None]:
         yield
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What went wrong, out of what torch wraps it in."""
-    causes = [wrapped[0] for wrapped in error.failures.values()] if isinstance(error, CheckpointException) else []
-    return causes[0] if causes else error
-
-
 def _reason(error: BaseException) -> str:
-    error = _cause(error)
-    is_full = any(sign in str(error) for sign in _DISK_FULL)
-    return "the disk is full, free space" if is_full else one_line(error)[:200]
+    """What went wrong, out of what torch wraps it in."""
+    failures = [wrapped[0] for wrapped in error.failures.values()] if isinstance(error, CheckpointException) else []
+    shown = one_line(failures[0] if failures else error)
+    return "the disk is full, free space" if any(sign in shown for sign in _DISK_FULL) else shown[:200]
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:

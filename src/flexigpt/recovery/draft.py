@@ -110,8 +110,8 @@ def measure_draft(
     draft = Draft(model)
 
     def both(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with draft.watched() as entering:
-            return model(input_ids=ids, use_cache=False).logits, draft.logits(ids, entering[0])
+        with draft.watched() as entered:
+            return model(input_ids=ids, use_cache=False).logits, draft.logits(ids, entered[0])
 
     sums = torch.zeros(5, dtype=torch.float64, device=model.device)
     walk = logits_over(model, text, window_length, both=both, world=world, stage="measuring the draft", track=track)

@@ -42,7 +42,7 @@ class RecoverOptions:
 
     data: str = option("cerebras/SlimPajama-627B@train", group=_TEXT, everyday=True, metavar="FILE|FOLDER|NAME")
     tokens: str = option("1B", group=_TEXT, everyday=True, metavar="600M|100K")
-    perplexity: str | None = option(None, group=_TEXT, everyday=True, metavar="FILE|NAME")
+    perplexity: str | None = option(None, group=_TEXT, metavar="FILE|NAME")
     epochs: int = option(1, group=_TEXT, least=1)
     window_length: int | None = option(None, group=_TEXT)
     train: Literal["replicas+kept", "replicas", "all"] = option("replicas+kept", group=_TRAINED)
@@ -58,7 +58,7 @@ class RecoverOptions:
     activation_checkpointing: bool = option(False)
     fsdp: bool = option(False)
     report_to: str | None = option(None, metavar="NAME,...")
-    device: str = option("auto", everyday=True)
+    device: str = option("auto")
     seed: int = option(0)
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from flexigpt.recovery.checkpoints import RunFolder
 from flexigpt.recovery.measuring import HeldOut
 from flexigpt.recovery.options import RecoverOptions
 from flexigpt.recovery.teacher import Teacher, check_teacher
-from flexigpt.recovery.tracking import Trackers, tracker_classes
+from flexigpt.recovery.tracking import reported, tracker_classes
 from flexigpt.recovery.trainable import USES_LORA, lora_rank_for, merge_lora, prepare_training
 from flexigpt.recovery.training import PRECISIONS, NotFiniteError, Training, hold_in, resolve_settings
 from flexigpt.runtime import (
@@ -55,7 +55,7 @@ _MAY_DIFFER = {"tokens", "epochs", "activation_checkpointing", "fsdp", "report_t
 # A checkpoint holds each trained parameter and AdamW's two averages in float32; there are two, and one being written.
 _BYTES_PER_TRAINED, _CHECKPOINTS = 12, 3
 
-# (what a step gave, steps of the run)
+# (what a step gave, steps of the run) or, for trackers, (the same, steps done)
 Log = Callable[[dict[str, float], int], None]
 
 
@@ -91,12 +91,12 @@ def recover(
     Raises:
         InputError: anything a user can put right; see the message.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     check_output(out, (model, options.data, options.teacher, options.perplexity), overwrite)
     tracker_classes(options.report_to)
     if options.fsdp and not launched():
         raise InputError(
-            "--fsdp shards over processes, and there is one: start it with torchrun --nproc-per-node N -m flexigpt"
+            "--fsdp shards over processes, and there is one: start torchrun --nproc-per-node N -m flexigpt"
         )
     device = find_device(processes.local_device(options.device))
     with processes.joined_world(device) as world:
@@ -129,12 +129,13 @@ class _Run:
             check_teacher(options.teacher, self.empty, self.tokenizer, self.window_length)
         self.lora_rank = lora_rank_for(self.empty, options.lora_rank) if options.train in USES_LORA else 0
         self.origin, self.has_replicas = _record_of(model), bool(layout_of(self.empty).bases)
+        if options.train == "replicas" and not self.has_replicas:
+            raise InputError("--train replicas trains nothing, since the model has no replicas: leave it out")
         of_model = {"replicas": self.has_replicas, "fitted": bool(find_in(self.origin or {}, "fitted"))}
         self.settings = resolve_settings(options, self.window_length, world, device, **of_model)
         self.eval_every = max(1, round(self.settings.steps / _EVALUATIONS))
         self.history: list[dict[str, float]] = []
         self.measured: dict[str, Any] = {}
-        self.stopped: str | None = None
 
     @cached_property
     def held_out(self) -> HeldOut | None:
@@ -149,9 +150,8 @@ class _Run:
         if resume:
             self.folder.check(self._identity())
         elif self.folder.path.exists() and not overwrite:
-            raise InputError(
-                f"{self.folder.path} holds an unfinished run: go on with --resume, or start again with --overwrite"
-            )
+            there = f"{self.folder.path} holds an unfinished run"
+            raise InputError(f"{there}: go on with --resume, or start again with --overwrite")
 
     @cached_property
     def resolved(self) -> dict[str, Any]:
@@ -188,16 +188,15 @@ class _Run:
             self.folder.start(self._identity())
         if held_out is not None and "before" not in self.measured:
             self.measured["before"] = held_out.of_training(training)
-        classes = tracker_classes(options.report_to if self.world.leads else None)
-        trackers = Trackers(classes, run=self.out.name, folder=self.out.parent / "logs", options=asdict(options))
-        with _interruptions() as interrupted, closing(trackers):
+        report_to = options.report_to if self.world.leads else None
+        curves = reported(report_to, run=self.out.name, folder=self.out.parent / "logs", options=asdict(options))
+        with _interruptions() as interrupted, curves as report:
             try:
-                self._loop(training, stream, trackers, interrupted)
+                self._loop(training, stream, report, interrupted)
             except NotFiniteError as error:
                 self._fall_back(training, str(error))
-        self.measured["trained_parameters"] = training.trained_parameters
+        self.measured |= {"trained_parameters": training.trained_parameters, "peak_bytes": peak_bytes(self.device)}
         self.measured["micro_batch"] = training.settings.micro_batch
-        self.measured["peak_bytes"] = peak_bytes(self.device)
         return training.trained_tensors()
 
     def _prepare(self) -> Training:
@@ -217,9 +216,7 @@ class _Run:
             self.measured["teacher"] = {name: getattr(teacher, name) for name in sizes}
         return training
 
-    def _loop(
-        self, training: Training, stream: TrainingStream, trackers: Trackers, interrupted: threading.Event
-    ) -> None:
+    def _loop(self, training: Training, stream: TrainingStream, report: Log, interrupted: threading.Event) -> None:
         settings, start, seconds = self.settings, len(self.history), 0.0
         batches = iterate(stream, settings.batch_windows, settings.steps - start)
         saved, state = start, stream.state_dict()
@@ -229,7 +226,8 @@ class _Run:
                 try:
                     windows, state = next(batches)
                 except EndOfText as error:
-                    self._save(training, step, saved, state)
+                    if step > saved:
+                        self._save(training, step, state)
                     raise InputError(f"{error}; --resume with more --epochs goes on after step {step}") from error
                 done, began = step + 1, time.perf_counter()
                 values = training.step(step, windows)
@@ -241,12 +239,14 @@ class _Run:
                 self.history.append(values)
                 if done % self.eval_every == 0 and done < settings.steps:
                     self._measure(training, values)
-                trackers.log(values, done)
+                report(values, done)
                 if self.log is not None:
                     self.log(values, settings.steps)
-                stop, due = self._agree(interrupted)
+                # Where any process was told to stop, or finds a checkpoint due, all have to save together.
+                told = torch.tensor([interrupted.is_set(), self.folder.is_due()], device=self.device).float()
+                stop, due = self.world.sum(told).tolist()
                 if stop or due or done == settings.steps:
-                    self._save(training, done, saved, state)
+                    self._save(training, done, state)
                     saved = done
                 if stop and done < settings.steps:
                     raise InputError(f"interrupted after step {done} of {settings.steps}: --resume goes on from there")
@@ -259,16 +259,8 @@ class _Run:
         except InputError as error:  # the text was fine before
             raise NotFiniteError(f"the held-out perplexity after step {values['step']} is not finite") from error
 
-    def _agree(self, interrupted: threading.Event) -> tuple[bool, bool]:
-        """Whether any process was told to stop, or finds a checkpoint due: all have to save together."""
-        told = torch.tensor([interrupted.is_set(), self.folder.is_due()], dtype=torch.float32, device=self.device)
-        stop, due = self.world.sum(told).tolist()
-        return stop > 0, due > 0
-
-    def _save(self, training: Training, done: int, saved: int, stream_state: dict[str, Any]) -> None:
-        if done == saved:
-            return
-        state = {"stream": stream_state, "history": self.history, "before": self.measured.get("before")}
+    def _save(self, training: Training, done: int, place: dict[str, Any]) -> None:
+        state = {"stream": place, "history": self.history, "before": self.measured.get("before")}
         self.folder.save(done, training.tensors(), training.state() | state)
 
     def _restore(self, training: Training, step: int) -> dict[str, Any]:
@@ -290,7 +282,7 @@ class _Run:
             self.folder.remove()
             raise InputError(f"{reason}, and no checkpoint was made before it: nothing was written; {advice}")
         self._restore(training, good[-1])
-        self.stopped = f"{reason}: {self.out} holds the state after step {good[-1]}; {advice}"
+        self.measured["stopped"] = f"{reason}: {self.out} holds the state after step {good[-1]}; {advice}"
 
     def finish(self, trained: dict[str, torch.Tensor], command: str | None) -> Record:
         """Merges what was trained into the model as it was, measures it, and writes it."""
@@ -301,9 +293,7 @@ class _Run:
         model.load_state_dict(trained, strict=False)
         merge_lora(model)
         hold_in(model, stored)
-        record = self._record(model, before)
-        if command is not None:
-            record["command"] = command
+        record = self._record(model, before) | ({} if command is None else {"command": command})
         write_checkpoint(self.out, model, record, source=self.model)
         self.folder.remove()
         return record
@@ -326,11 +316,7 @@ class _Run:
             "history": self.history,
             **{name: value for name, value in self.measured.items() if name != "before"},
         }
-        if self.stopped is not None:
-            record["recovery"]["stopped"] = self.stopped
-        if self.origin is not None:
-            record["origin"] = self.origin
-        return record
+        return record | ({} if self.origin is None else {"origin": self.origin})
 
 
 def _record_of(model: str) -> Record | None:

@@ -15,13 +15,7 @@ from flexigpt.weights import load_model, load_tokenizer, move, open_empty
 
 
 def check_teacher(source: str, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-    """Refuses a teacher before any weight is read.
-
-    Args:
-        source: folder or hub name of the teacher.
-        student: the model to train; the meta device will do.
-        tokenizer: the student's.
-        length: tokens in a window.
+    """Refuses a teacher before any weight is read; of the student, whose tokenizer is given, its configuration counts.
 
     Raises:
         InputError: a teacher that cannot be opened, is itself compact, has another tokenizer or vocabulary than the
@@ -53,9 +47,7 @@ class Teacher:
         dtype: of the frozen weights.
 
     Attributes:
-        model: the source model.
-        shared_bytes: of it that are the student's own tensors.
-        own_bytes: all others.
+        shared_bytes: of the student's own tensors; all others are own_bytes.
         blocks_run_once: blocks, counted from the first, that run for teacher and student together.
 
     Raises:
@@ -66,9 +58,7 @@ class Teacher:
         self.model = load_model(source, str(student.dtype).removeprefix("torch."), "cpu")
         self.dtype = dtype
         self._same = _same_tensors(self.model, student)
-        self.shared_bytes = 0
-        self.own_bytes = 0
-        self.blocks_run_once = 0
+        self.shared_bytes = self.own_bytes = self.blocks_run_once = 0
 
     def settle(self, student: PreTrainedModel, device: torch.device, share: bool = True) -> None:
         """Moves the teacher to the device, on the student's tensors where those are frozen.
@@ -124,19 +114,15 @@ def _same_tensors(teacher: PreTrainedModel, student: PreTrainedModel) -> dict[st
 
     Blocks are matched by what they hold, since pruning keeps their numbers, extension and plain removal do not.
     """
-    layout, theirs = layout_of(student), layout_of(teacher)
+    layout, theirs, own = layout_of(student), layout_of(teacher), dict(student.named_parameters())
     prefix = theirs.prefix
-    own = dict(student.named_parameters())
     outer = layout.prefix.removesuffix(prefix)
-    same = {}
-    for name, parameter in teacher.named_parameters():
-        if not name.startswith(f"{prefix}.") and _equal(own.get(outer + name), parameter):
-            same[name] = own[outer + name]
+    outside = {name: p for name, p in teacher.named_parameters() if not name.startswith(f"{prefix}.")}
+    same = {name: own[outer + name] for name, p in outside.items() if _equal(own.get(outer + name), p)}
     for index, block in enumerate(theirs.blocks):
         parameters = dict(block.named_parameters())
         # Where a block stands most often first: one comparison each instead of a search.
-        candidates = sorted(layout.kept, key=lambda kept: kept != index)
-        for candidate in candidates:
+        for candidate in sorted(layout.kept, key=lambda kept: kept != index):
             its = dict(layout.blocks[candidate].named_parameters())
             if all(_equal(its.get(path), parameter) for path, parameter in parameters.items()):
                 same |= {f"{prefix}.{index}.{path}": its[path] for path in parameters}

@@ -1,5 +1,7 @@
 """Experiment trackers: TensorBoard, W&B, Trackio and what else accelerate knows."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,6 @@ from flexigpt.runtime import InputError
 
 def tracker_classes(report_to: str | None) -> list[Any]:
     """Accelerate's classes of the trackers named.
-
-    Args:
-        report_to: names with commas between, or None.
 
     Raises:
         InputError: a tracker that accelerate does not know, or whose package is not installed.
@@ -29,34 +28,31 @@ def tracker_classes(report_to: str | None) -> list[Any]:
     return [LOGGER_TYPE_TO_CLASS[name] for name in names]
 
 
-class Trackers:
-    """Sends numbers to trackers.
+@contextlib.contextmanager
+def reported(
+    report_to: str | None, *, run: str, folder: Path, options: dict[str, Any]
+) -> Iterator[Callable[[dict[str, float], int], None]]:
+    """Within it numbers by name, after so many steps, go to every tracker named, with commas between, or to none.
 
-    Args:
-        classes: of the trackers, as `tracker_classes` gives them.
-        run: name of the run.
-        folder: where those that write files put them.
-        options: what to show beside the curves.
+    Each shows the run by its name and with its options; those that write files write them to the folder.
     """
+    from accelerate import PartialState  # noqa: PLC0415
 
-    def __init__(self, classes: list[Any], *, run: str, folder: Path, options: dict[str, Any]) -> None:
-        from accelerate import PartialState  # noqa: PLC0415
+    trackers: list[Any] = []
+    for kind in tracker_classes(report_to):
+        PartialState()  # or the trackers' own log messages are errors
+        tracker = kind(run, **({"logging_dir": str(folder)} if kind.requires_logging_directory else {}))
+        tracker.main_process_only = False  # only the first process reports: nothing to ask accelerate for
+        tracker.start()
+        tracker.store_init_configuration({key: str(value) for key, value in options.items()})
+        trackers.append(tracker)
 
-        self._trackers: list[Any] = []
-        for kind in classes:
-            PartialState()  # or the trackers' own log messages are errors
-            tracker = kind(run, **({"logging_dir": str(folder)} if kind.requires_logging_directory else {}))
-            tracker.main_process_only = False  # only the first process makes Trackers: nothing to ask accelerate for
-            tracker.start()
-            tracker.store_init_configuration({key: str(value) for key, value in options.items()})
-            self._trackers.append(tracker)
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        """Numbers by name, after so many steps."""
-        for tracker in self._trackers:
+    def log(values: dict[str, float], step: int) -> None:
+        for tracker in trackers:
             tracker.log(values, step=step)
 
-    def close(self) -> None:
-        """Lets the trackers write what they hold."""
-        for tracker in self._trackers:
+    try:
+        yield log
+    finally:
+        for tracker in trackers:
             tracker.finish()

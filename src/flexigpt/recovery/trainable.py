@@ -51,7 +51,7 @@ TRAIN: dict[str, Callable[[PreTrainedModel, int], None]] = {
     "all": _train_all,
 }
 
-USES_LORA = frozenset(("replicas+kept",))
+USES_LORA = {"replicas+kept"}
 
 
 def prepare_training(model: PreTrainedModel, train: str, lora_rank: int, seed: int) -> None:
@@ -64,18 +64,12 @@ def prepare_training(model: PreTrainedModel, train: str, lora_rank: int, seed: i
         train: a key of TRAIN.
         lora_rank: rank of the LoRA on kept blocks, where there is one.
         seed: draws its random factors.
-
-    Raises:
-        InputError: a model without replicas of which only the replicas are to be trained.
     """
-    if train == "replicas" and not layout_of(model).bases:
-        raise InputError("--train replicas trains nothing, since the model has no replicas: leave it out")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         TRAIN[train](model, lora_rank)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    for parameter in trained_parameters(model).values():
+        parameter.data = parameter.data.float()
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

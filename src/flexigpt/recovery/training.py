@@ -17,24 +17,18 @@ from flexigpt.recovery.draft import Draft
 from flexigpt.recovery.options import RecoverOptions
 from flexigpt.recovery.teacher import Teacher
 from flexigpt.recovery.trainable import REPLICA_PARAMETERS, USES_LORA, trained_parameters
-from flexigpt.runtime import InputError, World, flag, parse_tokens, processes
+from flexigpt.runtime import InputError, World, parse_tokens, processes
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Sequences in a step (appendix A).
-_PAPER_BATCH = 480
+# Sequences in a step (appendix A), and the norm that gradients are scaled down to.
+_PAPER_BATCH, _CLIP = 480, 1.0
 
-# Tokens in one forward pass of one process: what fills a GPU, what fits a CPU's caches.
-_PASS_TOKENS = {"cuda": 8192, "cpu": 1024}
+# Tokens in one forward pass of one process: what fills a GPU, as far as its free memory holds them; a CPU's caches.
+_PASS_TOKENS, _USABLE = {"cuda": 8192, "cpu": 1024}, 0.9
 
 # What was fitted wants less than LoRA: on novel16 a thirtieth and a tenth are as good, a third is worse.
 _FITTED_SHARE = 0.1
-
-# The norm that gradients are scaled down to.
-_CLIP = 1.0
-
-# Of a GPU's free memory.
-_USABLE = 0.9
 
 # fp16 loses small gradients: the loss is scaled up, by less after an overflow, by more after as many steps without.
 _FIRST_LOSS_SCALE, _STEPS_TO_RAISE, _MOST_SKIPPED = 2.0**16, 200, 16
@@ -91,15 +85,7 @@ class Settings:
 def resolve_settings(
     options: RecoverOptions, window_length: int, world: World, device: torch.device, *, replicas: bool, fitted: bool
 ) -> Settings:
-    """What the options make of one step of training.
-
-    Args:
-        options: of the run.
-        window_length: of its windows, in tokens.
-        world: the processes.
-        device: of this process.
-        replicas: whether the model has any.
-        fitted: whether they were fitted to calibration text.
+    """What the options make of one step of training, of a model with replicas or without, `fitted` to text or not.
 
     Raises:
         InputError: tokens that are fewer than a step, or a step that windows and processes do not divide.
@@ -109,16 +95,12 @@ def resolve_settings(
     if rest or batch_windows % world.size:
         unit = window_length * world.size
         near = max(unit, batch_tokens // unit * unit)
-        raise InputError(
-            f"{flag('batch_tokens')} {batch_tokens} is no multiple of {window_length} tokens x {world.size} processes: "
-            f"give {near} or {near + unit}"
-        )
+        whole_steps = f"{window_length} tokens x {world.size} processes: give {near} or {near + unit}"
+        raise InputError(f"--batch-tokens {batch_tokens} is no multiple of {whole_steps}")
     steps = parse_tokens(options.tokens) // batch_tokens
     if steps == 0:
-        raise InputError(
-            f"--tokens {options.tokens} is less than one step of {batch_tokens:,} tokens: "
-            "give more, or fewer --batch-tokens"
-        )
+        less = f"is less than one step of {batch_tokens:,} tokens: give more, or fewer --batch-tokens"
+        raise InputError(f"--tokens {options.tokens} {less}")
     alone = options.train == "replicas"  # then --lr is theirs, and nothing of a draft is trained
     replica_lr = options.lr * _FITTED_SHARE if fitted and options.train in USES_LORA else options.lr
     replica_lr = options.lr if alone else options.replica_lr or replica_lr
@@ -149,13 +131,7 @@ class NotFiniteError(Exception):
 
 
 class TokenLoss(NamedTuple):
-    """What `token_loss` returns: sums over the tokens.
-
-    Attributes:
-        loss: to call `backward` on; a scalar.
-        cross_entropy: negative log-likelihood of the targets in nats; a scalar without gradient.
-        divergence: KL(teacher || student) in nats; a scalar without gradient, 0 without a teacher.
-    """
+    """Sums over the tokens, as scalars: the loss to call `backward` on, and, without gradient, its parts in nats."""
 
     loss: torch.Tensor
     cross_entropy: torch.Tensor
@@ -163,15 +139,7 @@ class TokenLoss(NamedTuple):
 
 
 class Training:
-    """A model under training.
-
-    Args:
-        model: prepared by `prepare_training`, on the CPU or the device.
-        settings: what a step is.
-        world: the processes.
-        device: of this process.
-        teacher: not settled yet, or None.
-    """
+    """A model under training, prepared by `prepare_training`, and its teacher, where there is one, not yet settled."""
 
     def __init__(
         self, model: PreTrainedModel, settings: Settings, world: World, device: torch.device, teacher: Teacher | None
@@ -182,19 +150,14 @@ class Training:
         self.trained_parameters = sum(p.numel() for p in trained_parameters(model).values())
         if settings.activation_checkpointing:
             _checkpoint_activations(model)
-        if settings.fsdp:
-            if teacher is not None:
-                teacher.settle(model, device, share=False)
-                processes.shard(
-                    teacher.model, [[b] for b in layout_of(teacher.model).blocks], device, world, settings.dtype
-                )
-            processes.shard(model, layout_of(model).groups, device, world, settings.dtype)
-            self.wrapped: nn.Module = model
-        else:
+        if not settings.fsdp:
             nn.Module.to(model, device)
-            if teacher is not None:
-                teacher.settle(model, device)
-            self.wrapped = processes.replicate(model, world)
+        if teacher is not None:
+            teacher.settle(model, device, share=not settings.fsdp)
+        if settings.fsdp:
+            for sharded in (model,) if teacher is None else (teacher.model, model):
+                processes.shard(sharded, layout_of(sharded).groups, device, world, settings.dtype)
+        self.wrapped: nn.Module = model if settings.fsdp else processes.replicate(model, world)
         model.train()
         trained = trained_parameters(model)
         groups = []
@@ -348,14 +311,8 @@ class Training:
 
     def restore(self, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         """Takes over what `tensors` and `state` gave."""
-        options = StateDictOptions(strict=False)
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=tensors["model"],
-            optim_state_dict=tensors["optimizer"],
-            options=options,
-        )
+        given = {"model_state_dict": tensors["model"], "optim_state_dict": tensors["optimizer"]}
+        set_state_dict(self.model, self.optimizer, **given, options=StateDictOptions(strict=False))
         self._scale = dict(state["scale"])
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:

@@ -67,9 +67,7 @@ class ReplicaOptions:
         seed: draws random adapters.
     """
 
-    rank: int | str | None = option(
-        None, group=REPLICA_GROUP, everyday=True, metavar="12|3.7%", parse=parse_rank, least=1
-    )
+    rank: int | str | None = option(None, group=REPLICA_GROUP, metavar="12|3.7%", parse=parse_rank, least=1)
     adapter_init: AdapterInit = option("block-output", group=REPLICA_GROUP)
     output_norm: float | str = option("none", group=REPLICA_GROUP, metavar="none|0.05|fitted", parse=parse_output_norm)
     refit_kept: bool = option(True, group=REPLICA_GROUP)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
         fingerprint,
         local_path,
         replace_file,
-        replaced_file,
         replaced_folder,
     )
     from flexigpt.runtime.launch import launched, launched_rank, on_signals

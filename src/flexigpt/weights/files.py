@@ -82,11 +82,6 @@ class WeightFiles:
     tensors: Mapping[str, StoredTensor]
     fingerprint: str
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.num_bytes for tensor in self.tensors.values())
-
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors by their names in the files, as views of the mapped files: no memory of the process's own.
 
@@ -223,22 +218,19 @@ def _is_there(source: str, name: str) -> bool:
 def _read_index(source: str, index: Path) -> dict[str, str]:
     """The index's map, tensor -> file."""
     try:
-        found = json.loads(index.read_bytes(), object_pairs_hook=_unique)
+        weight_map: dict[str, str] = json.loads(index.read_bytes(), object_pairs_hook=_unique)["weight_map"]
+        outside = [file for file in weight_map.values() if Path(file).is_absolute() or ".." in Path(file).parts]
+        if weight_map and not outside:
+            return weight_map
+        reason = f"names {outside[0]}, which lies outside the folder" if outside else "has no weight_map"
     except InputError as error:
         reason = str(error)
     except OSError as error:
         reason = f"cannot be read ({error.strerror})"
     except ValueError:
         reason = "is not JSON"
-    else:
-        weight_map = found.get("weight_map") if isinstance(found, dict) else None
-        if isinstance(weight_map, dict) and weight_map and all(isinstance(file, str) for file in weight_map.values()):
-            outside = [file for file in weight_map.values() if Path(file).is_absolute() or ".." in Path(file).parts]
-            if not outside:
-                return weight_map
-            reason = f"names {outside[0]}, which lies outside the folder"
-        else:
-            reason = "has no weight_map"
+    except (LookupError, TypeError, AttributeError):
+        reason = "has no weight_map"
     raise InputError(f"the index of the weights of {source} {reason}: {_AGAIN}")
 
 
