@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from flexigpt.evaluation.fidelity import measure_fidelity
 from flexigpt.evaluation.options import EvalOptions
-from flexigpt.evaluation.perplexity import check_stride, perplexity
+from flexigpt.evaluation.perplexity import perplexity
 from flexigpt.model import stored_bytes
 from flexigpt.runtime import InputError, T, Track, device_name, find_device, silent, versions
 from flexigpt.text import check_window_length, tokenize_text
@@ -112,9 +112,7 @@ def _check_models(names: list[str], options: EvalOptions) -> int:
             raise InputError(f"the model {name} is given twice: give it once")
     configs = [read_config(name) for name in (*names, *([] if options.against is None else [options.against]))]
     shortest = min(configs, key=lambda config: check_window_length(None, config))
-    window_length = check_window_length(options.window_length, shortest)
-    check_stride(options.stride, window_length)
-    return window_length
+    return check_window_length(options.window_length, shortest)
 
 
 def _numbered(track: Track, place: str) -> Track:

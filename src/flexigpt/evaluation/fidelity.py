@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,36 +58,30 @@ def measure_fidelity(
         walk = logits_over(model, text, window_length, both=both, stage="measuring fidelity", track=track)
         measured = {"against": against} | add_up(walk, text.num_bytes, model.device, against=True)
     if beside:
-        measured["blocks"] = {
-            block: {"base": errors.base, "output": errors.error()} for block, errors in beside.items()
-        }
+        errors = {block: math.sqrt(lost / own) if own else math.inf for block, (lost, own) in beside.items()}
+        bases = layout_of(model).bases
+        measured["blocks"] = {block: {"base": bases[block], "output": error} for block, error in errors.items()}
     return measured
 
 
-class _Beside:
-    """Runs a replica on what its pruned block was given, and adds up both outputs and their difference."""
-
-    def __init__(self, replica: nn.Module, base: int) -> None:
-        self.replica, self.base = replica, base
-        self.difference, self.energy = 0.0, 0.0
-
-    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        entering = args[0] if args else kwargs["hidden_states"]
-        theirs, ours = (block_output(out).float() for out in (output, self.replica(*args, **kwargs)))
-        self.energy += (theirs - entering.float()).square().sum(dtype=torch.float64).item()
-        self.difference += (ours - theirs).square().sum(dtype=torch.float64).item()
-
-    def error(self) -> float:
-        return math.sqrt(self.difference / self.energy) if self.energy else math.inf
-
-
 @contextmanager
-def _replicas_beside(model: PreTrainedModel, source: PreTrainedModel) -> Iterator[dict[int, _Beside]]:
-    """Within it the source's pruned blocks run their replicas too: by block, where model and source have as many."""
+def _replicas_beside(model: PreTrainedModel, source: PreTrainedModel) -> Iterator[dict[int, list[float]]]:
+    """Within it the source's pruned blocks run their replicas too, on what they are given.
+
+    By block, where model and source have as many: squares of the difference of both outputs, and of the block's own.
+    """
     ours, theirs = layout_of(model), layout_of(source)
     alike = len(ours.blocks) == len(theirs.blocks) and not theirs.is_compact
-    beside = {block: _Beside(ours.blocks[block], base) for block, base in ours.bases.items() if alike}
+    sums = {block: [0.0, 0.0] for block in ours.bases if alike}
+
+    def run_beside(block: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        entering = args[0] if args else kwargs["hidden_states"]
+        its, replicas = (block_output(out).float() for out in (output, ours.blocks[block](*args, **kwargs)))
+        for number, part in enumerate((replicas - its, its - entering.float())):
+            sums[block][number] += part.square().sum(dtype=torch.float64).item()
+
     with ExitStack() as hooks:
-        for block, errors in beside.items():
-            hooks.callback(theirs.blocks[block].register_forward_hook(errors, with_kwargs=True).remove)
-        yield beside
+        for block in sums:
+            hook = theirs.blocks[block].register_forward_hook(partial(run_beside, block), with_kwargs=True)
+            hooks.callback(hook.remove)
+        yield sums

@@ -25,12 +25,6 @@ _Windows = Sequence[tuple[torch.Tensor, torch.Tensor, int]]
 Forward = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 
 
-def check_stride(stride: int | None, window_length: int) -> None:
-    """Raises InputError for a stride that leaves tokens out, or never ends."""
-    if stride is not None and not 1 <= stride <= window_length:
-        raise InputError(f"stride {stride} is outside 1 to the window length {window_length}")
-
-
 def logits_over(
     model: PreTrainedModel,
     text: TokenizedText,
@@ -116,8 +110,9 @@ def perplexity(
     Raises:
         InputError: a stride out of range, or logits that are not finite.
     """
-    check_stride(stride, window_length)
     stride = window_length if stride is None else stride
+    if not 1 <= stride <= window_length:
+        raise InputError(f"stride {stride} is outside 1 to the window length {window_length}")
     if isinstance(model, StreamedModel):
         batches = [ids for ids, *_ in _windows(model.model, text, window_length, stride)]
         with run_through(model, batches, "measuring perplexity", spill, track):

@@ -57,7 +57,12 @@ class Tasks:
                 if task_name in asked:
                     raise InputError(f"task {task_name} is in {asked[task_name]} and in {name}: leave one out")
                 asked[task_name] = name
-                _check_examples(task_name, task, options.num_fewshot)
+                sampler, shots = getattr(task, "sampler", None), options.num_fewshot
+                examples = 0 if sampler is None else len(sampler.df)
+                if shots and shots >= examples:  # the question itself cannot be one of them
+                    raise InputError(
+                        f"--num-fewshot {shots} is too many: task {task_name} has {examples} examples to choose from"
+                    )
 
     def measure(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, track: Track = silent
@@ -205,14 +210,6 @@ def _load(manager: Any, name: str) -> Any:
         ) from error
     except Exception as error:  # a task is code
         raise InputError(f"task {name} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
-
-
-def _check_examples(name: str, task: Any, num_fewshot: int | None) -> None:
-    """Refuses more examples than there are beside the question itself."""
-    sampler = getattr(task, "sampler", None)
-    examples = 0 if sampler is None else len(sampler.df)
-    if num_fewshot and num_fewshot >= examples:
-        raise InputError(f"--num-fewshot {num_fewshot} is too many: task {name} has {examples} examples to choose from")
 
 
 def _parts(loaded: Any) -> list[Any]:

@@ -3,7 +3,7 @@
 # ruff: noqa: UP013 - what has few fields is a line
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -181,34 +181,34 @@ class Recorded:
         """Pruned block -> candidate -> distance, by which the bases were chosen."""
         return find_in(self.record, "distances") or {}
 
+    def _states(self) -> Iterator[tuple[Record, str, str]]:
+        """(record, name in it, name to show) of each state that was compared, from the source to this model."""
+        for record in self.chain:
+            names = record.get("compared", ())
+            shown = ("before recovery", "recovered") if "recovery" in record else names
+            yield from ((record, name, label) for name, label in zip(names, shown, strict=False))
+
     @property
     def sizes(self) -> list[Size]:
         """From the source to this model; what only repeats the one before is left out."""
         found: list[Size] = []
-        for record in self.chain:
-            labels = {name: name for name in record.get("compared", ())}
-            if "recovery" in record and labels:
-                before, after = labels
-                labels = {after: "recovered"} if found else {before: before, after: "recovered"}
-            for name, label in labels.items():
-                size = record[name]
-                found.append(
-                    Size(label=label, parameters=size["parameters"], bytes=size["bytes"], parts=size.get("parts", {}))
-                )
+        for record, name, label in self._states():
+            parameters, size, parts = record[name]["parameters"], record[name]["bytes"], record[name].get("parts", {})
+            if label != "before recovery" or not found:
+                found.append(Size(label=label, parameters=parameters, bytes=size, parts=parts))
         return found
 
     @property
     def perplexities(self) -> list[dict[str, Any]]:
         """`label`, `text`, `perplexity`, `tokens` and `window_length` of each state, from the source to this model."""
-        labels = {"before": "before recovery", "after": "recovered"}
         found: list[dict[str, Any]] = []
-        for record in self.chain:
-            measured = record.get("perplexity", {})
-            for name in record.get("compared", ()) if measured else ():
-                value = measured[name]["perplexity"]
-                if name == "before" and found and round(value, 2) == round(found[-1]["perplexity"], 2):
-                    continue  # the same model, measured twice
-                found.append(measured[name] | {"text": measured["text"], "label": labels.get(name, name)})
+        for record, name, label in self._states():
+            if "perplexity" not in record:
+                continue
+            one = record["perplexity"][name] | {"text": record["perplexity"]["text"], "label": label}
+            same = found and round(one["perplexity"], 2) == round(found[-1]["perplexity"], 2)
+            if label != "before recovery" or not same:  # the same model, measured twice
+                found.append(one)
         return found
 
 

@@ -256,46 +256,36 @@ def evaluation_rows(evaluation: Evaluation) -> Rows:
             cells = ["" if value is None else metric.shown(value) for value in found]
             rows.append([f"{metric.heading}{', %' if metric.percent else ''}", *cells])
             better[metric.better].append(metric.heading)
-    names = list(dict.fromkeys(name for model in models for name in model.get("tasks", {})))
-    for name in names:
-        tasks = [model.get("tasks", {}).get(name) for model in models]
-        rows += _row(_heading(name, models), ["" if task is None else _value(task) for task in tasks])
-    means = [model.get("tasks_mean") for model in models] if len(names) > 1 else []
-    rows += _row("mean of the tasks, %", ["" if mean is None else f"{100 * mean:.2f}" for mean in means])
+    tasks = {name: task["metric"] for model in models for name, task in model.get("tasks", {}).items()}
+    for name, measure in tasks.items():
+        percent = measure.startswith(_ACCURACY)
+        cells = [_value(model.get("tasks", {}).get(name), percent) for model in models]
+        rows.append([f"{name}, {measure}{', %' if percent else ''}", *cells])
+    means = [model.get("tasks_mean") for model in models]
+    if len(tasks) > 1 and any(mean is not None for mean in means):
+        rows.append(["mean of the tasks, %", *("" if mean is None else f"{100 * mean:.2f}" for mean in means)])
     ways = "; ".join(f"{way} is better: {', '.join(names)}" for way, names in better.items() if names)
-    return Rows(["", *_columns(models)], rows, notes=[*([ways] if ways else []), *_evaluation_notes(evaluation)])
+    short = [shown_name(model["name"]) for model in models]  # without folders, where these tell the models apart
+    columns = short if len(set(short)) == len(short) else [model["name"] for model in models]
+    return Rows(["", *columns], rows, notes=[*([ways] if ways else []), *_evaluation_notes(evaluation)])
 
 
-def _row(heading: str, cells: list[str]) -> list[list[str]]:
-    """One row, or none where no model has that measure."""
-    return [[heading, *cells]] if any(cells) else []
-
-
-def _heading(name: str, models: list[dict[str, Any]]) -> str:
-    metric = next(model["tasks"][name]["metric"] for model in models if name in model.get("tasks", {}))
-    return f"{name}, {metric}{', %' if metric.startswith(_ACCURACY) else ''}"
-
-
-def _value(task: dict[str, Any]) -> str:
-    scale, digits = (100, 2) if task["metric"].startswith(_ACCURACY) else (1, 4)
+def _value(task: dict[str, Any] | None, percent: bool) -> str:
+    if task is None:
+        return ""
+    scale, digits = (100, 2) if percent else (1, 4)
     stderr = "" if task["stderr"] is None else f" ± {scale * task['stderr']:.{digits}f}"
     return f"{scale * task['value']:.{digits}f}{stderr}"
-
-
-def _columns(models: list[dict[str, Any]]) -> list[str]:
-    """Names without folders, where these tell the models apart."""
-    short = [shown_name(model["name"]) for model in models]
-    return short if len(set(short)) == len(short) else [model["name"] for model in models]
 
 
 def _evaluation_notes(evaluation: Evaluation) -> list[str]:
     """What a reader of the table has to know: which text, how many questions, on what and with which versions."""
     models, versions, lines = evaluation["models"], evaluation["versions"], []
-    measured = [model["perplexity"] for model in models if "perplexity" in model]
-    seen = {(m["text"], m["window_length"], m["stride"]): m for m in measured}
-    for (text, length, stride), one in seen.items():
-        counts = {m["tokens"] for m in measured if m["text"] == text}
-        tokens = f"{one['tokens']:,} tokens" if len(counts) == 1 else "each model's own tokens"
+    seen: dict[tuple[str, int, int], set[int]] = {}
+    for one in (model["perplexity"] for model in models if "perplexity" in model):
+        seen.setdefault((one["text"], one["window_length"], one["stride"]), set()).add(one["tokens"])
+    for (text, length, stride), counts in seen.items():
+        tokens = f"{min(counts):,} tokens" if len(counts) == 1 else "each model's own tokens"
         lines.append(f"perplexity per token on {tokens} of {text}, windows of {length}, stride {stride}")
     sources = dict.fromkeys(model["fidelity"]["against"] for model in models if "fidelity" in model)
     lines += [
