@@ -87,8 +87,6 @@ class Recipe(_Checked):
     def command(self, stage: str, places: Mapping[str, str]) -> list[str]:
         """The words of a stage's command; `places` has a folder for `out`, its own, and for each `stage:NAME`."""
         text = _PLACEHOLDER.sub(lambda found: shlex.quote(places[found[1]]), self.fill(self.stages[stage]))
-        # Until plain removal is an option of `prune`, it is a command of its own.
-        text = text.replace("flexigpt prune --remove ", "flexigpt baseline ")
         try:
             words = shlex.split(text) or ["nothing"]
         except ValueError as error:
