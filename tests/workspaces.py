@@ -1,10 +1,10 @@
 """Workspaces on models in memory, and what a flow announces."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from transformers import PreTrainedModel
 
@@ -49,7 +49,7 @@ def announced(flow: Callable[..., Any], source: Path, options: Any) -> Estimate:
         told.append(estimate)
         raise _Told
 
-    with pytest.raises(_Told):
+    with contextlib.suppress(_Told):
         made = flow(str(source), options, announce=stop)
         made.__enter__()  # of one that is a context manager
     return told[0]

@@ -6,7 +6,7 @@ from families import NUM_BLOCKS, initialize_replicas, tiny_model
 from flexigpt import FlexiGPTForCausalLM, Plan, Replica
 from flexigpt.model import NormedOutput, SharedLinear, block_list, find_architecture, weight_matrix
 from flexigpt.model.build import compact_of
-from flexigpt.replicas import ADAPTER_INITS
+from flexigpt.replicas.initialization import ADAPTER_INITS
 
 RANK = 5
 
