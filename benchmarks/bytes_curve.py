@@ -2,7 +2,7 @@
 
 python benchmarks/bytes_curve.py --workers 2
 
-Every model is made by a `flexigpt` command, without training: kept blocks refitted to calibration text in both, and
+Every model is made by benchmarks/prune.py, without training: kept blocks refitted to calibration text in both, and
 replicas fitted in the compact ones. What benchmarks/recovery.py found after training stands beside it. Results are kept
 in benchmarks/results/bytes_curve.json and not measured again; the table and the figure lie beside it.
 """
@@ -24,11 +24,11 @@ ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "novel16"
 RESULTS = Path(__file__).parent / "results"
 DEPTH = 16
-# Kind of a row -> what the command is given; its first word is the command.
+# Kind of a row -> its settings.
 KINDS = {
-    "baseline": ("--refit-kept", "--block-score", "removal-perplexity"),
-    "prune": ("--preset", "thorough"),
-    "prune-by-linear": ("--preset", "thorough", "--adapter-init", "activation", "--no-spread-rank"),
+    "baseline": ("remove=true", "block_score=removal-perplexity"),
+    "prune": ("preset=thorough",),
+    "prune-by-linear": ("preset=thorough", "adapter_init=activation", "spread_rank=false"),
 }
 # Name of a line -> rows: kind, blocks pruned, rank of the replicas.
 LINES: dict[str, list[tuple[str, int, int]]] = {
@@ -53,17 +53,15 @@ def measure(kind: str, blocks: int, rank: int, arguments: argparse.Namespace) ->
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "model"
         words = [
-            *(kind.split("-")[0], str(EXAMPLE), str(out), "--ratio", str(blocks / DEPTH)),
-            *("--calibration", str(EXAMPLE / "calibration.jsonl"), "--windows", str(arguments.windows)),
-            *("--window-length", "256", "--perplexity", str(EXAMPLE / "validation.jsonl")),
-            *(*KINDS[kind], *(("--rank", str(rank)) if rank else ())),
+            *("benchmarks/prune.py", str(EXAMPLE), str(out), f"ratio={blocks / DEPTH}"),
+            *(f"calibration={EXAMPLE / 'calibration.jsonl'}", f"windows={arguments.windows}"),
+            *("window_length=256", f"perplexity={EXAMPLE / 'validation.jsonl'}"),
+            *(*KINDS[kind], *((f"rank={rank}",) if rank else ())),
         ]
         environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
-        ran = subprocess.run(
-            [sys.executable, "-m", "flexigpt", *words], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
+        ran = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
         if ran.returncode:
-            raise RuntimeError(f"flexigpt {' '.join(words)}\n{ran.stderr[-2000:]}")
+            raise RuntimeError(f"{' '.join(words)}\n{ran.stderr[-2000:]}")
         record = json.loads((out / "record.json").read_text())
     made = "compact" if rank else "shorter"
     return {

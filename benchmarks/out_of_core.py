@@ -32,7 +32,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from flexigpt.model import empty_model
-from flexigpt.pruning.estimate import matmul_rate
 from flexigpt.replicas import truncated_svd
 
 ROOT = Path(__file__).parents[1]
@@ -158,7 +157,7 @@ def floor_seconds(folder: Path, config: LlamaConfig, tokens: int, rank: int, pru
     """The least that reading, one forward pass and the products of the factorisations can take here."""
     file = next(iter(sorted(folder.glob("*.safetensors"))))
     num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    rate = matmul_rate(torch.device("cpu"))
+    rate = matmul_rate()
     blocks = [t for name, t in empty_model(config).named_parameters() if ".layers." in name and t.ndim == 2]
     one_block = blocks[: len(blocks) // config.num_hidden_layers]
     products: dict[tuple[int, ...], float] = {}
@@ -174,6 +173,17 @@ def floor_seconds(folder: Path, config: LlamaConfig, tokens: int, rank: int, pru
         "factors": per_block * config.num_hidden_layers / rate,
         "adapters": per_block * pruned / rate,
     }
+
+
+def matmul_rate() -> float:
+    """FLOPs a second of a float32 matrix product, the best of three."""
+    side = torch.ones(1024, 1024)
+    best = 0.0
+    for _ in range(3):
+        began = time.perf_counter()
+        side @ side
+        best = max(best, 2 * 1024**3 / (time.perf_counter() - began))
+    return best
 
 
 def pair_seconds(name: str) -> float:

@@ -50,8 +50,8 @@ class Row:
 
     Attributes:
         label: what it is called.
-        start: arguments of the command that makes the model to train, with RATIO or FEWER in the place of a ratio;
-            none: the source itself is trained.
+        start: what makes the model to train: arguments of `flexigpt extend`, or settings for benchmarks/prune.py with
+            RATIO or FEWER in the place of a ratio; none: the source itself is trained.
         train: further arguments of `flexigpt recover`, with RANK in the place of the rank of LoRA that trains as many
             parameters as the recovery of the compact model of that ratio does, and LR in that of the learning rate.
         rate_of: the row, trained alike, whose search for a learning rate serves this one too; None: its own.
@@ -65,7 +65,7 @@ class Row:
     @property
     def fitted(self) -> bool:
         """Whether it starts from weights fitted to calibration text."""
-        return "--refit-kept" in self.start
+        return "refit_kept=true" in self.start
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -75,17 +75,17 @@ class Row:
         return REPLICA_LEARNING_RATES if "replicas" in self.train else LEARNING_RATES
 
 
-PRUNE = ("prune", "--preset", "paper", "--ratio", "RATIO")
-REMOVE = ("baseline", "--ratio", "RATIO")
-REFITTED = ("--refit-kept", "--windows", "256")
-SCALED = ("--no-output-norm", "--base-scale")
-ACTIVATION = ("--adapter-init", "activation", *REFITTED)
+PRUNE = ("preset=paper", "ratio=RATIO")
+REMOVE = ("preset=paper", "remove=true", "ratio=RATIO")
+REFITTED = ("refit_kept=true", "windows=256")
+SCALED = ("output_norm=none", "base_scale=true")
+ACTIVATION = ("adapter_init=activation", *REFITTED)
 BY_LINEAR = (*ACTIVATION, *SCALED)
-FITTED = ("--adapter-init", "block-output", *REFITTED, *SCALED, "--spread-rank")
-FITTED_NORMS = (*ACTIVATION, "--norm-init", "fitted")
-BY_REPLACEMENT = ("--block-score", "replacement-perplexity")
-BY_REMOVAL = ("--block-score", "removal-perplexity")
-REMOVE_FEWER = ("baseline", "--ratio", "FEWER")
+FITTED = ("adapter_init=block-output", *REFITTED, *SCALED, "spread_rank=true")
+FITTED_NORMS = (*ACTIVATION, "output_norm=fitted")
+BY_REPLACEMENT = ("block_score=replacement-perplexity",)
+BY_REMOVAL = ("block_score=removal-perplexity",)
+REMOVE_FEWER = ("preset=paper", "remove=true", "ratio=FEWER")
 MATCH = ("--lora-rank", "RANK")
 TEACH = ("--teacher", str(EXAMPLE))
 # Replicas that were fitted get a tenth of the rate, where nothing else is said.
@@ -119,7 +119,7 @@ PRUNING = {
     # With as many trained parameters at 30 %.
     "fitted-rank-24-distilled": Row(
         label="fitted, rank 24, + LoRA of rank 8 on kept blocks + distillation",
-        start=(*PRUNE, *FITTED, *BY_REPLACEMENT, "--rank", "24"),
+        start=(*PRUNE, *FITTED, *BY_REPLACEMENT, "rank=24"),
         train=(*TEACH, "--lora-rank", "8"),
     ),
     "by-linear-distilled": Row(
@@ -143,16 +143,16 @@ PRUNING = {
         train=MATCH + TEACH,
     ),
     # Its own search: at the rate that suits replicas with output norms it diverges.
-    "no-norm": Row(label="replicas only, without output norm", start=(*PRUNE, "--no-output-norm"), train=ONLY),
+    "no-norm": Row(label="replicas only, without output norm", start=(*PRUNE, "output_norm=none"), train=ONLY),
     "zero-init": Row(
         label="replicas only, without SVD adapter initialisation",
-        start=(*PRUNE, "--adapter-init", "zero"),
+        start=(*PRUNE, "adapter_init=zero"),
         train=ONLY,
         rate_of="paper",
     ),
     "no-elimination": Row(
         label="replicas only, without high-rank elimination",
-        start=(*PRUNE, "--base-distance", "full-rank"),
+        start=(*PRUNE, "base_distance=full-rank"),
         train=ONLY,
         rate_of="paper",
     ),
@@ -194,12 +194,13 @@ class Bench:
         self.unread.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
     def flexigpt(self, *command: str) -> str:
+        return self.python("-m", "flexigpt", *command)
+
+    def python(self, *command: str) -> str:
         environment = os.environ | {"OMP_NUM_THREADS": str(self.arguments.threads)}
-        ran = subprocess.run(
-            [sys.executable, "-m", "flexigpt", *command], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
+        ran = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
         if ran.returncode:
-            raise RuntimeError(f"flexigpt {' '.join(command)}\n{ran.stderr[-2000:]}")
+            raise RuntimeError(f"{' '.join(command)}\n{ran.stderr[-2000:]}")
         return ran.stdout
 
     def perplexity(self, model: Path, text: Path) -> float:
@@ -210,15 +211,17 @@ class Bench:
         """The folder of a model to train, made where it is not there yet."""
         if not start:
             return EXAMPLE
-        names = {"RATIO": ratio, "FEWER": str((int(float(ratio) * self.depth + 1e-9) - 1) / self.depth)}
-        command = [names.get(word, word) for word in start]
-        out = self.work / "-".join(word.strip("-").replace("/", "_").replace(":", "_") for word in command)
-        scored = ("--calibration", str(EXAMPLE / "calibration.jsonl"), "--window-length", "256")
+        fewer = "" if ratio == EXTENSION else str((int(float(ratio) * self.depth + 1e-9) - 1) / self.depth)
+        words = [word.replace("RATIO", ratio).replace("FEWER", fewer) for word in start]
+        out = self.work / "-".join(word.strip("-").replace("/", "_").replace(":", "_") for word in words)
         with self.starting:
             if not (out / "record.json").exists():
                 shutil.rmtree(out, ignore_errors=True)
-                scored = () if command[0] == "extend" else scored
-                self.flexigpt(command[0], str(EXAMPLE), str(out), *command[1:], *scored)
+                if words[0] == "extend":
+                    self.flexigpt("extend", str(EXAMPLE), str(out), *words[1:])
+                else:
+                    scored = (f"calibration={EXAMPLE / 'calibration.jsonl'}", "window_length=256")
+                    self.python("benchmarks/prune.py", str(EXAMPLE), str(out), *words, *scored)
         return out
 
     def train(self, name: str, ratio: str, lr: float, tokens: int, held_out: Path, seed: int = 0) -> dict:

@@ -38,7 +38,7 @@ def compare_time(source: str, device: str, batch: int, repeats: int) -> None:
             torch.cuda.synchronize()
 
     def score() -> None:
-        block_means([StreamedModel(model)], windows, {"influence": influence})
+        block_means(StreamedModel(model), windows, {"influence": influence})
 
     ratios, plain, scored = [], [], []
     forward()
@@ -85,7 +85,7 @@ def measure_memory(blocks: int, tokens: int, total: int) -> None:
     before = resident()
     watcher = threading.Thread(target=watch)
     watcher.start()
-    block_means([StreamedModel(model)], windows, {"influence": influence})
+    block_means(StreamedModel(model), windows, {"influence": influence})
     done.set()
     watcher.join()
     print((peak[0] - before) / 1e6)

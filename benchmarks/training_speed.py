@@ -88,7 +88,8 @@ def main() -> None:
             scored = ("--ratio", arguments.ratio, "--calibration", arguments.calibration)
             scored += ("--window-length", str(arguments.window_length), "--device", arguments.device)
         flexigpt(arguments, "prune", arguments.source, str(work / "compact"), "--preset", "paper", *scored)
-        flexigpt(arguments, "baseline", arguments.source, str(work / "removed"), *scored)
+        removed = ("--remove", "--preset", "paper", *scored)
+        flexigpt(arguments, "prune", arguments.source, str(work / "removed"), *removed)
         rounds = [{name: measure(arguments, work, name) for name in VARIANTS} for _ in range(arguments.rounds)]
     print_table(arguments, rounds)
 

@@ -12,7 +12,7 @@ from conftest import Run
 from families import FAMILIES, NUM_BLOCKS, block_list, tiny_model, token_ids
 from flexigpt import EvalOptions, InputError, PruneOptions, assemble_removed, evaluate, prune, remove, write_checkpoint
 from flexigpt.model import find_architecture, stored_bytes
-from flexigpt.pruning import STATISTICS
+from flexigpt.pruning.scores import STATISTICS
 from workspaces import announced
 
 REMOVED = [1, 4]

@@ -12,7 +12,7 @@ from scipy.linalg import orthogonal_procrustes
 from torch import Tensor, nn
 
 from families import FAMILIES, FULL_RANK, NUM_BLOCKS, block_list, tiny_model, token_ids
-from flexigpt import InputError, PruneOptions, prune
+from flexigpt import PruneOptions, prune
 from flexigpt.model import ARCHITECTURES, find_architecture
 from flexigpt.model.architecture import Architecture
 from flexigpt.replicas.alignment import BlockSymmetries, align, block_symmetries
@@ -241,7 +241,7 @@ def test_an_aligned_replica_of_full_rank_is_its_pruned_block(family: str, tmp_pa
     tiny_model(family).save_pretrained(tmp_path / "source")
     plan = {"format_version": 1, "num_blocks": NUM_BLOCKS, "replicas": [{"block": 2, "base": 4, "rank": FULL_RANK}]}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    options = PruneOptions.paper(plan=tmp_path / "plan.json", align=True, output_norm=False)
+    options = PruneOptions.paper(plan=tmp_path / "plan.json", align=True, output_norm="none")
     model, _, _ = prune(str(tmp_path / "source"), options)
     with torch.no_grad():
         expected = load_model(str(tmp_path / "source"))(token_ids()).logits
@@ -262,13 +262,8 @@ def test_a_scrambled_copy_is_found_again_by_adapters_of_rank_one(tiny_source: Pa
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     off = []
     for aligned in (False, True):
-        options = PruneOptions.paper(plan=tmp_path / "plan.json", align=aligned, output_norm=False)
+        options = PruneOptions.paper(plan=tmp_path / "plan.json", align=aligned, output_norm="none")
         compact, _, _ = prune(str(tmp_path / "source"), options)
         with torch.no_grad():
             off.append((compact(token_ids()).logits - model(token_ids()).logits).norm().item())
     assert off[1] < 1e-3 * off[0]
-
-
-def test_alignment_that_would_do_nothing_is_refused() -> None:
-    with pytest.raises(InputError, match="--align has no effect with --adapter-init zero"):
-        PruneOptions.paper(blocks=[1], align=True, adapter_init="zero")

@@ -19,16 +19,7 @@ from families import (
     tiny_model,
     token_ids,
 )
-from flexigpt import (
-    FlexiGPTForCausalLM,
-    InputError,
-    Plan,
-    PruneOptions,
-    Replica,
-    plan_only,
-    prune,
-    remove,
-)
+from flexigpt import FlexiGPTForCausalLM, Plan, PruneOptions, Replica, prune, remove
 from flexigpt.model import find_architecture
 from flexigpt.replicas import Fits, fit_blocks
 from flexigpt.replicas.least_squares import Moments, low_rank_fit, ridge_fit
@@ -176,13 +167,14 @@ def test_later_replicas_mend_what_earlier_ones_left() -> None:
 def test_pruning_with_fits_needs_text_and_says_what_it_did(tiny_source: Path, text: Path) -> None:
     calibrated = {"calibration": str(text), "window_length": 64, "windows": 16}
     found = {}
-    for init, norm in (("svd", None), ("activation", "fitted")):
+    for init, norm in (("svd", 0.05), ("activation", "fitted")):
         options = PruneOptions.paper(
-            blocks=[2, 4], rank=4, adapter_init=init, norm_init=norm, perplexity=str(text), **calibrated
+            blocks=[2, 4], rank=4, adapter_init=init, output_norm=norm, perplexity=str(text), **calibrated
         )
         _, _, record = prune(str(tiny_source), options)
         found[init] = record
-    assert found["activation"]["options"]["norm_init"] == "fitted"
+    assert found["activation"]["options"]["output_norm"] == "fitted"
+    assert (found["activation"]["fitted"], found["svd"]["fitted"]) == (True, False)
     assert found["activation"]["compact"] == found["svd"]["compact"]
 
 
@@ -252,11 +244,3 @@ def test_removal_can_refit_the_kept_blocks(tiny_source: Path, text: Path) -> Non
         for a, b in zip(shorter.model.layers, plain.model.layers, strict=True)
     ]
     assert differ == [False, True, True, True]
-
-
-def test_refits_without_effect_are_refused(tiny_source: Path, text: Path, tmp_path: Path) -> None:
-    tiny_model("gemma2").save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"--refit-kept has no effect on .*, whose blocks normalise"):
-        prune(str(tmp_path), PruneOptions.paper(blocks=[2], refit_kept=True, calibration=str(text)))
-    with pytest.raises(InputError, match="--refit-kept has no effect with --plan-only"):
-        plan_only(str(tiny_source), PruneOptions.paper(blocks=[2], refit_kept=True, calibration=str(text)))

@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 from families import NUM_BLOCKS, block_list, compact_of, initialize_replicas, tiny_model
 from flexigpt import FlexiGPTForCausalLM, Plan, Replica
 from flexigpt.model import NormedOutput, SharedLinear, find_architecture, weight_matrix
-from flexigpt.replicas import ADAPTER_INITS
+from flexigpt.replicas.initialization import ADAPTER_INITS
 
 RANK = 5
 

@@ -11,28 +11,20 @@ from transformers import AutoModelForCausalLM
 
 from conftest import Run
 from families import NUM_BLOCKS, tiny_model, token_ids
-from flexigpt import InputError, Plan, PruneOptions, Replica, materialize, plan_only, prune
+from flexigpt import InputError, Plan, PruneOptions, Replica, assemble_pruned, materialize, plan_only, prune
 from flexigpt.model import SharedLinear, model_shape, stored_bytes
-from flexigpt.pruning.prune import expected_bytes
 from flexigpt.replicas import spread_ranks
 from flexigpt.replicas.ranks import spend
 from flexigpt.runtime import Cache
 from flexigpt.weights import StreamedModel, load_model
+from workspaces import announced
 
 WINDOWS = token_ids(batch=12, tokens=32, seed=3)
 
 
 @pytest.fixture
 def settings(text: Path) -> dict[str, Any]:
-    fitted = {"adapter_init": "block-output", "output_norm": False, "base_scale": True, "refit_kept": True}
-    return fitted | {
-        "ratio": 0.4,
-        "rank": 4,
-        "spread_rank": True,
-        "calibration": str(text),
-        "window_length": 64,
-        "windows": 8,
-    }
+    return {"ratio": 0.4, "rank": 4, "calibration": str(text), "window_length": 64, "windows": 8}
 
 
 def ranks(model: torch.nn.Module) -> list[int]:
@@ -81,17 +73,17 @@ def test_less_is_left_of_the_output_at_the_same_size(tiny_source: Path, settings
     ids = token_ids(batch=8, tokens=48, seed=7)
     source, errors = load_model(str(tiny_source)), []
     for spread in (False, True):
-        model, _, _ = prune(str(tiny_source), PruneOptions.paper(**settings | {"spread_rank": spread}))
+        model, _, _ = prune(str(tiny_source), PruneOptions(**settings | {"spread_rank": spread}))
         with torch.no_grad():
             ours, theirs = (m.get_decoder()(input_ids=ids).last_hidden_state for m in (model, source))
         errors.append((ours - theirs).norm().item())
-        assert stored_bytes(model) <= expected_bytes(str(tiny_source), PruneOptions.paper(**settings))
+        assert stored_bytes(model) <= announced(assemble_pruned, tiny_source, PruneOptions(**settings)).written
     assert errors[1] < errors[0]
 
 
 def test_every_form_computes_the_same(tiny_source: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     """The checkpoint, the same plan applied, the source made of it."""
-    options = PruneOptions.paper(**settings)
+    options = PruneOptions(**settings)
     model, plan, record = prune(str(tiny_source), options)
     assert len(set(ranks(model))) > 1
     assert record["options"]["spread_rank"] is True
@@ -103,18 +95,15 @@ def test_every_form_computes_the_same(tiny_source: Path, settings: dict[str, Any
     assert torch.equal(read(token_ids()).logits, expected)
     decided, _ = plan_only(
         str(tiny_source),
-        PruneOptions.paper(**settings | {"adapter_init": "svd", "output_norm": True, "refit_kept": False}),
+        PruneOptions(**settings | {"adapter_init": "svd", "output_norm": True, "refit_kept": False}),
     )
     assert decided == plan
     (tmp_path / "plan.json").write_text(json.dumps(plan.to_dict()))
     assert Plan.read(tmp_path / "plan.json") == plan
-    dropped = ("ratio", "rank", "spread_rank")
-    given = {name: value for name, value in settings.items() if name not in dropped}
-    applied, _, _ = prune(str(tiny_source), PruneOptions.paper(**given, plan=tmp_path / "plan.json"))
+    given = PruneOptions(**settings | {"ratio": None, "rank": None, "plan": tmp_path / "plan.json"})
+    applied, _, _ = prune(str(tiny_source), given)
     assert torch.equal(applied(token_ids()).logits, expected)
-    assert expected_bytes(str(tiny_source), PruneOptions.paper(**given, plan=tmp_path / "plan.json")) == stored_bytes(
-        model
-    )
+    assert announced(assemble_pruned, tiny_source, given).written == stored_bytes(model)
     torch.testing.assert_close(materialize(read)(token_ids()).logits, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -134,8 +123,8 @@ def test_the_command_spreads_by_default_and_shows_it(run: Run, tiny_source: Path
     assert Plan.read(tmp_path / "plan" / "plan.json") == Plan.from_dict(
         {"format_version": 1, "num_blocks": NUM_BLOCKS, "replicas": model.config.replicas}
     )
-    run("prune", tiny_source, tmp_path / "alike", "--no-spread-rank", *flags)
-    alike = AutoModelForCausalLM.from_pretrained(tmp_path / "alike")
+    calibrated = {"calibration": str(text), "window_length": 64, "windows": 8}
+    alike, _, _ = prune(str(tiny_source), PruneOptions(ratio=0.4, rank=4, spread_rank=False, **calibrated))
     assert set(ranks(alike)) == {4}
     assert stored_bytes(model) <= stored_bytes(alike)
     trained = ["--data", text, "--tokens", "256", "--batch-tokens", "128", "--window-length", "32"]
@@ -145,12 +134,12 @@ def test_the_command_spreads_by_default_and_shows_it(run: Run, tiny_source: Path
 
 
 @pytest.mark.parametrize("spread", [False, True])
-def test_a_budget_is_kept(tiny_source: Path, settings: dict[str, Any], spread: bool) -> None:
+def test_a_share_of_the_source_is_kept(tiny_source: Path, settings: dict[str, Any], spread: bool) -> None:
     """And another rank would not be within it."""
-    given = {name: value for name, value in settings.items() if name != "rank"} | {"spread_rank": spread}
     source = load_model(str(tiny_source)).num_parameters()
     shape = model_shape(load_model(str(tiny_source)))
-    model, plan, record = prune(str(tiny_source), PruneOptions.paper(**given, adapter_budget="3.5%"))
+    options = PruneOptions(**settings | {"rank": "3.5%", "spread_rank": spread})
+    model, plan, record = prune(str(tiny_source), options)
     adapters = sum(p.numel() for name, p in model.named_parameters() if "adapter_" in name)
     of_a_rank = 2 * shape.adapter_parameters(1)
     dearest = max(map(sum, shape.linears.values()))
@@ -159,25 +148,16 @@ def test_a_budget_is_kept(tiny_source: Path, settings: dict[str, Any], spread: b
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("rank", "reason"),
     [
-        ({"adapter_budget": "3.7"}, "--adapter-budget 3.7 cannot be used: give a share of the source's parameters"),
-        ({"adapter_budget": "100%"}, "cannot be used"),
-        ({"adapter_budget": "0.01%"}, r"for 1 replicas: give 0\.\d+% \(rank 1\) to \d\.\d+% \(rank 32\)"),
-        ({"adapter_budget": "90%"}, "out of range"),
-        ({"adapter_budget": "3.7%", "rank": 4}, "--adapter-budget has no effect, since --rank decides it"),
-        ({"adapter_budget": "3.7%", "plan": "p", "blocks": None}, "--adapter-budget has no effect, since the plan"),
-        ({"adapter_budget": "3.7%", "target_size": "1MB", "blocks": None}, "--target-size already says how much"),
+        ("100%", "--rank 100% cannot be used"),
+        ("0.01%", r"--rank 0.01% is out of range for 1 replicas: give 0\.\d+% \(rank 1\) to \d\.\d+% \(rank 32\)"),
+        ("90%", "out of range"),
     ],
 )
-def test_budgets_that_cannot_be_are_refused(tiny_source: Path, options: dict[str, Any], reason: str) -> None:
+def test_shares_that_cannot_be_are_refused(tiny_source: Path, rank: str, reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        prune(str(tiny_source), PruneOptions.paper(**{"blocks": [2]} | options))
-
-
-def test_a_plan_says_which_ranks() -> None:
-    with pytest.raises(InputError, match="--spread-rank has no effect, since the plan decides it"):
-        PruneOptions.paper(plan="p", spread_rank=True)
+        prune(str(tiny_source), PruneOptions.paper(blocks=[2], rank=rank))
 
 
 @pytest.mark.parametrize(

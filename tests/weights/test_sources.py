@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,20 +18,22 @@ from safetensors.torch import load_file
 
 from families import FAMILIES, compact_of, initialize_replicas, remove_blocks, tiny_model, token_ids
 from flexigpt import (
-    PRESETS,
     ExtendOptions,
     InputError,
     PruneOptions,
+    assemble_extended,
+    assemble_pruned,
+    assemble_removed,
     extend,
     plan_only,
     prune,
     remove,
+    write_checkpoint,
 )
 from flexigpt.calibration import HiddenStates, block_means
 from flexigpt.calibration import hidden_states as calibration_module
 from flexigpt.model import Plan
-from flexigpt.pruning import BLOCK_SCORES, assemble_extended, assemble_pruned, assemble_removed
-from flexigpt.record import write_checkpoint
+from flexigpt.pruning.scores import STATISTICS
 from flexigpt.runtime import Cache
 from flexigpt.runtime.cache import CACHE_VARIABLE
 from flexigpt.weights import Source, StreamedModel, load_model
@@ -54,20 +58,8 @@ def test_scores_are_bit_equal_to_the_whole_models(family: str, dtype: str, tmp_p
     whole, source = StreamedModel(load_model(str(tmp_path))), Source(str(tmp_path))
     assert {p.device.type for p in source.blocks.parameters()} == {"meta"}
     windows = token_ids(batch=6, tokens=40)
-    assert block_means([source], windows, BLOCK_SCORES) == block_means([whole], windows, BLOCK_SCORES)
+    assert block_means(source, windows, STATISTICS) == block_means(whole, windows, STATISTICS)
     assert {p.device.type for p in source.blocks.parameters()} == {"meta"}
-
-
-@pytest.mark.parametrize("family", ["llama-gqa", "gemma3_text", "gpt_neo"])
-def test_devices_that_share_the_windows_give_the_same_scores(family: str, tmp_path: Path) -> None:
-    """Three sources on the CPU for want of GPUs, and more than the batches need."""
-    tiny_model(family).save_pretrained(tmp_path)
-    windows = token_ids(batch=45, tokens=100)  # three batches, the last of them smaller
-    alone = block_means([Source(str(tmp_path))], windows, BLOCK_SCORES)
-    for number in (3, 5):
-        shared = block_means([Source(str(tmp_path)) for _ in range(number)], windows, BLOCK_SCORES)
-        for name, means in alone.items():
-            assert shared[name] == pytest.approx(means, rel=1e-12)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -139,14 +131,14 @@ def test_a_converted_dtype_is_that_of_the_whole_model(tiny_source: Path, tmp_pat
 
 
 def test_hidden_states_in_a_file_give_the_same_scores(
-    tiny_source: Path, calibrated: dict[str, object], tmp_path: Path
+    tiny_source: Path, calibrated: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A block of 40 KB beside 8 windows of 64 tokens, which take 65 KB."""
     records = []
     for name, memory in (("file", "64KIB"), ("memory", "1GiB")):
-        options = PruneOptions.paper(
-            ratio=0.4, cache=tmp_path / name, memory=memory, perplexity=calibrated["calibration"], **calibrated
-        )
+        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / name))
+        perplexity = calibrated["calibration"]
+        options = PruneOptions.paper(ratio=0.4, memory=memory, perplexity=perplexity, **calibrated)
         records.append(prune(str(tiny_source), options)[2])
     assert records[0]["scores"] == records[1]["scores"]
     assert records[0]["perplexity"] == records[1]["perplexity"]
@@ -160,14 +152,11 @@ def test_fits_with_hidden_states_in_files_give_the_same_weights(
     weights, files = [], []
     for memory in ("300KiB", "1GiB"):
         opened: list[Any] = []
-        settings = {"ratio": 0.4, "cache": tmp_path / memory, "memory": memory, "refit_kept": True, **calibrated}
+        options = PruneOptions(ratio=0.4, rank=3, memory=memory, **calibrated)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tempfile, "TemporaryFile", counted(tempfile.TemporaryFile, opened))
-            if removed:
-                model = remove(str(tiny_source), PruneOptions.paper(**settings))[0]
-            else:
-                fitted = PRESETS["fitted"] | settings
-                model = prune(str(tiny_source), PruneOptions.paper(**fitted, rank=3))[0]
+            patch.setenv(CACHE_VARIABLE, str(tmp_path / memory))
+            patch.setattr(tempfile, "mkstemp", counted(tempfile.mkstemp, opened))
+            model = (remove if removed else prune)(str(tiny_source), options)[0]
         weights.append(model.state_dict())
         files.append(len(opened))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
@@ -185,18 +174,29 @@ def counted(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any
     return call
 
 
-def test_hidden_states_are_exchanged_saved_and_loaded(tmp_path: Path) -> None:
+def test_hidden_states_are_exchanged_in_memory_and_in_files(tmp_path: Path) -> None:
     batches = [torch.randn(2, 3, 4).to(torch.bfloat16), torch.randn(1, 3, 4).to(torch.bfloat16)]
-    inside, outside = HiddenStates(batches), HiddenStates(batches, tmp_path)
-    for states in (inside, outside):
+    for states in (HiddenStates(batches), HiddenStates(batches, tmp_path)):
+        before = states[1]
         states[1] = batches[1] + 1
         assert torch.equal(states[0], batches[0])
         assert torch.equal(states[1], batches[1] + 1)
-        assert states.num_bytes == 2 * 36
-        states.save(tmp_path / "saved")
-        other = HiddenStates(batches, tmp_path)
-        other.load(tmp_path / "saved")
-        assert all(torch.equal(a, b) for a, b in zip(other, states, strict=True))
+        assert torch.equal(before, batches[1])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
+    """And not the end of the process, as it is where a file is mapped before its bytes are there."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            HiddenStates([torch.zeros(1, 1000)], tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list(tmp_path.iterdir())
 
 
 STAGES = ["checking weights", "calibrating", "measuring distances", "initialising replicas", "fitting blocks"]
@@ -249,16 +249,15 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(
 
 
 def test_another_ratio_reads_no_text_through_the_blocks(
-    tiny_source: Path, calibrated: dict[str, object], fresh_cache: Path
+    tiny_source: Path, calibrated: dict[str, object], fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, again, other = KillingTrack(), KillingTrack(), KillingTrack()
     prune(str(tiny_source), PruneOptions.paper(ratio=0.2, rank=3, **calibrated), first)
     plan, record = plan_only(str(tiny_source), PruneOptions.paper(ratio=0.4, rank=3, **calibrated), again)
     assert {"checking weights", "calibrating"} <= set(first.seen)
     assert not {"checking weights", "calibrating"} & set(again.seen)
-    fresh, _ = plan_only(
-        str(tiny_source), PruneOptions.paper(ratio=0.4, rank=3, cache=fresh_cache / "new", **calibrated), other
-    )
+    monkeypatch.setenv(CACHE_VARIABLE, str(fresh_cache / "new"))
+    fresh, _ = plan_only(str(tiny_source), PruneOptions.paper(ratio=0.4, rank=3, **calibrated), other)
     assert plan == fresh
     assert len(record["scores"]) == 6
 
@@ -301,11 +300,12 @@ def test_a_block_that_memory_cannot_hold_is_refused(tiny_source: Path, calibrate
 
 
 def test_a_cache_that_cannot_be_written_says_what_to_do(
-    tiny_source: Path, calibrated: dict[str, object], tmp_path: Path
+    tiny_source: Path, calibrated: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="give another folder by --cache"):
-        plan_only(str(tiny_source), PruneOptions.paper(ratio=0.4, cache=tmp_path / "file", **calibrated))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
+    with pytest.raises(InputError, match=CACHE_VARIABLE):
+        plan_only(str(tiny_source), PruneOptions.paper(ratio=0.4, **calibrated))
 
 
 def test_kept_tensors_are_the_files_bytes(tiny_source: Path, tmp_path: Path) -> None:
@@ -333,7 +333,7 @@ def test_a_source_that_changes_during_the_run_is_refused(tiny_source: Path, tmp_
 def test_processes_killed_in_every_stage_end_with_the_same_bytes(example: Path, tmp_path: Path) -> None:
     """SIGKILL as soon as a stage has left something, again and again, until a run may get through."""
     options = ["--ratio", "0.3", "--calibration", str(example / "calibration.jsonl"), "--window-length", "256"]
-    options += ["--windows", "16", "--dtype", "float32", "--adapter-init", "activation", "--refit-kept"]
+    options += ["--windows", "16", "--dtype", "float32", "--adapter-init", "activation"]
 
     def start(out: str, cache: str) -> subprocess.Popen[bytes]:
         environment = os.environ | {CACHE_VARIABLE: str(tmp_path / cache)}

@@ -1,7 +1,7 @@
 """Text through the blocks, one block after the other; statistics are running sums.
 
-Only the current hidden states are kept: (windows, tokens, hidden size) in the model's dtype, in files where they are
-many. Nothing grows with the number of blocks or with the square of the tokens.
+Only the current hidden states are kept, in files where they are many. Nothing grows with the number of blocks or with
+the square of the tokens.
 """
 
 import copy
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,8 +39,8 @@ def calibration_batches(windows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return windows.split(batch_size_for(windows.shape[1], 1, _BATCH_TOKENS))
 
 
-class HiddenStates(Sequence[torch.Tensor]):
-    """One tensor a batch, (windows, tokens, hidden size); each can be exchanged for another of its shape.
+class HiddenStates:
+    """One tensor a batch, (windows, tokens, hidden size), the model's dtype; each can be exchanged for another.
 
     Args:
         batches: taken one at a time.
@@ -65,13 +65,7 @@ class HiddenStates(Sequence[torch.Tensor]):
     def __len__(self) -> int:
         return len(self.held)
 
-    @overload
-    def __getitem__(self, number: int) -> torch.Tensor: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[torch.Tensor]: ...
-    def __getitem__(self, number: int | slice) -> torch.Tensor | list[torch.Tensor]:
-        if isinstance(number, slice):
-            return [self[n] for n in range(len(self))[number]]
+    def __getitem__(self, number: int) -> torch.Tensor:
         # A copy of what a file holds: that may be overwritten while the batch is in use.
         return self.held[number].to(self._device, copy=self.folder is not None)
 
@@ -88,12 +82,13 @@ class HiddenStates(Sequence[torch.Tensor]):
 def _in_file(batch: torch.Tensor, folder: Path) -> torch.Tensor:
     """The same values, mapped from a file that goes with the tensor."""
     handle, name = tempfile.mkstemp(dir=folder)
-    with os.fdopen(handle, "wb") as file:  # written, not mapped first, so that a full disk is an error
-        values: Any = batch.contiguous().flatten().view(torch.uint8).numpy()
-        file.write(memoryview(values))
-    mapped = torch.from_file(name, shared=True, size=batch.numel(), dtype=batch.dtype)
-    os.unlink(name)
-    return mapped.view(batch.shape)
+    values: Any = batch.contiguous().flatten().view(torch.uint8).numpy()
+    try:
+        with os.fdopen(handle, "wb") as file:  # written, not mapped first, so that a full disk is an error
+            file.write(memoryview(values))
+        return torch.from_file(name, shared=True, size=batch.numel(), dtype=batch.dtype).view(batch.shape)
+    finally:
+        os.unlink(name)
 
 
 class Stream:
@@ -175,11 +170,8 @@ def block_means(
         For each statistic a value for each block; not finite where the model overflows.
     """
     stream = Stream(source.model, calibration_batches(windows), spill)
-    saved = None if stage is None else _Saved(stage, stream.hidden)
-    means: dict[str, list[float]] = {name: [] for name in statistics}
-    done = 0
-    if saved is not None:
-        done, means = saved.found() or (done, means)
+    saved = _Saved(stage, stream.hidden)
+    done, means = saved.found() or (0, {name: [] for name in statistics})
     for index in track(range(len(source)), "calibrating", len(source)):
         if index < done:
             continue
@@ -193,8 +185,7 @@ def block_means(
                 stream.hidden[number] = outputs
         for name, total in totals.items():
             means[name].append(total.item() / windows.numel())
-        if saved is not None:
-            saved.save(index + 1, means)
+        saved.save(index + 1, means)
     return means
 
 
@@ -209,15 +200,15 @@ def check_means(means: Sequence[float]) -> None:
 
 
 class _Saved:
-    """What a calibration leaves in its stage, to go on from."""
+    """What a calibration leaves in its stage, where there is one, to go on from."""
 
-    def __init__(self, stage: CachedStage, hidden: HiddenStates) -> None:
-        self._file, self._hidden = stage.folder / "progress", hidden
+    def __init__(self, stage: CachedStage | None, hidden: HiddenStates) -> None:
+        self._file, self._hidden = None if stage is None else stage.folder / "progress", hidden
         self._latest, self._cost = time.monotonic(), 0.0
 
     def found(self) -> tuple[int, dict[str, list[float]]] | None:
         """How many blocks are done, and their means; the hidden states are then those behind them."""
-        if not self._file.is_file():
+        if self._file is None or not self._file.is_file():
             return None
         done, means, batches = torch.load(self._file, mmap=True)
         for number, batch in enumerate(batches):
@@ -227,7 +218,7 @@ class _Saved:
     def save(self, done: int, means: dict[str, list[float]]) -> None:
         """Where it is time. The file is complete or what it was."""
         began = time.monotonic()
-        if began - self._latest < max(_SAVE_SECONDS, _SAVE_SHARE * self._cost):
+        if self._file is None or began - self._latest < max(_SAVE_SECONDS, _SAVE_SHARE * self._cost):
             return
         temporary = self._file.with_name(f"progress.{os.getpid()}")
         torch.save((done, means, self._hidden.held), temporary)

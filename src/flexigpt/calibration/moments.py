@@ -1,37 +1,28 @@
 """What a block's linears are given, and what errors of theirs weigh, over a text."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from flexigpt.calibration.hidden_states import Stream
-from flexigpt.model import watched, weight_matrix
+from flexigpt.model import linear_size, watched
 
 
-class InputMoments(NamedTuple):
-    """What a block's linears were given by a text, and what the block added to it, summed over tokens, float64.
-
-    Attributes:
-        moments: X^T X (inputs, inputs) by path, of one linear for all that are given the same.
-        first_of: that linear by path of each.
-        added: squared length of the block's output less its input, a scalar.
-    """
-
-    moments: dict[str, torch.Tensor]
-    first_of: dict[str, str]
-    added: torch.Tensor
-
-
-def input_moments(text: Stream, block: nn.Module, index: int, linears: Sequence[str]) -> InputMoments:
-    """Takes a text through a block; what its linears are given on the way.
+def input_moments(
+    text: Stream, block: nn.Module, index: int, linears: Sequence[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, str], torch.Tensor]:
+    """Takes a text through a block; what its linears are given on the way, and what the block adds to it.
 
     Args:
         text: what the block is given; afterwards what it makes of that.
         block: of the text's model.
         index: its place in the model.
         linears: paths in the block.
+
+    Returns:
+        Summed over tokens, float64: X^T X (inputs, inputs) by path, of one linear for all that are given the same; that
+        linear by path of each; and the squared length of the block's output less its input, a scalar.
     """
     sums: dict[str, RunningSum] = {}
     first_of: dict[str, str] = {}
@@ -39,16 +30,14 @@ def input_moments(text: Stream, block: nn.Module, index: int, linears: Sequence[
     with watched(block, linears) as seen:
         for number, output in enumerate(text.outputs(block, index)):
             for path in linears:
-                if path not in first_of:
-                    first_of[path] = next((p for p in sums if seen[p][0] is seen[path][0]), path)
-                    if first_of[path] == path:
-                        sums[path] = RunningSum()
+                same = next((p for p in sums if seen[p][0] is seen[path][0]), path)
+                sums.setdefault(first_of.setdefault(path, same), RunningSum())
             for path, moment in sums.items():
                 given = seen[path][0].flatten(0, -2).float()
                 moment.add(given.T @ given)
             added.add((output.float() - text.hidden[number].float()).square().sum())
             text.hidden[number] = output
-    return InputMoments({path: moment.total for path, moment in sums.items()}, first_of, added.total)
+    return {path: moment.total for path, moment in sums.items()}, first_of, added.total
 
 
 def output_weights(text: Stream, block: nn.Module, index: int, paths: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -70,17 +59,13 @@ def output_weights(text: Stream, block: nn.Module, index: int, paths: Sequence[s
         the weight itself.
     """
     sums = {path: RunningSum() for path in paths}
-    wide = {path for path in paths if _is_wide(block.get_submodule(path))}
+    sizes = {path: linear_size(block.get_submodule(path)) for path in paths}
+    wide = {path for path, (outputs, inputs) in sizes.items() if outputs > inputs}
     for gradients in text.gradients(block, index, paths):
         for path, gradient in zip(paths, gradients, strict=True):
             rows = gradient.flatten(0, -2).float()
             sums[path].add(rows.square().sum(0) if path in wide else rows.T @ rows)
     return {path: running.total for path, running in sums.items()}
-
-
-def _is_wide(linear: nn.Module) -> bool:
-    outputs, inputs = weight_matrix(linear).shape
-    return outputs > inputs
 
 
 class RunningSum:

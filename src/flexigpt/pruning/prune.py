@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import cast
 
-from flexigpt.model import FlexiGPTForCausalLM, ModelShape, Plan, Replica, check_depth
+from flexigpt.model import FlexiGPTForCausalLM, Plan, Replica, check_depth
 from flexigpt.pruning.distances import choose_bases, measure_distances
 from flexigpt.pruning.estimate import Estimate, estimate
 from flexigpt.pruning.options import PruneOptions
@@ -88,7 +87,10 @@ def _planned(
     checked = CheckedSource.check(source, options, options)
     ranks: Sequence[int | Replica]
     if options.plan is not None:
-        given = _read_plan(options.plan, checked.shape, checked.depth)
+        given = Plan.read(options.plan)
+        check_depth(given, checked.depth)
+        for replica in given.replicas:
+            checked.shape.check_replica(replica)
         pruned: Sequence[int] | int = given.pruned
         ranks = given.replicas
     else:
@@ -107,14 +109,6 @@ def _planned(
     record["distances"] = measure_distances(workspace, blocks)
     plan = choose_bases(record["distances"], checked.rank, checked.depth)
     return workspace, _spread(workspace, plan) if options.spread_rank else plan, record
-
-
-def _read_plan(path: str | Path, shape: ModelShape, depth: int) -> Plan:
-    plan = Plan.read(path)
-    check_depth(plan, depth)
-    for replica in plan.replicas:
-        shape.check_replica(replica)
-    return plan
 
 
 def _spread(workspace: Workspace[PruneOptions], plan: Plan) -> Plan:

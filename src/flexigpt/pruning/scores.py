@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -122,14 +122,6 @@ class Choice(NamedTuple):
     record: Record
 
 
-class BlockScore(Protocol):
-    """A score by which blocks are pruned."""
-
-    def choose(self, workspace: Workspace[PruneOptions], count: int) -> Choice:
-        """Chooses `count` blocks, fewer than there are; with 0 it only scores, where that costs no more."""
-        ...
-
-
 class ByHiddenStates(NamedTuple):
     """The blocks whose hidden states have the lowest mean of a statistic.
 
@@ -140,7 +132,7 @@ class ByHiddenStates(NamedTuple):
     name: str
 
     def choose(self, workspace: Workspace[PruneOptions], count: int) -> Choice:
-        """All statistics in one pass of the text, which is kept."""
+        """Chooses so many blocks; with 0 it only scores. All statistics are found in one pass, and kept."""
         windows, source = workspace.windows, workspace.source
         with workspace.cache.stage("scores", windows=digest(windows)) as stage:
             if stage.result is None:
@@ -163,18 +155,14 @@ class _Greedy(ABC):
 
     @abstractmethod
     def step(self, workspace: Workspace[PruneOptions], chosen: list[int], stage: CachedStage) -> Iterator[None]:
-        """Leaves the perplexity with each further block pruned, by its number, as the stage's result."""
+        """Leaves perplexity by number of each block not chosen yet as the stage's result; yields once for each."""
 
-    @abstractmethod
-    def depends(self, workspace: Workspace[PruneOptions]) -> dict[str, Any]:
-        """What the perplexities depend on, besides the blocks chosen."""
-
-    @abstractmethod
-    def steps(self, depth: int, count: int) -> int:
-        """How often `step` yields in all."""
+    def depends(self, options: PruneOptions) -> dict[str, Any]:
+        """What perplexities depend on, besides the text and the blocks chosen."""
+        return {}
 
     def choose(self, workspace: Workspace[PruneOptions], count: int) -> Choice:
-        """Perplexities are not finite where the model overflows."""
+        """Chooses so many blocks; with 0 it does nothing. Scores are not finite where the model overflows."""
         if count == 0:
             return Choice((), {})
         workspace = dataclasses.replace(workspace, windows=workspace.windows[:MOST_WINDOWS])
@@ -182,7 +170,7 @@ class _Greedy(ABC):
         perplexities = [math.nan] * workspace.depth
 
         def work() -> Iterator[None]:
-            depends = self.depends(workspace)
+            depends = self.depends(workspace.options) | {"windows": digest(workspace.windows)}
             for _ in range(count):
                 with workspace.cache.stage(self.stage, chosen=sorted(order), **depends) as stage:
                     yield from self.step(workspace, order, stage)
@@ -192,7 +180,8 @@ class _Greedy(ABC):
                 # NaN is not less than anything: a block without which the model overflows comes behind all others.
                 order.append(min(found, key=lambda block: math.inf if math.isnan(found[block]) else found[block]))
 
-        for _ in workspace.track(work(), self.doing, self.steps(workspace.depth, count)):
+        candidates = sum(workspace.depth - step for step in range(count))
+        for _ in workspace.track(work(), self.doing, candidates):
             pass
         return Choice(tuple(sorted(order)), {"scores": perplexities, "pruning_order": order})
 
@@ -207,31 +196,23 @@ class ByRemoval(_Greedy):
 
     stage, doing = "removal", "removing blocks"
 
-    def depends(self, workspace: Workspace[PruneOptions]) -> dict[str, Any]:
-        """The text."""
-        return {"windows": digest(workspace.windows)}
-
-    def steps(self, depth: int, count: int) -> int:
-        """One for each block that text goes through."""
-        return depth * count
-
     def step(self, workspace: Workspace[PruneOptions], chosen: list[int], stage: CachedStage) -> Iterator[None]:
         """Takes all candidates' streams through the blocks."""
         source = workspace.source
+        others = [index for index in range(len(source)) if index not in chosen]
         if stage.result is not None:
-            yield from (None for _ in range(len(source)))
+            yield from (None for _ in others)
             return
         batches = calibration_batches(workspace.windows)
         whole = Stream(source.model, batches, workspace.hidden_in(len(source)))
         without: dict[int, Stream] = {}
-        for index in range(len(source)):
-            if index not in chosen:
-                source.expect(index + 1)
-                leaving = whole.at(whole.hidden)
-                with source.block(index) as block:
-                    for stream in (*without.values(), whole):
-                        stream.advance(block, index)
-                without[index] = leaving
+        for index in others:
+            source.expect(index + 1)
+            leaving = whole.at(whole.hidden)
+            with source.block(index) as block:
+                for stream in (*without.values(), whole):
+                    stream.advance(block, index)
+            without[index] = leaving
             yield
         found = {}
         for index, stream in without.items():
@@ -249,15 +230,10 @@ class ByReplacement(_Greedy):
 
     stage, doing = "replacement", "replacing blocks"
 
-    def depends(self, workspace: Workspace[PruneOptions]) -> dict[str, Any]:
-        """The text, and how replicas are made."""
-        options = _screening(workspace.options)
-        own = {"init": init_of(options), "rank": options.rank, "base_distance": options.base_distance}
-        return {"windows": digest(workspace.windows)} | own
-
-    def steps(self, depth: int, count: int) -> int:
-        """One for each candidate."""
-        return sum(depth - step for step in range(count))
+    def depends(self, options: PruneOptions) -> dict[str, Any]:
+        """How replicas are made."""
+        own = {"rank": options.rank, "base_distance": options.base_distance}
+        return {"init": init_of(_screening(options))} | own
 
     def step(self, workspace: Workspace[PruneOptions], chosen: list[int], stage: CachedStage) -> Iterator[None]:
         """Prunes each candidate and measures what is left."""
@@ -293,7 +269,7 @@ def _perplexity_with_replicas(workspace: Workspace[PruneOptions], held: torch.Te
         return windows_perplexity(assembly.model, batches)
 
 
-BLOCK_SCORES: Mapping[str, BlockScore] = {
+BLOCK_SCORES: Mapping[str, ByHiddenStates | _Greedy] = {
     **{name: ByHiddenStates(name) for name in STATISTICS},
     "removal-perplexity": ByRemoval(),
     "replacement-perplexity": ByReplacement(),

@@ -8,6 +8,7 @@ choices as well as by what they compute; only the latter is worth an adapter's r
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -175,15 +176,11 @@ def _align_units(ours: _Parts, theirs: _Parts, symmetries: BlockSymmetries) -> N
         ours["down"] = ours["down"] * signs
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Match:
+class _Match(NamedTuple):
     """How one key-value head of ours, with its query heads, stands in for one of the base's.
 
-    Attributes:
-        heads: for each query head of the base, which of ours.
-        turn: applied to queries and keys, (head size, head size).
-        mix: applied to the values; undone where the output projection takes them.
-        gain: inner product with the base's weights.
+    `heads`: for each query head of the base, which of ours. `turn` is applied to queries and keys, (head size, head
+    size), `mix` to the values, and undone where the output projection takes them. `gain`: inner product with the base.
     """
 
     heads: Tensor
@@ -341,8 +338,8 @@ class AlignedSource(StreamedModel):
 
     def _align(self, block: int) -> dict[str, torch.Tensor]:
         pruned, base = (self._of_linears(number) for number in (block, self._base_of[block]))
-        dtype = self.model.dtype
-        return {path: values.to(dtype) for path, values in align(pruned, base, self._symmetries).items()}
+        aligned = align(pruned, base, self._symmetries)
+        return {path: values.to(self.model.dtype) for path, values in aligned.items()}
 
     def _of_linears(self, block: int) -> dict[str, torch.Tensor]:
         names = {path: name for path, name in self.names(block).items() if path in self._linears}

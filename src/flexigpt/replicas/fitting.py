@@ -8,6 +8,7 @@ to where the source's stream is, so that it also mends what the blocks before it
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -106,7 +107,9 @@ def fit_blocks(
                     if is_replica or (fits.kept and changed and number not in replicas.values()):
                         leaving = _past_removed(source, standing, index + 1, behind).hidden
                         fit = _BlockFit(source, own, block, _Streams(index, theirs, ours, leaving))
-                        fitted = fit.kept_in(stage, f"fitted-{number}", fits, is_replica)
+                        run = partial(fit.run, fits, is_replica)
+                        fitted = run() if stage is None else stage.tensors(f"fitted-{number}", run)
+                        exchange_parameters(block, {path: values.to(source.device) for path, values in fitted.items()})
                         pruned.own(number, fitted)
                     ours.advance(block, index)
         theirs = behind
@@ -150,15 +153,6 @@ class _BlockFit:
         self._their_writes = {path: HiddenStates((), streams.theirs.hidden.folder) for path in self._writers}
         self._factor: float | None = None
 
-    def kept_in(self, stage: CachedStage | None, name: str, fits: Fits, is_replica: bool) -> dict[str, torch.Tensor]:
-        """`run`, or what it gave before, found in the stage's folder."""
-        if stage is None:
-            return self.run(fits, is_replica)
-        found = stage.tensors(name, lambda: self.run(fits, is_replica))
-        device = self._streams.theirs.hidden[0].device
-        exchange_parameters(self._block, {path: values.to(device) for path, values in found.items()})
-        return found
-
     def run(self, fits: Fits, is_replica: bool) -> dict[str, torch.Tensor]:
         """Fits what is asked for, in the order in which the block computes; the fitted tensors by path."""
         self._watch_own()
@@ -169,7 +163,9 @@ class _BlockFit:
             return self._fitted
         steps = self.steps()
         if fits.weighted and fits.adapter is not None:
-            self._weigh([path for step in steps for path in step])
+            # A writer's output is the block's, and all of it counts alike.
+            linears = (path for step in steps for path in step if path.removesuffix(".inner") not in self._writers)
+            self._weights = output_weights(self._streams.theirs, self._own, self._streams.block, list(linears))
         for step in steps:
             if isinstance(self._block.get_submodule(step[0]), NormedOutput):
                 if fits.norms:
@@ -227,12 +223,6 @@ class _BlockFit:
             steps[-1:] = [(*steps[-1], path)] if joined else [*steps[-1:], (path,)]
             last = given
         return steps
-
-    def _weigh(self, paths: Iterable[str]) -> None:
-        """Weights of what linears put out; a writer's output is the block's, and all of it counts alike."""
-        inner = [path for path in paths if path.removesuffix(INNER) not in self._writers]
-        streams = self._streams
-        self._weights = output_weights(streams.theirs, self._own, streams.block, inner)
 
     def fit_adapters(self, paths: tuple[str, ...], fit: AdapterFit) -> None:
         """Linears that are given the same: one that writes to the residual stream stands alone."""

@@ -129,27 +129,20 @@ def adapter_spectra(model: StreamedModel, source: StreamedModel, plan: Plan) -> 
     """
     spectra: dict[int, dict[str, Spectrum]] = {replica.block: {} for replica in plan.replicas}
     for replica in plan.replicas:
-        with model.block(replica.block) as block:
-            for full, module in block.named_modules():
-                if isinstance(module, SharedLinear):
-                    path = full.removesuffix(INNER)
-                    own, base = (source.weight_matrix(i, path) for i in (replica.block, replica.base))
-                    base = base if module.base_scale is None else base * module.base_scale.to(base)
-                    spectra[replica.block][path] = _spectrum(module.adapter_A, module.adapter_B, own - base)
+        for full, module in model.blocks[replica.block].named_modules():
+            if isinstance(module, SharedLinear):
+                down, up = (model.parameter(replica.block, f"{full}.adapter_{name}").float() for name in "AB")
+                path = full.removesuffix(INNER)
+                own, base = (source.weight_matrix(i, path) for i in (replica.block, replica.base))
+                if module.base_scale is not None:
+                    base = base * model.parameter(replica.block, f"{full}.base_scale").to(base)
+                difference = (own - base).float()
+                energy, rank = difference.square().sum().item(), len(down)
+                ranks = [*(2**power for power in range(rank.bit_length()) if 2**power < rank), rank]
+                left = [(difference - up[:, :r] @ down[:r]).square().sum().item() for r in ranks]
+                mended = [round(1 - rest / energy, 5) if energy else 1.0 for rest in left]
+                spectra[replica.block][path] = {"ranks": ranks, "mended": mended}
     return spectra
-
-
-def _spectrum(adapter_a: torch.Tensor, adapter_b: torch.Tensor, difference: torch.Tensor) -> Spectrum:
-    """What is left of W_i - W_j after the first 1, 2, 4 ... of the adapter's directions."""
-    difference = difference.float()
-    energy = difference.square().sum().item()
-    rank = len(adapter_a)
-    ranks = [*(2**power for power in range(rank.bit_length()) if 2**power < rank), rank]
-    shares = []
-    for r in ranks:
-        left = difference - adapter_b[:, :r].float() @ adapter_a[:r].float()
-        shares.append(round(1 - left.square().sum().item() / energy, 5) if energy else 1.0)
-    return {"ranks": ranks, "mended": shares}
 
 
 def _like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -19,9 +19,7 @@ _OUTPUT_DAMPING = 1e-2
 _MOST_DAMPINGS = 4
 
 # Scale and adapter of a base are fitted in turn: at most so often, or until the scale moves by less.
-_SCALE_ROUNDS = 3
-
-_SCALE_TOLERANCE = 1e-2
+_SCALE_ROUNDS, _SCALE_TOLERANCE = 3, 1e-2
 
 
 class Moments(NamedTuple):
@@ -38,29 +36,20 @@ class Moments(NamedTuple):
     weights: torch.Tensor | None = None
 
 
-class Damped(NamedTuple):
-    """L L^T = M + d I, of a matrix M of second moments.
+def damped(moments: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """L, lower triangular, and d with L L^T = M + d I, of a matrix M of second moments.
 
-    Attributes:
-        root: L, lower triangular, float64.
-        damping: d.
+    d is that share of M's mean eigenvalue, or more where rounding errors have left M less than none.
     """
-
-    root: torch.Tensor
-    damping: torch.Tensor
-
-    @classmethod
-    def of(cls, moments: torch.Tensor, share: float) -> "Damped":
-        """d is that share of M's mean eigenvalue, or more where rounding errors have left M less than none."""
-        damping = share * moments.diagonal().mean().clamp(min=1e-30)
-        for more in range(_MOST_DAMPINGS):
-            damping = 10 * damping if more else damping
-            root = moments.clone()
-            root.diagonal().add_(damping)
-            root, failed = torch.linalg.cholesky_ex(root, check_errors=more + 1 == _MOST_DAMPINGS)
-            if not failed.item():
-                break
-        return cls(root, damping)
+    damping = share * moments.diagonal().mean().clamp(min=1e-30)
+    for more in range(_MOST_DAMPINGS):
+        damping = 10 * damping if more else damping
+        root = moments.clone()
+        root.diagonal().add_(damping)
+        root, failed = torch.linalg.cholesky_ex(root, check_errors=more + 1 == _MOST_DAMPINGS)
+        if not failed.item():
+            break
+    return root, damping
 
 
 def damped_root(inputs: torch.Tensor) -> torch.Tensor:
@@ -72,36 +61,37 @@ def damped_root(inputs: torch.Tensor) -> torch.Tensor:
     Args:
         inputs: C, (inputs, inputs), float64; its scale is that of R^2.
     """
-    return Damped.of(inputs, _DAMPING).root
+    return damped(inputs, _DAMPING)[0]
 
 
-class OutputRoot(NamedTuple):
+def output_root(weights: torch.Tensor | None) -> torch.Tensor | None:
     """K with K^T K = G', the damped weights of a linear's outputs: |K E|_F^2 is what errors E weigh.
 
-    Attributes:
-        root: K, upper triangular, (outputs, outputs), or its diagonal (outputs,), float64.
+    Args:
+        weights: G, (outputs, outputs), or its diagonal (outputs,); None: all outputs weigh alike.
+
+    Returns:
+        Upper triangular, (outputs, outputs), or its diagonal (outputs,), float64; or None.
     """
+    if weights is None:
+        return None
+    if weights.ndim == 1:
+        return (weights + _OUTPUT_DAMPING * weights.mean().clamp(min=1e-30)).sqrt()
+    return damped(weights, _OUTPUT_DAMPING)[0].T
 
-    root: torch.Tensor
 
-    @classmethod
-    def of(cls, weights: torch.Tensor | None) -> "OutputRoot | None":
-        """Of G, (outputs, outputs), or its diagonal (outputs,); None where all outputs weigh alike."""
-        if weights is None:
-            return None
-        if weights.ndim == 1:
-            return cls((weights + _OUTPUT_DAMPING * weights.mean().clamp(min=1e-30)).sqrt())
-        return cls(Damped.of(weights, _OUTPUT_DAMPING).root.T)
+def weighed(root: torch.Tensor | None, matrix: torch.Tensor) -> torch.Tensor:
+    """K times a matrix of so many rows."""
+    if root is None:
+        return matrix
+    return root[:, None] * matrix if root.ndim == 1 else root @ matrix
 
-    def times(self, matrix: torch.Tensor) -> torch.Tensor:
-        """K times a matrix of so many rows."""
-        return self.root[:, None] * matrix if self.root.ndim == 1 else self.root @ matrix
 
-    def undone(self, matrix: torch.Tensor) -> torch.Tensor:
-        """The inverse of K times a matrix of so many rows."""
-        if self.root.ndim == 1:
-            return matrix / self.root[:, None]
-        return torch.linalg.solve_triangular(self.root, matrix, upper=True)
+def _unweighed(root: torch.Tensor | None, matrix: torch.Tensor) -> torch.Tensor:
+    """The inverse of K times a matrix of so many rows."""
+    if root is None:
+        return matrix
+    return matrix / root[:, None] if root.ndim == 1 else torch.linalg.solve_triangular(root, matrix, upper=True)
 
 
 class FittedAdapter(NamedTuple):
@@ -127,8 +117,8 @@ def low_rank_fit(
     B A is the best rank-r approximation of T - s S, times L^(-1). For y = W_i x it truncates (W_i - s W_j) L.
     The second term decides in directions of x that calibration text never shows: there, with s = 1, the adapter is that
     of eq. 7-8. Where the base is scaled, s and B A are fitted in turn, each given the other: no turn leaves more than
-    the one before. With weights G of the outputs, |.|^2 is e^T G e: the root of G is
-    applied to T and S first and taken back from B.
+    the one before. With weights G of the outputs, |.|^2 is e^T G e: the root of G is applied to T and S first and taken
+    back from B.
 
     Args:
         pruned: W_i, (outputs, inputs), any dtype.
@@ -137,12 +127,10 @@ def low_rank_fit(
         rank: r.
         scaled: whether s is fitted; otherwise it is 1.
     """
-    root, damping = Damped.of(moments.inputs, _DAMPING)
+    root, damping = damped(moments.inputs, _DAMPING)
     wanted = torch.linalg.solve_triangular(root.T, moments.targets + damping * pruned.double(), upper=True, left=False)
-    given = base.double() @ root
-    outputs = OutputRoot.of(moments.weights)
-    if outputs is not None:
-        wanted, given = outputs.times(wanted), outputs.times(given)
+    outputs = output_root(moments.weights)
+    wanted, given = weighed(outputs, wanted), weighed(outputs, base.double() @ root)
     one = torch.ones(1, dtype=torch.float64, device=wanted.device)
     # What would be best without an adapter: from 1 the turns can end at a worse place.
     scale = least_squares_scale(wanted, given) if scaled else one
@@ -157,7 +145,7 @@ def low_rank_fit(
     # Rows of A of length one, as in eq. 8: training moves both factors by steps of the same size.
     lengths = down.norm(dim=1).clamp(min=1e-30)
     up = fitted.left * fitted.values * lengths
-    return FittedAdapter(down / lengths[:, None], up if outputs is None else outputs.undone(up), scale)
+    return FittedAdapter(down / lengths[:, None], _unweighed(outputs, up), scale)
 
 
 def least_squares_scale(wanted: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
@@ -178,4 +166,4 @@ def ridge_fit(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
     """
     kept = weight.double()
     residual = moments.targets - kept @ moments.inputs
-    return kept + torch.cholesky_solve(residual.T, Damped.of(moments.inputs, _RIDGE).root).T
+    return kept + torch.cholesky_solve(residual.T, damped(moments.inputs, _RIDGE)[0]).T

@@ -10,7 +10,7 @@ import torch
 
 from flexigpt.calibration import Stream, calibration_batches, input_moments, output_weights
 from flexigpt.model import ModelShape, Plan, Replica, find_architecture
-from flexigpt.replicas.least_squares import OutputRoot, damped_root, least_squares_scale
+from flexigpt.replicas.least_squares import damped_root, least_squares_scale, output_root, weighed
 from flexigpt.runtime import CachedStage, Track, silent
 from flexigpt.weights import StreamedModel
 
@@ -55,8 +55,7 @@ def spread_ranks(
                 with source.block(index) as block:
                     text.advance(block, index)
                 continue
-            weighed = _Weighed(source, text, index, windows.numel())
-            measure = partial(weighed.spectra, replaced[index], shape)
+            measure = partial(_Weighed(source, text, index, windows.numel()).spectra, replaced[index], shape)
             spectra |= {(index, path): values for path, values in stage.tensors(f"spectra-{index}", measure).items()}
         budget = sum(shape.adapter_parameters(replica) for replica in plan.replicas)
         costs = {place: sum(shape.linears[place[1]]) for place in spectra}
@@ -115,17 +114,13 @@ class _Weighed:
             root = damped_root(self._moments.pop(first))
             for path in (path for path in shape.linears if self._first_of[path] == first):
                 blocks = replica.block, replica.base
-                left = OutputRoot.of(self._weights.pop(path, None))
-                wanted, given = (_weighed(left, self._source.weight_matrix(i, path).double() @ root) for i in blocks)
+                left = output_root(self._weights.pop(path, None))
+                wanted, given = (weighed(left, self._source.weight_matrix(i, path).double() @ root) for i in blocks)
                 scale = least_squares_scale(wanted, given) if shape.base_scale else 1.0
                 # Both sums over the text become means; where all outputs weigh alike there is only the inputs'.
                 means = self._tokens if left is None else self._tokens**2
                 found[path] = _squared_singular_values(wanted - scale * given) / (means * self._energy)
         return found
-
-
-def _weighed(left: OutputRoot | None, matrix: torch.Tensor) -> torch.Tensor:
-    return matrix if left is None else left.times(matrix)
 
 
 def _squared_singular_values(matrix: torch.Tensor) -> torch.Tensor:

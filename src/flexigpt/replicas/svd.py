@@ -6,9 +6,7 @@ from typing import NamedTuple
 import torch
 
 # Up to this smaller side, and from this share of it as rank, the exact route takes no longer than the other.
-_EXACT_SIDE = 512
-
-_EXACT_RANK_SHARE = 0.2
+_EXACT_SIDE, _EXACT_RANK_SHARE = 512, 0.2
 
 # Of |W - W^_r|_F^2, what the search may have missed. Distances, the most sensitive, are then right to 0.1 %.
 _TOLERANCE = 1e-4
@@ -17,19 +15,13 @@ _TOLERANCE = 1e-4
 _LEAST_TAIL = 1e-4
 
 # The search, in directions: first looked at with so many for each of the rank, then grown by so large a share at most.
-_FIRST_CHECK, _SECOND_CHECK = 2.5, 3.0
-
-_LARGEST_STEP = 0.3
+_FIRST_CHECK, _SECOND_CHECK, _LARGEST_STEP = 2.5, 3.0, 0.3
 
 # Steps that fresh directions are followed for; how many times the tolerance may still be missing when they are added.
-_PROBE_STEPS = 3
-
-_PROBE_FROM = 3
+_PROBE_STEPS, _PROBE_FROM = 3, 3
 
 # Rows count as orthogonal to Q once a pass leaves so much of each.
-_UNCHANGED = 0.7
-
-_MOST_PASSES = 6
+_UNCHANGED, _MOST_PASSES = 0.7, 6
 
 
 class LowRank(NamedTuple):
