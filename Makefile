@@ -5,7 +5,7 @@ OUT ?= out/novel16-30
 # The torch that `make test-latest` takes, such as torch==2.13.0: the newest may bring gigabytes for GPUs.
 TORCH ?= torch
 
-# One stamp for the installation: made anew when what it installs changes.
+# One stamp for the installation: made again when what it installs changes.
 INSTALLED = $(VENV)/.installed
 
 .PHONY: demo test check slow wheel test-lowest test-latest clean

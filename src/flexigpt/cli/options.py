@@ -51,7 +51,7 @@ class Asked:
     call: Call
 
     def options(self, **preset: Any) -> Any:
-        """The options: what was typed, before a preset's, before the class's own defaults. Warns of idle ones.
+        """The options: what was typed, before a preset's, before the defaults. Warns of those without effect.
 
         Raises:
             InputError: values that cannot be.

@@ -113,7 +113,7 @@ class Plan:
         if data["format_version"] != PLAN_FORMAT_VERSION:
             raise InputError(
                 f"the plan has format version {data['format_version']}, this flexigpt reads version "
-                f"{PLAN_FORMAT_VERSION}: upgrade flexigpt or write the plan anew with --plan-only"
+                f"{PLAN_FORMAT_VERSION}: upgrade flexigpt or write the plan again with --plan-only"
             )
         return cls.of_rows(data["num_blocks"], data["replicas"])
 

@@ -1,4 +1,4 @@
-"""What a run will write and hold in memory, told before it starts."""
+"""What a run will write and hold in memory, said before it starts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -53,7 +53,7 @@ def measure_both(
         window_length: tokens in a window; windows do not overlap.
         cache: the source's, which keeps its perplexity.
         spill: folder for hidden states of the text that memory does not hold; None: it does.
-        track: told of each block.
+        track: reports each block.
 
     Returns:
         `compared` (the two names), the size of each by its name and, where there is a text, `perplexity`: its `text`

@@ -137,7 +137,7 @@ class RunFolder:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """torch warns of a single process even where it was told of it."""
+    """torch warns of a single process even where it knows of it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
         yield

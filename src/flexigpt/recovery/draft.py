@@ -96,7 +96,7 @@ def measure_draft(
         text: at least 2 tokens.
         window_length: tokens in.
         world: processes that share the work; each must call this, and gets the result for the whole text.
-        track: told of each batch.
+        track: reports each batch.
 
     Returns:
         JSON-ready: `tokens` predicted; the draft's own `perplexity`; `divergence`, the mean over tokens of

@@ -242,7 +242,7 @@ class _Run:
                 report(values, done)
                 if self.log is not None:
                     self.log(values, settings.steps)
-                # Where any process was told to stop, or finds a checkpoint due, all have to save together.
+                # Where any process is to stop, or finds a checkpoint due, all have to save together.
                 told = torch.tensor([interrupted.is_set(), self.folder.is_due()], device=self.device).float()
                 stop, due = self.world.sum(told).tolist()
                 if stop or due or done == settings.steps:

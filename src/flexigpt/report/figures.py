@@ -1,4 +1,4 @@
-"""What was recorded of one model's blocks, plan and size -> figures. Nothing is computed anew."""
+"""What was recorded of one model's blocks, plan and size -> figures. Nothing is computed again."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What was recorded of training and evaluation, of one or several models -> figures. Nothing is computed anew."""
+"""What was recorded of training and evaluation, of one or several models -> figures. Nothing is computed again."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -28,7 +28,7 @@ class Timed:
     """A track that also times the stages.
 
     Args:
-        track: told of each stage.
+        track: reports each stage.
 
     Attributes:
         seconds: of each stage so far, by its name.

@@ -85,7 +85,7 @@ class WeightFiles:
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors by their names in the files, as views of the mapped files: no memory of the process's own.
 
-        Each call maps the files anew. A mapping, and with it the pages that were read through it, goes when the last
+        Each call maps the files again. A mapping, and with it the pages that were read through it, goes when the last
         tensor of the call from that file goes.
 
         Raises:

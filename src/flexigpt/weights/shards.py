@@ -56,14 +56,14 @@ class _Place(NamedTuple):
 def write_shards(folder: Path, pieces: Sequence[Piece], max_shard_size: int, track: Track = silent) -> None:
     """Writes model.safetensors, or shards and their index, named and split as `save_pretrained` does.
 
-    The space of all files is set aside first, so that a full disk is told before the work. Some tens of MiB of
+    The space of all files is set aside first, so that a full disk is found before the work. Some tens of MiB of
     memory, whatever the sizes of the tensors. The same pieces give the same bytes.
 
     Args:
         folder: where no such file is yet.
         pieces: the tensors, names unique, in the order in which they are dealt out to shards.
         max_shard_size: largest sum of a file's tensors in bytes; a larger tensor gets a file of its own.
-        track: told of every piece.
+        track: reports every piece.
 
     Raises:
         InputError: a file to copy from that is gone, or shorter than when it was opened.
