@@ -74,7 +74,7 @@ class Cache:
         except OSError as error:
             raise InputError(
                 f"{self.folder}, where flexigpt keeps what it measured, cannot be used ({error.strerror}): free space "
-                f"or give another folder by --cache or {CACHE_VARIABLE}"
+                f"or give another folder by {CACHE_VARIABLE}"
             ) from error
 
 
