@@ -9,7 +9,7 @@ import pytest
 
 from conftest import Run
 from flexigpt import InputError, PruneOptions, assemble_pruned, assemble_removed, plan_only
-from flexigpt.cli.console import tell_estimate
+from flexigpt.cli.commands import announced_to
 from flexigpt.pruning import Estimate
 from workspaces import announced
 
@@ -69,4 +69,4 @@ def test_memory_stays_below_what_was_told(example: Path, tmp_path: Path) -> None
 def test_a_disk_that_is_too_small_is_told_before_the_work(tmp_path: Path, needs: dict[str, int], reason: str) -> None:
     estimate = Estimate(**{"written": 1, "scratch": 1, "memory": 1} | needs)
     with pytest.raises(InputError, match=reason):
-        tell_estimate(estimate, tmp_path / "out")
+        announced_to(tmp_path / "out", print)(estimate)

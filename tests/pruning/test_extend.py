@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from families import FAMILIES, NUM_BLOCKS, block_list, compact_of, initialize_replicas, tiny_model, token_ids
 from flexigpt import ExtendOptions, FlexiGPTForCausalLM, InputError, Plan, assemble_extended, extend, write_checkpoint
-from flexigpt.model import config_with_blocks, empty_model, model_shape, stored_bytes
-from flexigpt.model.build import compact_config
+from flexigpt.model import empty_model, model_shape, stored_bytes
+from flexigpt.model.build import compact_config, config_with_blocks
 from flexigpt.pruning.extend import PATTERNS, extension_plan, parse_ranges
 from flexigpt.weights import load_model
 from workspaces import announced

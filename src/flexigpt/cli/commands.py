@@ -68,12 +68,12 @@ def prune(
     check_output(out, (source, options.plan, options.calibration, options.perplexity), overwrite)
     if plan_only:
         with asked.reporting() as track:
-            plan, record = decide(source, options, track, _announce(out, track.note))
+            plan, record = decide(source, options, track, announced_to(out, track.note))
         write_plan(out, plan, record | {"command": asked.call.command})
         show(plan_rows(plan, record), *notes(record), f"plan written to {out / 'plan.json'}; apply it with --plan")
         return
     with asked.reporting() as track:
-        given = (source, options, track, _announce(out, track.note))
+        given = (source, options, track, announced_to(out, track.note))
         if options.remove:
             made, _, record = assemble_removed(*given)
             _write(asked, out, source, made, record, track)
@@ -90,11 +90,11 @@ def extend(asked: Asked, source: Source, out: Out, overwrite: Overwrite = False)
 
     check_output(out, (source, options.perplexity), overwrite)
     with asked.reporting() as track:
-        made, _, record = assemble_extended(source, options, track, _announce(out, track.note))
+        made, _, record = assemble_extended(source, options, track, announced_to(out, track.note))
         _write(asked, out, source, made, record, track)
 
 
-def _announce(out: Path, note: Callable[[str], None]) -> "Callable[[Estimate], None]":
+def announced_to(out: Path, note: Callable[[str], None]) -> "Callable[[Estimate], None]":
     """What a flow calls before its work: says what it will take, and refuses a disk too small for it."""
 
     def announce(estimate: "Estimate") -> None:
