@@ -10,24 +10,23 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from conftest import Run
 from families import FAMILIES, NUM_BLOCKS, compact_of, initialize_replicas, tiny_model, token_ids
 from flexigpt import (
-    EvalOptions,
     InputError,
     Plan,
     Replica,
     SpeculateOptions,
     SpeculateStatistics,
-    evaluate,
     inspect_model,
     materialize,
     speculative_generate,
     write_checkpoint,
 )
 from flexigpt.decoding import GenerateOptions, generate
+from flexigpt.evaluation import perplexity
 from flexigpt.model import SharedLinear, empty_model, layout_of
-from flexigpt.weights import load_model
+from flexigpt.text import tokenize_text
+from flexigpt.weights import load_model, load_tokenizer
 
 BASES = {1: 0, 2: 0, 4: 5}
 
@@ -164,18 +163,8 @@ def test_generate_makes_the_same_text(tiny_compact: Path, tiny_source: Path) -> 
     assert text(tiny_source, materialize=True) == text(tiny_source)
 
 
-def test_eval_measures_the_same(run: Run, tiny_compact: Path, tiny_source: Path, text: Path) -> None:
-    both = [str(tiny_compact), str(tiny_source)]
-    plain, folded = (
-        evaluate(both, EvalOptions(perplexity=str(text), window_length=128, materialize=asked))["models"]
-        for asked in (False, True)
-    )
-    for before, after in zip(plain, folded, strict=True):
-        assert after["perplexity"]["perplexity"] == pytest.approx(before["perplexity"]["perplexity"], rel=1e-5)
-        assert after["parameters"] == before["parameters"]  # stored ones
-    against = EvalOptions(perplexity=str(text), window_length=128, against=both[0], materialize=True)
-    fidelity = evaluate(both[0], against)["models"][0]["fidelity"]
-    assert abs(fidelity["divergence"]) < 1e-6
-    code, _, err = run("eval", tiny_source, "--perplexity", text, "--materialize")
-    assert code == 2
-    assert "--materialize has no effect" in err
+def test_it_measures_the_same(tiny_compact: Path, tiny_source: Path, text: Path) -> None:
+    words = tokenize_text(str(text), load_tokenizer(str(tiny_source)), window_length=128)
+    plain, folded = load_model(str(tiny_compact)), materialize(load_model(str(tiny_compact)))
+    before, after = (perplexity(model, words, window_length=128)["perplexity"] for model in (plain, folded))
+    assert after == pytest.approx(before, rel=1e-5)

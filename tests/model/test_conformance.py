@@ -190,7 +190,7 @@ def test_influence_equals_the_naive_computation(family: str) -> None:
     for block in block_list(source):
         block._forward_hooks.clear()
         block._forward_pre_hooks.clear()
-    measured = torch.tensor(block_means([StreamedModel(source)], windows, {"it": influence})["it"], dtype=torch.float64)
+    measured = torch.tensor(block_means(StreamedModel(source), windows, {"it": influence})["it"], dtype=torch.float64)
     torch.testing.assert_close(measured, expected, rtol=1e-4, atol=1e-6)
 
 

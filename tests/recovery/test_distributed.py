@@ -62,8 +62,9 @@ def torchrun(*arguments: object) -> "subprocess.CompletedProcess[str]":
 def free_ports(count: int) -> list[int]:
     """Below those that systems give to sockets that ask for any: whoever waits for a port must not be given it."""
     ports: set[int] = set()
+    draw = random.SystemRandom()  # others seed the shared one, and another run draws the same ports then
     while len(ports) < count:
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(15000, 32000))) as found:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", draw.randrange(15000, 32000))) as found:
             ports.add(found.getsockname()[1])
     return list(ports)
 

@@ -268,6 +268,8 @@ def test_a_table_of_a_draft_that_never_agreed_has_no_share_of_it() -> None:
     draft = {"perplexity": 50.0, "agreement": 0.0, "acceptance": 0.25}
     better = {"perplexity": 40.0, "agreement": 0.5, "acceptance": 0.75}
     measured = {"before": {"perplexity": 30.0, "draft": draft}, "after": {"perplexity": 31.0, "draft": better}}
+    measured["after"] |= {"tokens": 100, "window_length": 10}
+    measured |= {"text": "novels.jsonl"}
     size = {"parameters": 10, "bytes": 20}
     rows = cost_rows({"compared": ["before", "after"], "before": size, "after": size, "perplexity": measured}).rows
     assert rows[-3:] == [

@@ -230,11 +230,6 @@ def test_a_base_that_is_the_block_changes_nothing() -> None:
         torch.testing.assert_close(tensor, block[name], atol=1e-5, rtol=0)
 
 
-def test_a_family_without_roles_is_refused() -> None:
-    with pytest.raises(TypeError, match="roles"):
-        Architecture(blocks="model.layers", output_norms=("self_attn.o_proj", "mlp.down_proj"))  # type: ignore[call-arg]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_aligned_replica_of_full_rank_is_its_pruned_block(family: str, tmp_path: Path) -> None:
     """Whatever was turned or changed places: adapters mend all of the difference, biases their own."""

@@ -216,11 +216,8 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(
     settings = {"ratio": 0.4, "rank": 3, "adapter_init": "activation", "refit_kept": True} | calibrated
 
     def written(name: str, track: KillingTrack, cache: Path) -> bytes:
-        with assemble_pruned(str(tiny_source), PruneOptions.paper(cache=cache, **settings), track) as (
-            model,
-            _,
-            record,
-        ):
+        monkeypatch.setenv(CACHE_VARIABLE, str(cache))
+        with assemble_pruned(str(tiny_source), PruneOptions.paper(**settings), track) as (model, _, record):
             write_checkpoint(tmp_path / name, model, record)
         return (tmp_path / name / "model.safetensors").read_bytes()
 
