@@ -21,6 +21,11 @@ class Group(TyperGroup):
             parameter.default = False
         return flags
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Every command with the whole of its first line."""
+        rows = [(name, " ".join((command.help or "").split())) for name, command in self.commands.items()]
+        formatter.write(f"\n{_section('Commands', rows, _width())}\n")
+
 
 class HelpCommand(TyperCommand):
     """A command whose help shows its everyday options, or all of them.
@@ -41,7 +46,7 @@ class HelpCommand(TyperCommand):
 
     def help_text(self, context: Any, everything: bool = False) -> str:
         """The help, with the everyday options or with all."""
-        width = min(shutil.get_terminal_size().columns, _WIDEST)
+        width = _width()
         arguments = [
             (p.metavar or str(p.name).upper(), getattr(p, "help", None) or "")
             for p in self.params
@@ -72,6 +77,10 @@ def show_all(context: typer.Context, asked: bool) -> None:
     if asked and isinstance(context.command, HelpCommand):
         print(context.command.help_text(context, everything=True), end="")
         raise typer.Exit
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size().columns, _WIDEST)
 
 
 def _section(heading: str, rows: list[tuple[str, str]], width: int) -> str:

@@ -72,7 +72,7 @@ class RunOptions:
     """What a run runs on.
 
     Attributes:
-        dtype: of the weights; auto is the source's.
+        dtype: of the weights; auto is the model's own.
         device: auto (a GPU where there is one), cpu, cuda or cuda:N.
     """
 
