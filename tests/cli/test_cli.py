@@ -170,6 +170,7 @@ BAD_INPUT = {
     "prune SOURCE out --ratio 0.4 --calibration TEXT#body": "has no column 'body': its columns",
     "prune SOURCE out --blocks 2 --output-norm nan": "--output-norm nan cannot be used",
     "prune SOURCE out --blocks 2 --preset quick": "--preset quick is unknown: give fitted, thorough, paper",
+    "prune SOURCE out --blocks 2 --remove --plan-only": "--remove makes no plan",
     "prune SOURCE out --blocks 2 --rank 0": "--rank 0 is too small",
     "prune SOURCE out --blocks 2 --rank 300%": "--rank 300% cannot be used",
     "prune SOURCE out --blocks 2 --adapter-init magic": "--adapter-init magic is unknown: give svd",

@@ -58,6 +58,8 @@ def prune(
     if preset not in PRESETS:
         raise InputError(f"--preset {preset} is unknown: give {', '.join(PRESETS)}")
     options = asked.options(**PRESETS[preset])
+    if plan_only and options.remove:
+        raise InputError("--remove makes no plan: leave it out, or leave out --plan-only")
     if plan_only:
         warn_idle("plan", asked.typed, options)
     from flexigpt.pruning import assemble_pruned, assemble_removed

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from flexigpt.runtime import flag
+from flexigpt.runtime import flag, launched_rank
 
 # Of each command: (fields, why they have no effect, whether that holds for these options).
 Rule = tuple[Sequence[str], str, Callable[[Any], bool]]
@@ -53,6 +53,6 @@ def warn_idle(command: str, typed: Mapping[str, Any], options: Any) -> None:
     """
     for fields, reason, holds in IDLE.get(command, ()):
         given = [field for field in fields if field in typed]
-        if given and holds(options):
+        if given and holds(options) and launched_rank() == 0:
             names = ", ".join(flag(field) for field in given)
             print(f"flexigpt: warning: {names} without effect, since {reason}", file=sys.stderr)
