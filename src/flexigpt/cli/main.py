@@ -102,7 +102,8 @@ def _libraries_speak(verbosity: Verbosity) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for library in ("TRANSFORMERS", "HF_HUB", "DATASETS"):  # a level set before they are loaded would be lost
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     if "transformers" in sys.modules:  # loaded before those variables were set
         from transformers.utils import logging as of_transformers  # noqa: PLC0415
 
