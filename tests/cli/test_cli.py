@@ -191,6 +191,8 @@ BAD_INPUT = {
     "prune SOURCE out --ratio 0.4 --calibration ''": "the name of the text is empty",
     "prune SOURCE out --target-size 9e999B": "cannot be read",
     "prune notokenizer out --blocks 2 --rank 4": "the tokenizer of notokenizer cannot be opened",
+    "prune notokenizer out --blocks 2 --preset paper": "the tokenizer of notokenizer cannot be opened",
+    "extend notokenizer out --blocks 1:4": "the tokenizer of notokenizer cannot be opened",
     "generate SOURCE --prompt Hi --temperature 1 --seed -1": "--seed -1 is out of range",
     "generate SOURCE --prompt Hi --temperature nan": "--temperature nan is out of range",
     "prune COMPACT out --blocks 2": "is a compact model already",

@@ -75,7 +75,8 @@ def prune(
         show(plan_rows(plan, record), *notes(record), f"plan written to {out / 'plan.json'}; apply it with --plan")
         return
     with asked.reporting() as track:
-        given = (source, options, track, announced_to(out, track.note))
+        reads = options.calibrates or options.perplexity is not None
+        given = (source, options, track, announced_to(out, track.note, None if reads else source))
         if options.remove:
             made, _, record = assemble_removed(*given)
             _write(asked, out, source, made, record, track)
@@ -92,15 +93,26 @@ def extend(asked: Asked, source: Source, out: Out, overwrite: Overwrite = False)
 
     check_output(out, (source, options.perplexity), overwrite)
     with asked.reporting() as track:
-        made, _, record = assemble_extended(source, options, track, announced_to(out, track.note))
+        unread = source if options.perplexity is None else None
+        made, _, record = assemble_extended(source, options, track, announced_to(out, track.note, unread))
         _write(asked, out, source, made, record, track)
 
 
-def announced_to(out: Path, note: Callable[[str], None]) -> "Callable[[Estimate], None]":
-    """What a flow calls before its work: says what it will take, and refuses a disk too small for it."""
+def announced_to(out: Path, note: Callable[[str], None], unread: str | None = None) -> "Callable[[Estimate], None]":
+    """What a flow calls before its work: says what it will take, and refuses a disk too small for it.
+
+    Args:
+        out: folder that is written to.
+        note: prints a line.
+        unread: a source whose tokenizer only writing would open: it is tried now.
+    """
 
     def announce(estimate: "Estimate") -> None:
         from flexigpt.runtime import check_space, default_folder
+        from flexigpt.weights import load_tokenizer
+
+        if unread is not None:
+            load_tokenizer(unread)
 
         check_space(out, estimate.written)
         check_space(default_folder(), estimate.scratch, "scratch files in the cache need")

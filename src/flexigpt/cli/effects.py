@@ -24,7 +24,14 @@ IDLE: Mapping[str, Sequence[Rule]] = {
             lambda asked: not asked.calibrates and asked.perplexity is None,
         ),
     ),
-    "plan": ((("perplexity", "refit_kept"), "--plan-only makes no model", lambda asked: True),),
+    "plan": (
+        (("perplexity", "refit_kept"), "--plan-only makes no model", lambda asked: True),
+        (
+            ("adapter_init", "output_norm"),
+            "--plan-only makes no replica",
+            lambda asked: asked.block_score != "replacement-perplexity",
+        ),
+    ),
     "extend": ((("window_length",), "no text is read", lambda asked: asked.perplexity is None),),
     "recover": (
         (("distill_weight",), "there is no --teacher", lambda asked: asked.teacher is None),

@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
-from flexigpt.runtime import InputError, RunOptions, check_options, option
+from flexigpt.runtime import InputError, RunOptions, check_options, option, parse_numbers
 
 _WHAT = "What to generate"
 
@@ -57,16 +58,7 @@ class GenerateOptions(RunOptions, SpeculateOptions):
             raise InputError(f"--top-p {self.top_p} is out of range: give more than 0, at most 1")
 
 
-def parse_batch_sizes(sizes: str) -> tuple[int, ...]:
-    """The numbers in 1,8.
-
-    Raises:
-        InputError: what cannot be read.
-    """
-    try:
-        return tuple(int(size) for size in sizes.split(","))
-    except ValueError:
-        raise InputError(f"--batch-sizes {sizes} cannot be read: give numbers with commas between, as 1,8") from None
+_SIZES = partial(parse_numbers, name="--batch-sizes", example="1,8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +73,11 @@ class BenchmarkOptions(RunOptions):
 
     against: str | None = option(None, group="What to measure", everyday=True, metavar="SOURCE")
     batch_sizes: tuple[int, ...] = option(
-        (1, 8), group="What to measure", everyday=True, metavar="1,8,...", parse=parse_batch_sizes
+        (1, 8),
+        group="What to measure",
+        everyday=True,
+        metavar="1,8,...",
+        parse=_SIZES,
     )
 
     def __post_init__(self) -> None:

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from flexigpt.calibration import TEXT_GROUP, CalibrationOptions
 from flexigpt.replicas import REPLICA_GROUP, ReplicaOptions
-from flexigpt.runtime import InputError, RunOptions, flag, option
+from flexigpt.runtime import InputError, RunOptions, flag, option, parse_numbers
 
 _WHAT = "What to prune"
 
@@ -33,16 +34,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def parse_blocks(blocks: str) -> tuple[int, ...]:
-    """The blocks in 12,13.
-
-    Raises:
-        InputError: what cannot be read.
-    """
-    try:
-        return tuple(int(block) for block in blocks.split(","))
-    except ValueError:
-        raise InputError(f"--blocks {blocks} cannot be read: give numbers with commas between them, as 12,13") from None
+_BLOCKS = partial(parse_numbers, name="--blocks", example="12,13")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +58,7 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
     """
 
     ratio: float | None = option(None, group=_WHAT, everyday=True)
-    blocks: Sequence[int] | None = option(None, group=_WHAT, metavar="12,13,...", parse=parse_blocks)
+    blocks: Sequence[int] | None = option(None, group=_WHAT, metavar="12,13,...", parse=_BLOCKS)
     target_size: str | None = option(None, group=_WHAT, everyday=True, metavar="4.8B|3.2GB")
     plan: str | Path | None = option(None, group=_WHAT)
     block_score: BlockScoreName = option("influence", group=_WHAT)

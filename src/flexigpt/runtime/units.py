@@ -63,3 +63,15 @@ def parse_tokens(tokens: str) -> int:
 def megabytes(num_bytes: int) -> str:
     """10^6 bytes, as disks are sold."""
     return f"{num_bytes / 1e6:,.2f}"
+
+
+def parse_numbers(text: str, name: str, example: str) -> tuple[int, ...]:
+    """The whole numbers in 12,13, of the option of that name.
+
+    Raises:
+        InputError: what cannot be read.
+    """
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise InputError(f"{name} {text} cannot be read: give numbers with commas between them, as {example}") from None
