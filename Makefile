@@ -16,7 +16,7 @@ demo: $(INSTALLED)
 
 # Everything that has to pass before a change lands.
 test: check
-	$(VENV)/bin/pytest -n 2 --dist loadgroup
+	$(VENV)/bin/pytest -n 2 --dist loadfile
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -44,14 +44,14 @@ test-lowest:
 	$(PYTHON) -m venv .venv-lowest
 	sed -n 's/^  "\(.*\)>=\(.*\)",$$/\1==\2/p' pyproject.toml > .venv-lowest/constraints.txt
 	.venv-lowest/bin/pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[dev]'
-	.venv-lowest/bin/pytest -n 2 --dist loadgroup -W default
+	.venv-lowest/bin/pytest -n 2 --dist loadfile -W default
 
 # The suite with what `pip install .` takes today.
 test-latest:
 	rm -rf .venv-latest
 	$(PYTHON) -m venv .venv-latest
 	.venv-latest/bin/pip install --quiet '$(TORCH)' --editable '.[dev]'
-	.venv-latest/bin/pytest -n 2 --dist loadgroup
+	.venv-latest/bin/pytest -n 2 --dist loadfile
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

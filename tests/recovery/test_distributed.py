@@ -19,9 +19,6 @@ import launched
 import textbook
 from flexigpt import InputError, RecoverOptions, recover
 
-# One worker of `pytest -n 2` runs them all: two would start everything twice.
-pytestmark = pytest.mark.xdist_group("torchrun")
-
 # Options besides those of `quick`; each process has 2 of a step's 4 windows, which may go through one by one. Often: a
 # checkpoint after every step.
 RUNS: dict[str, dict[str, Any]] = {
