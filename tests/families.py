@@ -82,10 +82,68 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"n_embd": 32, "n_inner": 48, "n_layer": NUM_BLOCKS, "n_head": 4, "n_positions": 128}),
 }
 
+_ROTARY = {"rope_theta": 100.0, "original_max_position_embeddings": 32, "factor": 4.0}
+
+
+def _rope(rope_type: str, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": rope_type, **_ROTARY, **more}}
+
+
+_YARN, _LINEAR = _rope("yarn"), _rope("linear")
+_LONG = _rope("longrope", short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 2.0, 4.0, 8.0])
+_BY_TYPE = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    }
+}
+_ONE_HEAD = {"num_key_value_heads": 1}
+
+# The same with settings that few models have, most of which change what lies beyond 32 positions.
+ODD_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-yarn": ("llama", _ROPE | _YARN),
+    "llama-linear": ("llama", _MHA | _LINEAR),
+    "llama-llama3": ("llama", _MHA | _rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0)),
+    "llama-dynamic": ("llama", _MHA | _rope("dynamic") | {"max_position_embeddings": 32}),
+    "llama-one-key": ("llama", _ROPE | _ONE_HEAD),
+    "mistral-one-key": ("mistral", _ROPE | _ONE_HEAD | {"sliding_window": None} | _LINEAR),
+    "qwen2-tied": ("qwen2", _MHA | {"tie_word_embeddings": True} | _YARN),
+    "qwen3-biases": ("qwen3", _ROPE | {"attention_bias": True, "tie_word_embeddings": True}),
+    "qwen3-windows": ("qwen3", _ROPE | {"use_sliding_window": True, "sliding_window": 16, "layer_types": _WINDOWED}),
+    "granite-biases": ("granite", _ROPE | {"attention_bias": True, "mlp_bias": True, "attention_multiplier": 0.3}),
+    "gemma2-uncapped": (
+        "gemma2",
+        _ROPE
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "query_pre_attn_scalar": 64}
+        | {"sliding_window": 16, "attention_bias": True, "tie_word_embeddings": False},
+    ),
+    "gemma3_text-two-rotations": (
+        "gemma3_text",
+        _ROPE | _ONE_HEAD | _BY_TYPE | {"sliding_window": 16, "layer_types": _WINDOWED},
+    ),
+    "olmo2-gqa": ("olmo2", _MHA | {"num_key_value_heads": 2, "attention_bias": True} | _YARN),
+    "phi3-longrope": (
+        "phi3",
+        _MHA | _ONE_HEAD | _LONG | {"pad_token_id": 0, "sliding_window": None, "original_max_position_embeddings": 32},
+    ),
+    "phi3-partial": ("phi3", _MHA | {"pad_token_id": 0, "sliding_window": 16, "partial_rotary_factor": 0.5}),
+    "opt-projected": ("opt", _OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "opt-without-biases": ("opt", _OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    "gpt_neox-sequential": (
+        "gpt_neox",
+        FAMILIES["gpt_neox"][1] | {"use_parallel_residual": False, "attention_bias": False, "rotary_pct": 1.0} | _LINEAR,
+    ),
+    "gpt_neo-all-local": ("gpt_neo", FAMILIES["gpt_neo"][1] | {"attention_types": [[["local"], NUM_BLOCKS]]}),
+    "gpt2-scaled": (
+        "gpt2",
+        FAMILIES["gpt2"][1] | {"scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False},
+    ),
+}
+
 
 def tiny_config(family: str) -> PreTrainedConfig:
     """The configuration of a tiny model of that family."""
-    model_type, settings = FAMILIES[family]
+    model_type, settings = (FAMILIES | ODD_SETTINGS)[family]
     ends = {"bos_token_id": 1, "eos_token_id": 2}
     return CONFIG_MAPPING[model_type](**({"vocab_size": VOCABULARY} | ends | settings))
 

@@ -71,6 +71,7 @@ def speculative_generate(
             back; a model that has no draft.
     """
     _check_request(input_ids, generation_config, inputs)
+    _check_positions(model.config, input_ids.shape[1], generation_config.max_length)
     cache = next((inputs[name] for name in CACHE_NAMES if name in inputs), None)
     decoder = SplitDecoder(model, cache, inputs.get("attention_mask"), inputs["position_ids"])
     chooser = Chooser(logits_processor, bool(generation_config.do_sample))
@@ -108,6 +109,23 @@ def _check_request(input_ids: torch.Tensor, config: GenerationConfig, inputs: di
     unknown = sorted(name for name, value in inputs.items() if name not in _KNOWN_INPUTS and value is not None)
     if unknown or not input_ids.shape[1]:
         raise InputError(f"speculative decoding takes token ids alone: leave {', '.join(unknown) or 'others'} out")
+
+
+def _check_positions(config: Any, prompt: int, end: int) -> None:
+    """Refuses lengths across which the model turns its keys otherwise: what is cached would have to be computed again.
+
+    `generate` does that for Phi-3's LongRoPE; with dynamic NTK each further position turns all of them a little.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    for one in rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]:
+        kind, limit = one.get("rope_type"), config.max_position_embeddings
+        if kind == "longrope":
+            limit = one["original_max_position_embeddings"]
+        if end > limit and (kind == "dynamic" or (kind == "longrope" and prompt <= limit)):
+            raise InputError(
+                f"this model turns its keys otherwise beyond {limit} positions ({kind}), and speculative decoding "
+                f"cannot go from {prompt} to {end}: stay below, or leave speculation out"
+            )
 
 
 class Chooser:

@@ -33,21 +33,18 @@ class FlexiGPTConfig(PreTrainedConfig):
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
     has_no_defaults_at_init = True
     _auto_class = "AutoConfig"
-    # What callers ask a causal language model's configuration for, answered by the source's.
-    _delegated = frozenset(
+    # The compact model's own. All else is read from the source's configuration and written to it, so that a setting
+    # has one place, and an edited one has an effect.
+    _own = frozenset(
         (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-            "bos_token_id",
-            "eos_token_id",
-            "pad_token_id",
+            *("text_config", "replicas", "blocks", "linears", "output_norms", "output_norm_eps", "base_scale"),
+            *("format_version", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"),
+            *("model_type", "name_or_path", "attn_implementation", "experts_implementation", "quantization_config"),
+            *("chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "num_labels", "problem_type"),
         )
     )
+    # What every configuration has from its class, so that `__getattr__` is never asked for it.
+    _in_every_class = frozenset(("output_hidden_states", "output_attentions", "return_dict", "rope_scaling"))
 
     def __init__(
         self,
@@ -70,7 +67,8 @@ class FlexiGPTConfig(PreTrainedConfig):
             )
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
-        self.text_config = text_config
+        of_source = {name: kwargs.pop(name) for name in list(kwargs) if not self._is_own(name)}
+        super().__init__(**kwargs)
         self.replicas = list(replicas or [])
         self.blocks = blocks
         self.linears = list(linears or [])
@@ -78,14 +76,36 @@ class FlexiGPTConfig(PreTrainedConfig):
         self.output_norm_eps = output_norm_eps
         self.base_scale = base_scale
         self.format_version = format_version
-        kwargs["tie_word_embeddings"] = bool(getattr(text_config, "tie_word_embeddings", False))
-        super().__init__(**kwargs)
+        self.text_config = text_config
+        if kwargs.get("attn_implementation") is not None:
+            self._attn_implementation = kwargs["attn_implementation"]  # again, for text_config
+        for name, value in of_source.items():
+            setattr(self, name, value)
+
+    @classmethod
+    def _is_own(cls, name: str) -> bool:
+        return name in cls._own or name.startswith("_")
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in FlexiGPTConfig._in_every_class:
+            source = self.__dict__.get("text_config")
+            if source is not None:
+                return getattr(source, name)
+        return super().__getattribute__(name)
 
     def __getattr__(self, name: str) -> Any:
-        if name in FlexiGPTConfig._delegated and self.__dict__.get("text_config") is not None:
-            return getattr(self.text_config, name)
+        source = self.__dict__.get("text_config")
+        if source is not None and not self._is_own(name):
+            return getattr(source, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        source = self.__dict__.get("text_config")
+        if source is None or self._is_own(name):
+            super().__setattr__(name, value)
+        else:
+            setattr(source, name, value)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The source's configuration: `generate` sizes its cache by it."""
-        return self if self.text_config is None else self.text_config
+        return self.__dict__.get("text_config") or self

@@ -110,6 +110,8 @@ class FlexiGPTForCausalLM(PreTrainedModel, GenerationMixin):
         self._cache_name = cache_name(self.language_model)
         for replica in config.replicas:
             self._share(**replica)
+        if config.replicas:
+            self.language_model.save_pretrained = _refuse_to_save
         self.post_init()
 
     @property
@@ -164,6 +166,10 @@ class FlexiGPTForCausalLM(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the source's own: Phi-3 begins its cache again where long positions begin."""
+        return self.language_model.prepare_inputs_for_generation(*args, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
@@ -178,6 +184,13 @@ class FlexiGPTForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_decoder(self) -> nn.Module:
         return self.language_model.get_decoder()
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise ValueError(
+        "language_model alone is no model of its class: its replicas have no weights of their own, and it would open "
+        "with random ones; call save_pretrained of the compact model around it"
+    )
 
 
 def _parent(block: nn.Module, path: str) -> tuple[nn.Module, str]:
