@@ -131,7 +131,9 @@ ODD_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt-without-biases": ("opt", _OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False}),
     "gpt_neox-sequential": (
         "gpt_neox",
-        FAMILIES["gpt_neox"][1] | {"use_parallel_residual": False, "attention_bias": False, "rotary_pct": 1.0} | _LINEAR,
+        FAMILIES["gpt_neox"][1]
+        | {"use_parallel_residual": False, "attention_bias": False, "rotary_pct": 1.0}
+        | _LINEAR,
     ),
     "gpt_neo-all-local": ("gpt_neo", FAMILIES["gpt_neo"][1] | {"attention_types": [[["local"], NUM_BLOCKS]]}),
     "gpt2-scaled": (

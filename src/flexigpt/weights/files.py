@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from flexigpt.model import ARCHITECTURES
 from flexigpt.runtime import InputError, digest, fingerprint, local_path, one_line
 
 # In the order of safetensors' own list, which is that of the tensors in the files that it writes, backwards.
@@ -42,6 +42,12 @@ FILE_DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64,
     "U64": torch.uint64,
 }
+
+# What floats by themselves are stored as.
+_NUMBERS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+
+# Older versions stored what is computed: rotary frequencies, masks and positions.
+_HARMLESS = r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\b(attn|attention)\.(masked_)?bias$|\bposition_ids$"
 
 _AGAIN = "copy or download them again"
 
@@ -287,8 +293,9 @@ def names_in_files(weights: WeightFiles, model: PreTrainedModel) -> dict[str, st
         model: the model; on the meta device it will do.
 
     Raises:
-        InputError: tensors that are missing, of the wrong shape, twice there, or linears more than the model has places
-            for; an output head that the configuration ties to the embeddings and that is another one in the files.
+        InputError: weights of another model than config.json's, which transformers makes up, drops or ties with a
+            warning: tensors that are missing, of the wrong shape, twice there, in numbers that only something else can
+            read, or more than the model has places for; a head of their own where config.json ties it.
     """
     source, state = weights.source, model.state_dict()
     found: dict[str, str] = {}
@@ -302,61 +309,45 @@ def names_in_files(weights: WeightFiles, model: PreTrainedModel) -> dict[str, st
     for tied, origin in ties.items():
         if tied in found and origin not in found:  # the same tensor by its other name
             found[origin] = found.pop(tied)
-    shapes = ((name, weights.tensors[found[name]].shape, state[name].shape) for name in found.keys() & state.keys())
-    check_fit(
-        source,
-        model,
-        missing=[name for name in state if name not in found and ties.get(name) not in found],
-        wrong=[sizes for sizes in shapes if sizes[1] != sizes[2]],
-        left=found.keys() - state.keys(),
-        untied=(not _equal(weights, found[tied], found[origin]) for tied, origin in ties.items() if tied in found),
-    )
-    return {name: found[name] for name in state if name in found and name not in ties}
-
-
-def check_fit(
-    source: str,
-    model: PreTrainedModel,
-    *,
-    missing: Iterable[str],
-    wrong: Iterable[tuple[str, Sequence[int], Sequence[int]]],
-    left: Iterable[str],
-    untied: Iterable[bool],
-) -> None:
-    """Refuses weights of another model than config.json's, which transformers makes up, drops or ties with a warning.
-
-    Args:
-        source: whose weights they are, for messages.
-        model: what its configuration makes; the meta device will do.
-        missing: its tensors that the weights lack.
-        wrong: tensors of another shape: name, shape in the file, shape by config.json.
-        left: tensors of the weights without a place in it; masks and frequencies may be.
-        untied: whether what it ties differs in the weights; looked at last.
-
-    Raises:
-        InputError: any of them.
-    """
-    lacking = sorted(missing)
+    ignored = [_HARMLESS, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    left = [name for name in sorted(found.keys() - state.keys()) if not any(re.search(each, name) for each in ignored)]
+    lacking = sorted(name for name in state if name not in found and ties.get(name) not in found)
     if lacking:
+        raise InputError(f"the weights of {source} lack {len(lacking)} tensors, {lacking[0]} among them{_other(left)}")
+    for name in sorted(found.keys() & state.keys()):
+        _check_tensor(source, weights.tensors[found[name]], state[name])
+    if left:
         raise InputError(
-            f"the weights of {source} lack {len(lacking)} tensors, {lacking[0]} among them: get them again"
-        )
-    for name, in_file, in_config in sorted(wrong):
-        sizes = f"{tuple(in_file)} in the file, {tuple(in_config)} by config.json"
-        raise InputError(f"the weights of {source} do not fit: {name} is {sizes}")
-    architecture = ARCHITECTURES.get(model.config.model_type)
-    linears = () if architecture is None else architecture.linears
-    ends = tuple(f".{path}.{kind}" for path in linears for kind in ("weight", "bias"))
-    linear = sorted(name for name in left if name.endswith(ends))
-    if linear:
-        raise InputError(
-            f"config.json of {source} has no place for {len(linear)} tensors of the weights, {linear[0]} among them: "
+            f"config.json of {source} has no place for {len(left)} tensors of the weights, {left[0]} among them: "
             "correct it, or get the model again"
         )
-    if any(untied):
+    if any(not _equal(weights, found[tied], found[origin]) for tied, origin in ties.items() if tied in found):
         raise InputError(
             f"config.json of {source} ties the output head to the embeddings, but the weights hold another head: "
             "set tie_word_embeddings to false in it"
+        )
+    return {name: found[name] for name in state if name in found and name not in ties}
+
+
+def _other(left: Sequence[str]) -> str:
+    """What to do about tensors that are missing, by those that are there in their place."""
+    if not left:
+        return ": get them again"
+    return (
+        f", and hold {len(left)} that it has no place for, {left[0]} among them: rename them, or save the model again "
+        "without what is around it"
+    )
+
+
+def _check_tensor(source: str, stored: StoredTensor, wanted: torch.Tensor) -> None:
+    if stored.shape != tuple(wanted.shape):
+        sizes = f"{stored.shape} in the file, {tuple(wanted.shape)} by config.json"
+        raise InputError(f"the weights of {source} do not fit: {stored.name} is {sizes}")
+    if wanted.is_floating_point() and stored.dtype not in _NUMBERS:
+        kind = str(stored.dtype).removeprefix("torch.")
+        raise InputError(
+            f"the weights of {source} hold {stored.name} as {kind}, which are no weights without their scales: give "
+            "the model unquantised"
         )
 
 

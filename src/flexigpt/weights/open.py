@@ -2,7 +2,6 @@
 
 import contextlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,10 +14,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flexigpt.model import FlexiGPTConfig, empty_model, plan_of
 from flexigpt.runtime import InputError, check_dtype, find_device, fingerprint, one_line
-from flexigpt.weights.files import FILE_DTYPES, check_fit, located, opening
+from flexigpt.weights.files import FILE_DTYPES, find_file, located, names_in_files, open_weights, opening
+
+_ADAPTER = "adapter_config.json"
 
 
 def read_config(model: str) -> PreTrainedConfig:
@@ -29,10 +31,16 @@ def read_config(model: str) -> PreTrainedConfig:
             newer format version.
     """
     model = located(model)
+    if find_file(model, _ADAPTER) is not None:
+        raise InputError(f"{model} holds a PEFT adapter ({_ADAPTER}), not a model alone: merge it into its base first")
     if Path(model).exists() and not Path(model, "config.json").is_file():
         raise InputError(f"{model} holds no model: config.json is not there")
     with opening(model):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(model)
+        settings, _ = PreTrainedConfig.get_config_dict(model)
+        kind = settings.get("model_type")
+        if "auto_map" in settings and kind not in CONFIG_MAPPING:
+            raise InputError(f"{model} (model type {kind}) needs code that comes with it, which flexigpt never runs")
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model, trust_remote_code=False)
     if isinstance(config, FlexiGPTConfig) and config.text_config is None:
         raise InputError(f"the model {model} cannot be opened: its config.json lacks text_config")
     if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
@@ -78,23 +86,10 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto") -> PreTrai
     """
     check_dtype(dtype)
     model, where = located(model), find_device(device)
-    read_config(model)
+    empty = open_empty(model)
+    names_in_files(open_weights(model), empty)  # transformers takes what does not fit
     with opening(model):
-        # With the report it returns a pair, which its annotation does not say.
-        opened: Any = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    loaded: PreTrainedModel = opened[0]
-    embeddings, head = loaded.get_input_embeddings(), loaded.get_output_embeddings()
-    tied = loaded.config.tie_word_embeddings and head is not None
-    check_fit(
-        model,
-        loaded,
-        missing=opened[1]["missing_keys"],
-        wrong=opened[1]["mismatched_keys"],
-        left=opened[1]["unexpected_keys"],
-        untied=[tied and head.weight is not embeddings.weight],
-    )
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
     return move(loaded.eval(), where)
 
 
@@ -119,7 +114,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """
     model = located(model)
     with opening(model, "tokenizer of"):
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
 
 
 def has_replicas(model: str) -> bool:
