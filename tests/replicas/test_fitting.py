@@ -13,6 +13,7 @@ from families import (
     FAMILIES,
     FULL_RANK,
     NUM_BLOCKS,
+    block_list,
     compact_of,
     initialize_replicas,
     remove_blocks,
@@ -55,6 +56,33 @@ def error(model: PreTrainedModel, source: PreTrainedModel, ids: torch.Tensor) ->
     """Of the hidden states after the last block, relative."""
     ours, theirs = (m.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state for m in (model, source))
     return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@torch.no_grad()
+def test_what_a_replica_mends_is_what_its_block_did() -> None:
+    """By the hidden states of two stock forward passes."""
+    source, plan = tiny_model("llama-gqa"), replicas(4, b2=1, b3=1, b5=4)
+    model = filled(source, plan, "zero", output_norm=False)
+    streams = StreamedModel(source), StreamedModel(model)
+    mended = fit_blocks(*streams, range(NUM_BLOCKS), WINDOWS, Fits(adapter=low_rank_fit, kept=True))
+    entering: dict[tuple[bool, int], torch.Tensor] = {}
+    leaving: dict[tuple[bool, int], torch.Tensor] = {}
+    for one in (source, model):
+        for index, block in enumerate(block_list(one)):
+
+            def note(
+                _: object, args: object, output: torch.Tensor, key: tuple[bool, int] = (one is model, index)
+            ) -> None:
+                entering[key], leaving[key] = args[0].double(), output.double()  # type: ignore[index]
+
+            block.register_forward_hook(note)
+        one(input_ids=WINDOWS, use_cache=False)
+    assert mended.keys() == {2, 3, 5}
+    for block, share in mended.items():
+        without = (leaving[False, block] - entering[True, block]).square().sum()
+        left = (leaving[False, block] - leaving[True, block]).square().sum()
+        assert share == pytest.approx(1 - (left / without).item(), abs=1e-4)
+        assert 0.05 < share < 1
 
 
 TOKENS, INPUTS, OUTPUTS = 400, 7, 5

@@ -58,8 +58,11 @@ def assemble_pruned(
         InputError: as `prune`.
     """
     workspace, plan, record = _planned(source, options, track, announce)
-    with filled(workspace, plan, "replicas") as (assembly, replaced):
-        record["adapter_spectra"] = adapter_spectra(assembly, replaced, plan)
+    with filled(workspace, plan, "replicas") as (assembly, replaced, mended):
+        if mended:
+            record["mended_outputs"] = mended
+        if not record["fitted"]:  # else nothing was asked to be near the weights
+            record["adapter_spectra"] = adapter_spectra(assembly, replaced, plan)
         record["plain_removal"] = {"parameters": workspace.shape.removed_parameters(len(plan.replicas))}
         yield assembly, plan, record | workspace.compared("compact", assembly)
 

@@ -12,8 +12,10 @@ from flexigpt.weights import Assembly, StreamedModel
 
 
 @contextmanager
-def filled(workspace: Workspace[PruneOptions], plan: Plan, stage_name: str) -> Iterator[tuple[Assembly, StreamedModel]]:
-    """The compact model of a plan, and the source with its pruned blocks as replicas were made to replace them.
+def filled(
+    workspace: Workspace[PruneOptions], plan: Plan, stage_name: str
+) -> Iterator[tuple[Assembly, StreamedModel, dict[int, float]]]:
+    """The compact model of a plan, the source with its pruned blocks as replicas were made to replace them, and `fill`.
 
     What the stage keeps of the replicas goes when the block ends, and stays where it is killed or fails.
     """
@@ -24,6 +26,6 @@ def filled(workspace: Workspace[PruneOptions], plan: Plan, stage_name: str) -> I
     with workspace.cache.stage(stage_name, **depends) as stage:
         replaced = source_of_replicas(source, plan, options, stage)
         spill = workspace.hidden_in(HIDDEN_COPIES)
-        fill(assembly, replaced, workspace.windows, options, stage=stage, spill=spill, track=workspace.track)
-        yield assembly, replaced
+        track, windows = workspace.track, workspace.windows
+        yield assembly, replaced, fill(assembly, replaced, windows, options, stage=stage, spill=spill, track=track)
         stage.discard()

@@ -169,7 +169,7 @@ def fill(
     stage: CachedStage,
     spill: Path | None = None,
     track: Track = silent,
-) -> None:
+) -> dict[int, float]:
     """Fills what is the replicas' own, block by block, then fits what is to be fitted.
 
     Args:
@@ -180,13 +180,20 @@ def fill(
         stage: keeps what is done, which a run that was killed finds again.
         spill: folder for files that hold the fits' hidden states; None: memory does.
         track: reports each replica, and each block that is fitted.
+
+    Returns:
+        What `fit_blocks` does; nothing where nothing is fitted.
     """
     replicas = plan_of(assembly.model.config).replicas
     for replica in track(replicas, "initialising replicas", len(replicas)):
         make = partial(replica_tensors, assembly.blocks[replica.block], source, replica, options)
         assembly.own(replica.block, stage.tensors(f"replica-{replica.block}", make))
+    mended: dict[int, float] = {}
     if options.fits:
         init = ADAPTER_INITS[options.adapter_init]
         norms, kept = options.output_norm == "fitted", options.refit_kept
         fits = Fits(adapter=init.fit, weighted=init.weighted, norms=norms, kept=kept)
-        fit_blocks(source, assembly, range(len(assembly)), windows, fits, spill=spill, stage=stage, track=track)
+        mended = fit_blocks(
+            source, assembly, range(len(assembly)), windows, fits, spill=spill, stage=stage, track=track
+        )
+    return mended
