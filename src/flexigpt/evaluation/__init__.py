@@ -13,6 +13,6 @@ if TYPE_CHECKING:
     from flexigpt.evaluation.evaluate import Evaluation, evaluate, is_same, mean_accuracy
     from flexigpt.evaluation.metrics import METRICS
     from flexigpt.evaluation.options import EvalOptions
-    from flexigpt.evaluation.perplexity import logits_over, perplexity, windows_perplexity
+    from flexigpt.evaluation.perplexity import LOGITS_BUDGET, logits_over, perplexity, windows_perplexity
 else:
     lazy_door(__name__)

@@ -16,7 +16,7 @@ from flexigpt.text import TokenizedText, batch_size_for, window_batches
 from flexigpt.weights import StreamedModel
 
 # Numbers in one batch's logits: 64 MiB in float32; half as many of each of two models, since there are more copies.
-_LOGITS_BUDGET = 2**24
+LOGITS_BUDGET = 2**24
 
 # (windows, tokens) ids that go in; those that are to come; the position of the first of these.
 _Windows = Sequence[tuple[torch.Tensor, torch.Tensor, int]]
@@ -56,7 +56,7 @@ def logits_over(
 
 def _windows(model: PreTrainedModel, text: TokenizedText, window_length: int, stride: int, models: int = 1) -> _Windows:
     starts = range(0, max(1, len(text.ids) - 1 - (window_length - stride)), stride)
-    size = batch_size_for(window_length, model.config.get_text_config().vocab_size, _LOGITS_BUDGET // models)
+    size = batch_size_for(window_length, model.config.get_text_config().vocab_size, LOGITS_BUDGET // models)
     batches = window_batches(text.ids, starts, window_length, size)
     return [(ids[:, :-1], ids[:, 1 + first :], first) for ids, first in batches]
 

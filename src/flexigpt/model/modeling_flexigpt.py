@@ -108,6 +108,9 @@ class FlexiGPTForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
         self._cache_name = cache_name(self.language_model)
+        # The source's own, which `generate` asks for its arguments too: Phi-3 begins its cache again where long
+        # positions begin.
+        self.__dict__["prepare_inputs_for_generation"] = self.language_model.prepare_inputs_for_generation
         for replica in config.replicas:
             self._share(**replica)
         if config.replicas:
@@ -165,10 +168,6 @@ class FlexiGPTForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As the source's own: Phi-3 begins its cache again where long positions begin."""
-        return self.language_model.prepare_inputs_for_generation(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

@@ -1,17 +1,21 @@
 """What a run will write and hold in memory, said before it starts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import psutil
+
+from flexigpt.evaluation import LOGITS_BUDGET
 from flexigpt.model import Replica
 from flexigpt.pruning.distances import BASE_DISTANCES
 from flexigpt.pruning.options import PruneOptions
-from flexigpt.pruning.source import Asked, CheckedSource
+from flexigpt.pruning.source import Asked, CheckedSource, Texts, Workspace
 from flexigpt.replicas import HIDDEN_COPIES
-from flexigpt.runtime import find_device, workers_of
+from flexigpt.runtime import Track, find_device, workers_of
+from flexigpt.text import batch_size_for
 
-# Python, torch and transformers, with nothing loaded.
-_LIBRARIES = 600 * 2**20
+# What libraries take that are loaded later, and what they keep of memory that was given back.
+_LATER = 192 * 2**20
 
 # Copies of the largest linear that factoring it or initialising its adapter holds, in bytes a number.
 _FACTOR_BYTES = 28
@@ -23,18 +27,22 @@ _FIT_MOMENTS, _FIT_LINEARS, _BACKWARD = 3, 6, 3
 # Of the eigendecomposition of an n x n matrix in float64, beside it, in bytes a number.
 _EIGEN_BYTES = 40
 
-# Float32 tensors of the MLP's width that a block holds while it runs on one batch of 2048 tokens.
-_ACTIVATIONS = 6 * 2048 * 4
+# Float32 tensors of the MLP's width that a block holds while it runs, in bytes a number; tokens of a batch in
+# calibration.
+_ACTIVATIONS, _BATCH_TOKENS = 6 * 4, 2048
+
+# Copies of logits in float32 that perplexity holds, in bytes a number.
+_LOGITS_BYTES = 4 * 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a run takes at most, if nothing that it needs is in the cache, perplexities left out.
+    """What a run takes at most, if nothing that it needs is in the cache.
 
     Attributes:
         written: bytes of the checkpoint.
         scratch: bytes in the cache folder at a time.
-        memory: bytes at the peak, file-backed ones included.
+        memory: bytes at the peak, mapped files included but for those of hidden states.
     """
 
     written: int
@@ -49,31 +57,51 @@ class Estimate:
         return f"{wrote}takes at most about {_size(self.memory)} of memory"
 
 
-def estimate(checked: CheckedSource[Asked], written: int, ranks: Sequence[int | Replica]) -> Estimate:
-    """What that work takes, by arithmetic.
+Announce = Callable[[Estimate], None]
+
+
+def open_announced(
+    checked: CheckedSource[Asked],
+    track: Track,
+    announce: Announce | None,
+    written: int,
+    ranks: Sequence[int | Replica] = (),
+) -> Workspace[Asked]:
+    """Reads the texts, says what the run will take, and opens the weights.
 
     Args:
         checked: the source, and what is asked for.
+        track: reports the progress of each stage.
+        announce: is called once with what the run will take.
         written: parameters of the checkpoint.
         ranks: of the replicas to be made.
     """
+    texts = checked.read()
+    if announce is not None:
+        announce(_estimate(checked, texts, written, ranks))
+    return checked.open(texts, track)
+
+
+def _estimate(checked: CheckedSource[Asked], texts: Texts, written: int, ranks: Sequence[int | Replica]) -> Estimate:
+    """What that work takes, by arithmetic on top of what the process holds now."""
     shape, itemsize, options = checked.shape, checked.itemsize, checked.options
     largest = max(outputs * inputs for outputs, inputs in shape.linears.values())
     widest = max(max(size) for size in shape.linears.values())
     inputs = [inputs for _, inputs in shape.linears.values()]
-    running = 2 * shape.block_parameters * itemsize + 4 * largest + _ACTIVATIONS * widest
+    block, activations = 2 * shape.block_parameters * itemsize + 4 * largest, _ACTIVATIONS * _BATCH_TOKENS * widest
+    running = block + activations
     scratch, factors = 0, bool(ranks)
     if isinstance(options, PruneOptions):
         chooses = options.plan is None and not options.remove
         distance = BASE_DISTANCES[options.base_distance]
         if options.calibrates:
             copies = HIDDEN_COPIES if options.fits else 1
-            tokens = copies * options.windows * checked.window_length
+            tokens = copies * texts.windows.numel()
             hidden = tokens * shape.hidden_size * itemsize
             scratch, running = (hidden, running) if checked.needs_file(tokens) else (0, running + hidden)
         if options.fits or (chooses and options.spread_rank):
             running += 8 * (_FIT_MOMENTS * max(inputs) ** 2 + _FIT_LINEARS * largest)
-            running += (_BACKWARD - 1) * _ACTIVATIONS * widest
+            running += (_BACKWARD - 1) * activations
         if chooses and distance.calibrated:
             squares = [n * n for n in inputs]
             running += 8 * sum(squares) + max(_EIGEN_BYTES * max(squares), _FACTOR_BYTES * largest)
@@ -83,7 +111,19 @@ def estimate(checked: CheckedSource[Asked], written: int, ranks: Sequence[int | 
             scratch = max(scratch, max(pairs * sum(size) for size in shape.linears.values()))
     factoring = factors * workers_of(find_device(options.device)) * _FACTOR_BYTES * largest
     outside = (shape.parameters - checked.depth * shape.block_parameters) * itemsize
-    return Estimate(written=written * itemsize, scratch=scratch, memory=_LIBRARIES + outside + max(running, factoring))
+    measuring = 0
+    if texts.text is not None:
+        tokens, length = texts.text.ids.numel(), checked.window_length
+        hidden = tokens * shape.hidden_size * itemsize
+        vocabulary = checked.empty.config.get_text_config().vocab_size
+        batch = min(tokens, length * batch_size_for(length, vocabulary, LOGITS_BUDGET))
+        in_file = checked.needs_file(tokens)
+        scratch = max(scratch, hidden if in_file else 0)
+        measuring = block + _ACTIVATIONS * batch * widest + _LOGITS_BYTES * batch * vocabulary + (not in_file) * hidden
+    held = psutil.Process().memory_info().rss + _LATER
+    return Estimate(
+        written=written * itemsize, scratch=scratch, memory=held + outside + max(running, factoring, measuring)
+    )
 
 
 def _size(num_bytes: float) -> str:

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from typing import cast
 
 from flexigpt.model import FlexiGPTForCausalLM, Plan, Replica, empty_compact
-from flexigpt.pruning.estimate import estimate
+from flexigpt.pruning.estimate import Announce, open_announced
 from flexigpt.pruning.options import ExtendOptions
-from flexigpt.pruning.prune import Announce
 from flexigpt.pruning.source import CheckedSource
 from flexigpt.record import Record
 from flexigpt.replicas import ReplicaOptions, replica_tensors
@@ -105,11 +104,10 @@ def assemble_extended(
     ranges = parse_ranges(options.blocks, checked.depth)
     checked = checked.with_rank(1)
     plan, source_blocks = extension_plan(ranges, options.times, options.pattern, checked.rank, checked.depth)
-    if announce is not None:
-        shape = checked.shape
-        own = shape.replica_parameters(checked.rank) + shape.block_parameters - shape.linear_parameters
-        announce(estimate(checked, shape.parameters + own * len(plan.replicas), plan.replicas))
-    workspace = checked.open(track)
+    shape = checked.shape
+    own = shape.replica_parameters(checked.rank) + shape.block_parameters - shape.linear_parameters
+    stored = shape.parameters + own * len(plan.replicas)
+    workspace = open_announced(checked, track, announce, stored, plan.replicas)
     empty, taken = empty_compact(workspace.source.model, plan, source_blocks=source_blocks)
     assembly = Assembly(empty, workspace.source, taken)
     for replica in workspace.track(plan.replicas, "initialising replicas", len(plan.replicas)):

@@ -1,12 +1,12 @@
 """Pruning: source model -> plan -> compact model."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
 from flexigpt.model import FlexiGPTForCausalLM, Plan, Replica, check_depth
 from flexigpt.pruning.distances import choose_bases, measure_distances
-from flexigpt.pruning.estimate import Estimate, estimate
+from flexigpt.pruning.estimate import Announce, open_announced
 from flexigpt.pruning.options import PruneOptions
 from flexigpt.pruning.replacement import filled
 from flexigpt.pruning.scores import pruned_or_count, scored
@@ -15,8 +15,6 @@ from flexigpt.record import Record
 from flexigpt.replicas import FITTED_INITS, adapter_spectra, source_of_replicas, spread_ranks
 from flexigpt.runtime import InputError, Track, digest, silent
 from flexigpt.weights import Assembly
-
-Announce = Callable[[Estimate], None]
 
 
 def prune(source: str, options: PruneOptions, track: Track = silent) -> tuple[FlexiGPTForCausalLM, Plan, Record]:
@@ -101,9 +99,8 @@ def _planned(
         count = pruned if isinstance(pruned, int) else len(pruned)
         checked = checked.with_rank(count)
         ranks = [checked.rank] * count
-    if announce is not None:
-        announce(estimate(checked, checked.shape.stored_parameters(ranks) if writes else 0, ranks if writes else ()))
-    workspace = checked.open(track)
+    stored = checked.shape.stored_parameters(ranks) if writes else 0
+    workspace = open_announced(checked, track, announce, stored, ranks if writes else ())
     blocks, found = scored(workspace, pruned)
     record = workspace.record() | found | {"fitted": options.adapter_init in FITTED_INITS}
     if given is not None:

@@ -4,9 +4,8 @@ import dataclasses
 
 from transformers import PreTrainedModel
 
-from flexigpt.pruning.estimate import estimate
+from flexigpt.pruning.estimate import Announce, open_announced
 from flexigpt.pruning.options import PruneOptions
-from flexigpt.pruning.prune import Announce
 from flexigpt.pruning.scores import pruned_or_count, scored
 from flexigpt.pruning.source import CheckedSource
 from flexigpt.record import Record
@@ -50,10 +49,8 @@ def assemble_removed(
     options = dataclasses.replace(options, remove=True)
     checked = CheckedSource.check(source, options, options)
     pruned = pruned_or_count(checked)
-    if announce is not None:
-        count = pruned if isinstance(pruned, int) else len(pruned)
-        announce(estimate(checked, checked.shape.removed_parameters(count), ()))
-    workspace = checked.open(track)
+    stored = checked.shape.removed_parameters(pruned if isinstance(pruned, int) else len(pruned))
+    workspace = open_announced(checked, track, announce, stored)
     blocks, found = scored(workspace, pruned)
     assembly = without_blocks(workspace.source, blocks)
     if workspace.options.refit_kept:

@@ -22,6 +22,21 @@ Asked = TypeVar("Asked", bound=PruneOptions | ExtendOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Texts:
+    """What a flow reads besides the model.
+
+    Attributes:
+        tokenizer: of the source; None where no text is read.
+        text: to measure perplexity on; None: it is not measured.
+        windows: calibration windows, (windows, tokens) ids; none where no calibration text is read.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None
+    text: TokenizedText | None
+    windows: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckedSource(Generic[Asked]):
     """A source as its configuration tells, before any text or weight is read.
 
@@ -112,9 +127,9 @@ class CheckedSource(Generic[Asked]):
         """Whether the hidden states of so many tokens, each copy counted, do not fit beside a block."""
         return (self.shape.block_parameters + tokens * self.shape.hidden_size) * self.itemsize > self.memory
 
-    def open(self, track: Track) -> "Workspace[Asked]":
-        """Reads the texts and opens the weights; what can be refused early is, first."""
-        timed, options, tokenizer, text = Timed(track), self.options, None, None
+    def read(self) -> Texts:
+        """Reads the texts, as far as they are needed."""
+        options, tokenizer, text = self.options, None, None
         windows = torch.empty((0, self.window_length), dtype=torch.int64)
         calibrates = isinstance(options, PruneOptions) and options.calibrates
         if calibrates or options.perplexity is not None:
@@ -129,14 +144,18 @@ class CheckedSource(Generic[Asked]):
                     window_length=self.window_length,
                     seed=options.seed,
                 )
+        return Texts(tokenizer=tokenizer, text=text, windows=windows)
+
+    def open(self, texts: Texts, track: Track) -> "Workspace[Asked]":
+        """Opens the weights, and refuses such as are not finite."""
+        timed, options = Timed(track), self.options
         source = Source(self.name, options.dtype, options.device, self.empty)
         cache = source.cache(None)
         with cache.stage("finite") as stage:
             if stage.result is None:
                 check_finite(source, timed)
                 stage.finish(True)
-        opened: dict[str, Any] = {"tokenizer": tokenizer, "source": source, "text": text, "windows": windows}
-        return Workspace(**vars(self), **opened, cache=cache, track=timed)
+        return Workspace(**vars(self), **vars(texts), source=source, cache=cache, track=timed)
 
 
 def _memory(given: str | None, empty: PreTrainedModel, shape: ModelShape) -> int:
@@ -152,22 +171,16 @@ def _memory(given: str | None, empty: PreTrainedModel, shape: ModelShape) -> int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workspace(CheckedSource[Asked]):
+class Workspace(CheckedSource[Asked], Texts):
     """What a flow works on, opened once.
 
     Attributes:
-        tokenizer: of the source; None where no text is read.
         source: the source, of which only the blocks in use are in memory.
-        text: to measure perplexity on; None: it is not measured.
-        windows: calibration windows, (windows, tokens) ids; none where no calibration text is read.
         cache: keeps what is measured of this source.
         track: reports the progress of each stage, and times them.
     """
 
-    tokenizer: PreTrainedTokenizerBase | None
     source: Source
-    text: TokenizedText | None
-    windows: torch.Tensor
     cache: Cache
     track: Timed
 
