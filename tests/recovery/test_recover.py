@@ -394,5 +394,5 @@ def test_a_damaged_record_of_the_model_is_told(tiny_compact: Path, text: Path, t
     (tmp_path / "compact" / "record.json").write_text("{")
     code, _, errors = run("recover", tmp_path / "compact", tmp_path / "out", "--data", text, *TOKENS, *QUICK)
     assert code == 2
-    assert "record.json is no record in JSON" in last_line(errors)
+    assert "record.json: invalid JSON" in last_line(errors)
     assert not (tmp_path / "out").exists()

@@ -14,9 +14,9 @@ from typing_extensions import TypedDict  # pydantic wants it from there before P
 
 from flexigpt.evaluation import METRICS, Evaluation
 from flexigpt.model import FlexiGPTConfig, Plan, plan_of
-from flexigpt.record.record import EVALUATION, FORMAT, Record, find_in
+from flexigpt.record.record import EVALUATION, FORMAT, RECORD, Record, find_in
 from flexigpt.record.tables import shown_name
-from flexigpt.runtime import RECORD, InputError
+from flexigpt.runtime import InputError
 from flexigpt.weights import read_config
 
 
@@ -25,6 +25,12 @@ def _alike(columns: dict[str, Any]) -> dict[str, Any]:
     if len(lengths) > 1 or 0 in lengths:
         raise PydanticCustomError("columns", "has columns that differ in length, or are empty")
     return columns
+
+
+def _of_ours(versions: dict[str, str]) -> dict[str, str]:
+    if "flexigpt" not in versions:
+        raise PydanticCustomError("ours", "does not name flexigpt, which writes them")
+    return versions
 
 
 def _in_numbers(measured: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +72,7 @@ class _Recovery(TypedDict):
 class _Record(TypedDict):
     format: NotRequired[Annotated[int, Field(le=FORMAT)]]
     source_name: str
-    versions: dict[str, str]
+    versions: Annotated[dict[str, str], AfterValidator(_of_ours)]
     options: dict[str, Any]
     command: NotRequired[str | None]
     calibration: NotRequired[_Calibration | None]
@@ -81,6 +87,7 @@ class _Record(TypedDict):
     removed: NotRequired[_Removed | None]
     source_blocks: NotRequired[list[int] | None]
     recovery: NotRequired[_Recovery | None]
+    files: NotRequired[list[str] | None]
     origin: NotRequired["_Record | None"]
 
 
@@ -240,7 +247,7 @@ def read_recorded(folder: str | Path) -> Recorded:
     path = folder / RECORD
     if not path.is_file():
         raise InputError(f"{folder} holds no {RECORD}: give a checkpoint or plan folder that flexigpt wrote")
-    record = _completed(_checked(_Record, _read(path), str(path)), str(path))
+    record = read_record(path)
     plan, evaluation = _read_plan(folder), read_evaluation(folder)
     recorded = Recorded(name=folder.resolve().name, folder=folder, record=record, plan=plan, evaluation=evaluation)
     scores = find_in(record, "scores")
@@ -248,6 +255,15 @@ def read_recorded(folder: str | Path) -> Recorded:
     if any(not 0 <= block < depth for pruned, row in recorded.distances.items() for block in (pruned, *row)):
         raise _damaged(f"{path}: the distances name a block that is not there")
     return recorded
+
+
+def read_record(path: Path) -> Record:
+    """A record, its fields checked; keys that are blocks are whole numbers.
+
+    Raises:
+        InputError: one that cannot be read, is damaged, of a newer version, or not flexigpt's.
+    """
+    return _completed(_checked(_Record, _read(path), str(path)), str(path))
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:
