@@ -193,7 +193,7 @@ def evaluate(
     if record:
         check_recordable(models[0])
     with asked.reporting() as track:
-        evaluation = measure(models, options, track) | {"command": asked.call.command}
+        evaluation = measure(models, options, track, track.note) | {"command": asked.call.command}
     if record:
         record_evaluation(models[0], evaluation)
     if as_json:
