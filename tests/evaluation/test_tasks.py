@@ -124,7 +124,7 @@ def test_the_value_is_what_a_loop_over_choices_finds(tiny_source: Path) -> None:
     ("files", "told"),
     [
         ({"asked": {}}, False),
-        ({"asked": {}, "other": {"process_docs": "FUNCTION"}}, False),
+        ({"asked": {"tag": "both"}, "other": {"process_docs": "FUNCTION", "tag": "both"}}, False),
         ({"asked": {"process_docs": "FUNCTION"}}, True),
         ({"asked": {"include": "deep/base.yaml"}, "deep/base": {"task": None, "process_docs": "FUNCTION"}}, True),
         ({"asked": {"task": "one", "tag": ["asked"], "process_docs": "FUNCTION"}}, True),

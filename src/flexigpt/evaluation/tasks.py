@@ -217,15 +217,14 @@ def _with_code(manager: Any, names: Sequence[str]) -> list[str]:
         seen[one] = False
         if isinstance(one, str):
             entry = manager.task_index[one]
-            todo += [*entry.tags, *([] if entry.yaml_path is None else [entry.yaml_path])]
+            todo += entry.tags if entry.yaml_path is None else [entry.yaml_path]
         elif not one.is_relative_to(folder):
             events = [event for event in yaml.parse(one.read_text(encoding="utf-8")) if hasattr(event, "value")]
-            seen[one] = any(event.tag == "!function" or event.value == "class" for event in events)
-            # Any of its words may be a task of a group, or a file to include.
-            todo += [event.value for event in events if event.value in manager.task_index]
-            todo += [
-                path for event in events if (path := one.parent / event.value).suffix == ".yaml" and path.is_file()
-            ]
+            words = [event.value for event in events]
+            seen[one] = "class" in words or any(event.tag == "!function" for event in events)
+            # Any of its words may be a file to include, or a task of a group.
+            todo += [one.parent / word for word in words if word.endswith(".yaml") and (one.parent / word).is_file()]
+            todo += [word for word in words if "group" in words and word in manager.task_index]
     return [str(file) for file, has in seen.items() if has]
 
 
