@@ -25,7 +25,7 @@ from flexigpt import InputError, RecoverOptions, recover
 from flexigpt.recovery import checkpoints as kept
 from flexigpt.runtime import ALONE, file_digest, read_sealed, replace_sealed
 from flexigpt.text import batches
-from killing import run_apart
+from killing import Killed, run_apart
 
 WINDOW, WINDOWS, STEPS = 16, 4, 20
 QUICK = ("--window-length", WINDOW, "--batch-tokens", WINDOW * WINDOWS)
@@ -296,6 +296,31 @@ def test_files_of_a_run_that_were_changed_are_told_in_one_line(
     assert [line for line in errors.splitlines() if "begins" not in line and "done in" not in line] == [
         last_line(errors)
     ]
+
+
+def test_a_checkpoint_whose_removal_was_killed_counts_no_more(tmp_path: Path) -> None:
+    """One that is old, and those of a run that has ended: a half of one would be read."""
+    folder = kept.RunFolder(tmp_path / "out", ALONE)
+    folder.start({})
+    for step in (1, 2):
+        folder.save(step, {"values": torch.ones(2)}, {})
+
+    def killed(path: Path, **_: Any) -> None:
+        if path.exists():
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(kept.shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            folder.save(3, {"values": torch.ones(2)}, {})
+        assert folder.steps() == [2, 3]
+        with pytest.raises(Killed):
+            folder.remove()
+    assert not folder.exists()
+    assert folder.steps() == []
+    folder.start({})
+    folder.remove()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_no_run_of_ours_stays_as_it_is(

@@ -28,8 +28,6 @@ SECONDS, _QUICK = 300.0, 15.0
 
 _IDENTITY, _STATE, _METADATA, _KEPT = "run.json", "state.json", ".metadata", 2
 
-_CHECKPOINT = re.compile(r"checkpoint-\d+(\.partial)?")
-
 # What the metadata that torch writes is pickled of, but for dtypes and paths.
 _PICKLED = {
     "torch": ("Size",),
@@ -70,7 +68,7 @@ class RunFolder:
 
     def exists(self) -> bool:
         """Whether a run is here, or something that looks like one."""
-        return any(path.name == _IDENTITY or _CHECKPOINT.fullmatch(path.name) for path in self.path.glob("*"))
+        return (self.path / _IDENTITY).exists() or bool(self.steps())
 
     def identity(self) -> dict[str, Any]:
         """Of the run that is here.
@@ -107,7 +105,7 @@ class RunFolder:
     def steps(self) -> list[int]:
         """The steps after which a complete checkpoint lies here, ascending."""
         found = [path.name.removeprefix("checkpoint-") for path in self.path.glob("checkpoint-*")]
-        return sorted(int(step) for step in found if step.isdigit())
+        return sorted(int(step) for step in found if re.fullmatch("0|[1-9][0-9]*", step))
 
     def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         """Writes a checkpoint beside the ones that are there, then removes all but the newest two.
@@ -121,7 +119,7 @@ class RunFolder:
             InputError: a disk that is full or cannot be written to; the checkpoints before stay.
         """
         began, partial = time.monotonic(), self.path / f"checkpoint-{step}.partial"
-        self._world.lead(lambda: shutil.rmtree(partial, ignore_errors=True))
+        self._world.lead(lambda: shutil.rmtree(self._give_up(step), ignore_errors=True))
         with self._writing("saved", partial), _quietly():
             save_tensors(tensors, checkpoint_id=partial, no_dist=not self._world.joined)
         self._world.lead(lambda: self._complete(step, partial, state))
@@ -132,11 +130,9 @@ class RunFolder:
         with self._writing("saved", partial):
             files = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
             replace_sealed(partial / _STATE, state | {"files": files}, partial)
-            final = self.path / f"checkpoint-{step}"
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
+            partial.rename(self.path / f"checkpoint-{step}")
             for old in self.steps()[:-_KEPT]:
-                shutil.rmtree(self.path / f"checkpoint-{old}", ignore_errors=True)
+                shutil.rmtree(self._give_up(old), ignore_errors=True)
 
     def load(self, step: int, tensors: dict[str, Any]) -> dict[str, Any]:
         """Reads a checkpoint into these tensors, whatever number of processes wrote it, and returns its state.
@@ -166,14 +162,23 @@ class RunFolder:
             self._clear()
 
     def _clear(self) -> None:
-        """Removes what a run writes, and nothing else."""
-        for path in self.path.glob("checkpoint-*"):
-            if _CHECKPOINT.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
+        """Removes what a run writes, and nothing else. Killed in the middle, it leaves no run."""
+        for step in self.steps():
+            self._give_up(step)
         for name in (f"{_IDENTITY}.part", _IDENTITY):
             (self.path / name).unlink(missing_ok=True)
+        for path in self.path.glob("checkpoint-*.partial"):
+            shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):  # not there, or not empty
             self.path.rmdir()
+
+    def _give_up(self, step: int) -> Path:
+        """Marks a checkpoint as one that is not complete, before it is removed."""
+        final, partial = (self.path / f"checkpoint-{step}{ending}" for ending in ("", ".partial"))
+        if final.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+            final.rename(partial)
+        return partial
 
     @contextlib.contextmanager
     def _reading(self, folder: Path) -> Iterator[None]:
