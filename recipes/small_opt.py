@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
+from flexigpt.runtime import versions
+
 TOKENIZER = "examples/novel16"
 
 
@@ -28,7 +30,8 @@ def main(out: Path) -> None:
     part = out.with_suffix(".part")
     OPTForCausalLM(config).save_pretrained(part)
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(part)
-    (part / "record.json").write_text(json.dumps({"source_name": "random weights"}), encoding="utf-8")
+    record = {"source_name": "random weights", "versions": versions(), "options": {}}
+    (part / "record.json").write_text(json.dumps(record), encoding="utf-8")
     part.rename(out)
 
 

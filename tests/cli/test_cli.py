@@ -289,7 +289,8 @@ def test_overwrite_replaces_a_checkpoint(run: Run, tiny_source: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("event", "name", "how"), [("os.rename", "cache/scores-*", signal.SIGINT), ("open", "made/.out*/*", signal.SIGTERM)]
+    ("event", "name", "how"),
+    [("os.rename", "cache/scores-*", signal.SIGINT), ("open", "made/.out*/new/*", signal.SIGTERM)],
 )
 def test_an_interrupted_run_leaves_nothing(
     hooked: Hooked,

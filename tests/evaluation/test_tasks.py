@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import lm_eval.tasks
 import pytest
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import Run
 from flexigpt import EvalOptions, InputError, evaluate
+from flexigpt.evaluation.tasks import Tasks
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "examples" / "benchmarks"
@@ -89,7 +91,10 @@ def test_the_figures_are_exactly_those_of_lm_eval_itself(
         assert (measured["samples"], measured["num_fewshot"], measured["version"]) == (6, 0, 1.0)
     assert compact["tasks_mean"] == pytest.approx(sum(task["value"] for task in compact["tasks"].values()) / 3)
     assert result["versions"]["lm_eval"] == "0.4.13"
-    assert all(line.strip().startswith(("1/2 answering", "2/2 answering")) for line in shown.splitlines() if line)
+    code, *rest = (line for line in shown.splitlines() if line)
+    assert code.startswith("the tasks run code of the user's own, named in ")
+    assert sorted(Path(file).stem for file in code.partition(" in ")[2].split(", ")) == sorted(ASKED.split(","))
+    assert all(line.strip().startswith(("1/2 answering", "2/2 answering")) for line in rest)
 
 
 def test_the_value_is_what_a_loop_over_choices_finds(tiny_source: Path) -> None:
@@ -113,6 +118,41 @@ def test_the_value_is_what_a_loop_over_choices_finds(tiny_source: Path) -> None:
         right["acc"] += sums.index(max(sums)) == gold
         right["acc_norm"] += normed.index(max(normed)) == gold
     assert {name: measured["metrics"][name] for name in right} == {name: n / 8 for name, n in right.items()}
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"asked": {}}, False),
+        ({"asked": {"tag": "both"}, "other": {"process_docs": "FUNCTION", "tag": "both"}}, False),
+        ({"asked": {"process_docs": "FUNCTION"}}, True),
+        ({"asked": {"include": "deep/base.yaml"}, "deep/base": {"task": None, "process_docs": "FUNCTION"}}, True),
+        ({"asked": {"task": "one", "tag": ["asked"], "process_docs": "FUNCTION"}}, True),
+        ({"asked": {"task": "one", "tag": ["asked"]}, "two": {"task": "two"}}, False),
+    ],
+)
+def test_a_line_says_that_a_task_runs_code_before_it_does(
+    tmp_path: Path, files: dict[str, dict[str, Any]], told: bool
+) -> None:
+    """Alone, by what it includes, and by a tag."""
+    for name, more in files.items():
+        task = {"task": name, "output_type": "multiple_choice", "dataset_path": "nobody/nothing"} | more
+        text = yaml.safe_dump({key: value for key, value in task.items() if value is not None})
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.yaml").write_text(text.replace("FUNCTION", "!function code.run"))
+        (tmp_path / name).with_name("code.py").write_text(
+            f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nrun = len\n"
+        )
+    lines: list[str] = []
+
+    def note(line: str) -> None:
+        lines.append(line)
+        assert not (tmp_path / "ran").exists()
+
+    with pytest.raises(InputError):  # it has no data
+        Tasks(EvalOptions(tasks=["asked"], include_path=tmp_path), note)
+    assert len(lines) == (tmp_path / "ran").exists() == told
+    assert not told or ".yaml" in lines[0]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, "auto"])
@@ -179,6 +219,7 @@ BAD_INPUT = {
     "eval SOURCE --tasks arc_easy_sample --include-path nowhere": "--include-path nowhere is no folder",
     "eval SOURCE --tasks arc_easy_sample --include-path empty": "--include-path empty holds no task file",
     "eval SOURCE --tasks arc_easy_sample --include-path broken": "the task file broken/broken.yaml cannot be read",
+    "eval SOURCE --tasks x --include-path nameless": "--include-path nameless has a task file without a name",
     "eval SOURCE --tasks wrong --include-path wrong": "task wrong cannot be loaded",
     "eval SOURCE --tasks arc_easy_sample, --include-path SAMPLES": "--tasks names a task that is empty",
     "eval SOURCE --tasks piqa,piqa": "--tasks names piqa twice",
@@ -196,9 +237,10 @@ BAD_INPUT = {
 
 
 def bad_places(folder: Path, tiny_source: Path) -> None:
-    for name in ("empty", "broken", "wrong", "remote"):
+    for name in ("empty", "broken", "nameless", "wrong", "remote"):
         (folder / name).mkdir()
     (folder / "broken" / "broken.yaml").write_text("task: [arc_easy_sample\n")
+    (folder / "nameless" / "nameless.yaml").write_text("task:\noutput_type: multiple_choice\n")
     (folder / "wrong" / "wrong.yaml").write_text("task: wrong\noutput_type: guessing\n")
     remote = {"task": "remote", "dataset_path": "nobody/nothing", "output_type": "multiple_choice"}
     (folder / "remote" / "remote.yaml").write_text(yaml.safe_dump(remote | {"test_split": "test"}))
@@ -228,7 +270,7 @@ def test_bad_input_is_one_clear_line(
     places = {"SOURCE": tiny_source, "COMPACT": tiny_compact, "TEXT": text, "SAMPLES": SAMPLES}
     code, printed, errors = run(*(places.get(word, word) for word in command.split()))
     assert (code, printed) == (2, "")
-    (line,) = [line for line in errors.splitlines() if line.strip()]
+    (line,) = [line for line in errors.splitlines() if line.strip() and not line.startswith("the tasks run code")]
     assert line.startswith("flexigpt: ")
     assert BAD_INPUT[command] in line
     left = [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts]

@@ -145,6 +145,15 @@ def spoilt(edit: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
         (spoilt(lambda r: r["adapter_spectra"]["2"]["q_proj"]["ranks"].pop()), "q_proj: has columns that differ"),
         (spoilt(lambda r: r.pop("compact")), "record.json: compact: input should be a valid dictionary"),
         (spoilt(lambda r: r["perplexity"].pop("source")), "perplexity.source: input should be a valid dictionary"),
+        (spoilt(lambda r: r.update(versions={"torch": "2"})), "versions: does not name flexigpt"),
+        (spoilt(lambda r: r.update(source=SIZE | {"parameters": 0})), "source: parameters: .* greater than 0, not 0"),
+        (spoilt(lambda r: r.update(source=SIZE | {"bytes": 10**400})), "source: bytes: "),
+        (
+            spoilt(lambda r: r.update(removed={"blocks": [], "num_blocks": 10**12, "source": "m"})),
+            "removed.num_blocks: ",
+        ),
+        (spoilt(lambda r: r["distances"].update({"x" * 5000: {}})), "record.json: distances.xxx"),
+        (spoilt(lambda r: r.update(recovery=recovery()["recovery"])), "a recovery, but does not say of what"),
         (spoilt(lambda r: r.update(origin={"format": 9})), "record.json: origin.format: .*: upgrade flexigpt"),
     ],
 )
@@ -152,7 +161,14 @@ def test_a_damaged_record_is_refused_in_one_line(tmp_path: Path, record: Any, re
     with pytest.raises(InputError, match=reason) as refused:
         read_recorded(write(tmp_path, record))
     assert "\n" not in str(refused.value)
-    assert len(str(refused.value)) < len(str(tmp_path)) + 250
+    assert len(str(refused.value)) < len(str(tmp_path)) + 280
+
+
+def test_a_record_whose_origins_have_no_end_is_refused(tmp_path: Path) -> None:
+    record = json.dumps(pruning() | {"origin": "HERE"}).partition('"HERE"')
+    (tmp_path / "record.json").write_text(record[0] * 5000 + "null" + record[2] * 5000)
+    with pytest.raises(InputError, match="recursion limit exceeded"):
+        read_recorded(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"\xff", b""])

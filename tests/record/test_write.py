@@ -1,6 +1,7 @@
 """Checkpoints and evaluations as they are written: what a folder holds, its model card, and what stays on failure."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,12 +15,27 @@ from transformers import AutoTokenizer
 
 from conftest import Run
 from families import token_ids
-from flexigpt import EvalOptions, PruneOptions, evaluate, prune, remove, write_checkpoint
-from flexigpt.record import result_rows
-from flexigpt.record.write import merged
+from flexigpt import EvalOptions, InputError, Plan, PruneOptions, Replica, evaluate, prune, remove, write_checkpoint
+from flexigpt.record import reserved, result_rows, write_plan
+from flexigpt.record.write import check_replaceable, merged
 from flexigpt.weights import load_model
 
 SAMPLES = Path(__file__).parents[2] / "examples" / "benchmarks"
+
+
+PLAN = Plan(num_blocks=4, replicas=(Replica(block=2, base=1, rank=4),))
+RECORD = {"source_name": "someone/model", "versions": {"flexigpt": "1"}, "options": {}}
+OURS = {
+    "config.json",
+    "configuration_flexigpt.py",
+    "generation_config.json",
+    "model.safetensors",
+    "modeling_flexigpt.py",
+    "README.md",
+    "record.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 
 
 @pytest.fixture
@@ -37,17 +53,7 @@ def section(card: str) -> dict[str, list[str]]:
 
 
 def test_it_holds_what_a_hugging_face_folder_holds(tiny_compact: Path) -> None:
-    assert {file.name for file in tiny_compact.iterdir()} == {
-        "config.json",
-        "configuration_flexigpt.py",
-        "generation_config.json",
-        "model.safetensors",
-        "modeling_flexigpt.py",
-        "README.md",
-        "record.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    assert {file.name for file in tiny_compact.iterdir()} == OURS
     modes = {file.stat().st_mode & 0o777 for file in tiny_compact.iterdir()}
     assert len(modes) == 1
     config = json.loads((tiny_compact / "config.json").read_text())
@@ -72,8 +78,8 @@ def test_large_checkpoints_are_sharded(tiny_source: Path, tmp_path: Path) -> Non
 def test_a_disk_that_fills_leaves_the_previous_checkpoint(tiny_source: Path, tmp_path: Path) -> None:
     """A real write that fails half-way: the process may not write files above 100 KB."""
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "record.json").write_text("previous")
+    write_plan(out, PLAN, RECORD)
+    previous = (out / "record.json").read_text()
     code = """
 import resource, sys
 from flexigpt.cli import main
@@ -86,8 +92,87 @@ main(sys.argv[1:])
     assert ran.returncode == 2
     assert ran.stderr.splitlines()[-1].startswith("flexigpt: the disk of")
     assert "Traceback" not in ran.stderr
-    assert (out / "record.json").read_text() == "previous"
+    assert (out / "record.json").read_text() == previous
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture
+def written(compact: Path) -> Path:
+    """A checkpoint with all that is written into one later."""
+    picture = b"Software flexigpt report"
+    (compact / "figures").mkdir()
+    for name in ("figures/plan.png", "report.html", "other.html"):
+        (compact / name).write_bytes(picture)
+    (compact / "evaluation.json").touch()
+    for name in (".figures.writing/new/plan.png", ".README.md.writing/lock"):  # by a process that was killed
+        (compact / name).parent.mkdir(parents=True)
+        (compact / name).touch()
+    return compact
+
+
+def test_what_flexigpt_wrote_is_replaced(written: Path) -> None:
+    with reserved(written, (), overwrite=True):
+        pass
+    record = json.loads((written / "record.json").read_text())
+    assert record.pop("files") == sorted(path.name for path in written.iterdir() if path.name in OURS)
+    (written / "record.json").write_text(json.dumps(record))  # as an older flexigpt had it
+    check_replaceable(written)
+    write_plan(written, PLAN, record)
+    assert sorted(path.name for path in written.iterdir()) == ["plan.json", "record.json"]
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "mine/config.json", "figures/mine.png", "mine.html", ".mine", ".git/config", "empty/"]
+)
+def test_what_others_wrote_is_never_removed(run: Run, tiny_source: Path, written: Path, name: str, older: bool) -> None:
+    if older:
+        record = json.loads((written / "record.json").read_text())
+        del record["files"]
+        (written / "record.json").write_text(json.dumps(record))
+    path = written / name
+    (path if name.endswith("/") else path.parent).mkdir(exist_ok=True)
+    if not path.is_dir():
+        path.write_text("mine")
+    before = sorted(written.rglob("*"))
+    code, _, errors = run("prune", tiny_source, written, "--blocks", "2", "--rank", "4", "--overwrite")
+    assert code == 2
+    first = written / Path(name).parts[0]
+    assert re.fullmatch(rf"flexigpt: {first}\S* was not written by flexigpt: move it elsewhere, or give .*\n", errors)
+    assert sorted(written.rglob("*")) == before
+    with pytest.raises(InputError, match=f"{first}.* was not written by flexigpt"):  # what came during the work
+        write_plan(written, PLAN, RECORD)
+    assert sorted(written.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "record", ["", "{", "[]", "{}", '{"a": 1}', "null", '{"source_name": "a", "versions": {}, "options": {}}']
+)
+def test_a_record_of_another_program_is_none(run: Run, tiny_source: Path, tmp_path: Path, record: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "record.json").write_text(record)
+    (out / "thesis.txt").write_text("years of work")
+    code, _, errors = run("prune", tiny_source, out, "--blocks", "2", "--rank", "4", "--overwrite")
+    assert code == 2
+    assert "record.json" in errors
+    assert errors.count("\n") == 1
+    assert sorted(path.name for path in out.iterdir()) == ["record.json", "thesis.txt"]
+
+
+def test_the_output_folder_must_be_empty_or_ours(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new", "deep/new"):
+        with reserved(tmp_path / name, (), overwrite=False):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    (tmp_path / "empty" / "file").touch()
+    for overwrite, reason in (
+        (False, "is not empty: give another folder, or --overwrite"),
+        (True, "was not written by"),
+    ):
+        with pytest.raises(InputError, match=reason), reserved(tmp_path / "empty", (), overwrite):
+            pass
 
 
 def test_the_tokenizer_travels_along(tiny_compact: Path, example: Path) -> None:

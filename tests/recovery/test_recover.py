@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -212,6 +213,25 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_serves(
     assert_same(tmp_path / "out", whole)
 
 
+def test_a_second_run_of_the_same_is_told_which_process_writes(
+    run: Run, hooked: Hooked, tiny_compact: Path, text: Path, tmp_path: Path, whole: Path
+) -> None:
+    """While the first one writes its checkpoints, and at any other time."""
+    said = tmp_path / "said"
+    second = f"os.system({f'flexigpt recover {tiny_compact} {{}} --data {text} --overwrite 2> {said}'!r})"
+    second = second.format(tmp_path / "out")
+    arguments = ("recover", tiny_compact, tmp_path / "out", "--data", text, *TOKENS, *QUICK)
+    environment = hooked("os.rename", "*/checkpoint-6.partial", second, OFTEN)
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    assert run_apart(environment, *arguments).returncode == 0
+    (line,) = said.read_text().splitlines()
+    assert re.fullmatch(
+        rf"flexigpt: {tmp_path}/out is being written by process \d+ on \S+ since [-0-9]+ [:0-9]+: .*", line
+    )
+    assert_same(tmp_path / "out", whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "said"]
+
+
 def test_the_newest_two_checkpoints_are_kept(
     tiny_compact: Path, text: Path, tmp_path: Path, often: None, whole: Path
 ) -> None:
@@ -394,5 +414,5 @@ def test_a_damaged_record_of_the_model_is_told(tiny_compact: Path, text: Path, t
     (tmp_path / "compact" / "record.json").write_text("{")
     code, _, errors = run("recover", tmp_path / "compact", tmp_path / "out", "--data", text, *TOKENS, *QUICK)
     assert code == 2
-    assert "record.json is no record in JSON" in last_line(errors)
+    assert "record.json: invalid JSON" in last_line(errors)
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,9 @@
 """Files and folders, complete or untouched; paths as people write them; what tells one thing from another."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,15 +13,18 @@ from flexigpt import InputError
 from flexigpt.runtime import (
     check_output,
     check_space,
+    claimed,
     digest,
     find_device,
     fingerprint,
     local_path,
+    read_sealed,
     replace_file,
+    replace_sealed,
+    replaced_file,
     replaced_folder,
     versions,
 )
-from flexigpt.runtime.files import replaced_file
 
 
 def test_the_output_is_checked_before_the_work(tmp_path: Path) -> None:
@@ -27,19 +33,12 @@ def test_the_output_is_checked_before_the_work(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "config.json").write_text("{}")
     inputs = (str(source), None, "a/hub-name")
-    check_output(tmp_path / "new" / "deep", inputs, overwrite=False)
-    (tmp_path / "empty").mkdir()
-    check_output(tmp_path / "empty", inputs, overwrite=False)
-    with pytest.raises(InputError, match="is not empty: give another folder, or --overwrite"):
-        check_output(full, inputs, overwrite=False)
-    with pytest.raises(InputError, match="was not written by flexigpt"):
-        check_output(full, inputs, overwrite=True)
-    (full / "record.json").write_text("{}")
-    check_output(full, inputs, overwrite=True)
+    check_output(tmp_path / "new" / "deep", inputs)
+    check_output(full, inputs)
     for out, read in ((source, source), (tmp_path, source), (full, full / "plan.json")):
         read.touch()
         with pytest.raises(InputError, match=r"lies in .*, which is to be replaced"):
-            check_output(out, (str(source), read), overwrite=True)
+            check_output(out, (str(source), read))
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for out, reason in (
         (full / "config.json", "is a file"),
@@ -50,7 +49,7 @@ def test_the_output_is_checked_before_the_work(tmp_path: Path) -> None:
         (tmp_path / ("long" * 100), "cannot be written to"),
     ):
         with pytest.raises(InputError, match=reason):
-            check_output(out, inputs, overwrite=True)
+            check_output(out, inputs)
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -93,6 +92,71 @@ def test_an_error_between_the_two_renames_puts_the_old_folder_back(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_only_one_process_writes_a_place_and_the_other_is_told_which(tmp_path: Path) -> None:
+    place = tmp_path / "new" / "out"
+    hold = "import sys; from flexigpt.runtime import claimed; held = claimed(sys.argv[1]); held.__enter__()"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{hold}; print(flush=True); sys.stdin.read()", place],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        for write in (replaced_folder, claimed):
+            with pytest.raises(InputError) as refused, write(place):
+                pass
+            told = rf"{place} is being written by process {other.pid} on \S+ since .*: wait until it has ended, or give"
+            assert re.match(told, str(refused.value))
+        other.kill()
+    with claimed(place), replaced_folder(place):  # it is dead: nothing of it is in the way
+        pass
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+
+
+def test_what_a_killed_process_left_goes_and_what_it_moved_comes_back(tmp_path: Path) -> None:
+    place = tmp_path / "out"
+    for step in ("rename(old)", "rename(out)"):
+        place.mkdir(exist_ok=True)
+        (place / "before").touch()
+        code = f"""
+import os, sys
+from flexigpt.runtime import files
+class Out(type(files.Path())):
+    def rename(self, target):
+        super().rename(target)
+        if self.name == {"out" if step == "rename(old)" else "new"!r}: os.kill(os.getpid(), 9)
+files.Path = Out
+with files.replaced_folder(sys.argv[1]) as folder:
+    (folder / "after").touch()
+"""
+        assert subprocess.run([sys.executable, "-c", code, place], check=False).returncode == -9
+        assert [path.name for path in tmp_path.iterdir()] != ["out"]
+        with claimed(place):
+            assert [path.name for path in place.iterdir()] == (["before"] if step == "rename(old)" else ["after"])
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_place_that_nothing_was_written_to_leaves_no_folders(tmp_path: Path) -> None:
+    with claimed(tmp_path / "new" / "deep" / "out"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", "[" * 100_000, '{"digest": "x", "data": 1}', "1" * 9999, "null"]
+)
+def test_what_is_sealed_is_read_as_it_was_written_or_not_at_all(tmp_path: Path, content: str) -> None:
+    data = {"a": [1, 2.5, float("inf"), None, "\u00e4"], "1": True}
+    replace_sealed(tmp_path / "file", data, tmp_path)
+    assert read_sealed(tmp_path / "file") == data
+    (tmp_path / "file").write_text((tmp_path / "file").read_text().replace("2.5", "2.6"))
+    with pytest.raises(ValueError, match="file is not as it was written"):
+        read_sealed(tmp_path / "file")
+    (tmp_path / "file").write_text(content)
+    with pytest.raises(ValueError, match=r"^(?!.*\n)"):
+        read_sealed(tmp_path / "file")
+
+
 def test_a_link_to_a_folder_is_written_through(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -109,12 +173,12 @@ def test_a_disk_that_is_too_small_is_told_before_writing(tmp_path: Path) -> None
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     file = tmp_path / "file"
-    with replaced_file(file) as temporary:
+    with replaced_file(file, tmp_path) as temporary:
         temporary.write_text("first")
         assert not file.exists()
 
     def write_half() -> None:
-        with replaced_file(file) as temporary:
+        with replaced_file(file, tmp_path) as temporary:
             temporary.write_text("half")
             raise KeyboardInterrupt
 
@@ -157,10 +221,8 @@ def test_the_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: 
     with replaced_folder("~/out") as folder:
         (folder / "record.json").write_text("{}")
     assert (tmp_path / "out" / "record.json").is_file()
-    with pytest.raises(InputError, match="is not empty"):
-        check_output("~/out", (), overwrite=False)
     with pytest.raises(InputError, match="which is to be replaced"):
-        check_output(tmp_path / "out", ("~/out/record.json",), overwrite=True)
+        check_output(tmp_path / "out", ("~/out/record.json",))
 
 
 def test_digests_tell_values_shapes_and_files_apart(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_fits_with_hidden_states_in_files_give_the_same_weights(
         options = PruneOptions(ratio=0.4, rank=3, memory=memory, **calibrated)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(CACHE_VARIABLE, str(tmp_path / memory))
-            patch.setattr(tempfile, "mkstemp", counted(tempfile.mkstemp, opened))
+            patch.setattr(tempfile, "TemporaryFile", counted(tempfile.TemporaryFile, opened))
             model = (remove if removed else prune)(str(tiny_source), options)[0]
         weights.append(model.state_dict())
         files.append(len(opened))

@@ -6,7 +6,7 @@ the square of the tokens.
 
 import copy
 import math
-import os
+import mmap
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -80,15 +80,12 @@ class HiddenStates:
 
 
 def _in_file(batch: torch.Tensor, folder: Path) -> torch.Tensor:
-    """The same values, mapped from a file that goes with the tensor."""
-    handle, name = tempfile.mkstemp(dir=folder)
+    """The same values, mapped from a file that has no name, so that nothing is left of it."""
     values: Any = batch.contiguous().flatten().view(torch.uint8).numpy()
-    try:
-        with os.fdopen(handle, "wb") as file:  # written, not mapped first, so that a full disk is an error
-            file.write(memoryview(values))
-        return torch.from_file(name, shared=True, size=batch.numel(), dtype=batch.dtype).view(batch.shape)
-    finally:
-        os.unlink(name)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(memoryview(values))  # written, not mapped first, so that a full disk is an error
+        file.flush()
+        return torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=batch.dtype).view(batch.shape)
 
 
 class Stream:
@@ -203,14 +200,15 @@ class _Saved:
     """What a calibration leaves in its stage, where there is one, to go on from."""
 
     def __init__(self, stage: CachedStage | None, hidden: HiddenStates) -> None:
-        self._file, self._hidden = None if stage is None else stage.folder / "progress", hidden
+        self._stage, self._hidden = stage, hidden
         self._latest, self._cost = time.monotonic(), 0.0
 
     def found(self) -> tuple[int, dict[str, list[float]]] | None:
         """How many blocks are done, and their means; the hidden states are then those behind them."""
-        if self._file is None or not self._file.is_file():
+        file = None if self._stage is None else self._stage.kept("progress")
+        if file is None:
             return None
-        done, means, batches = torch.load(self._file, mmap=True)
+        done, means, batches = torch.load(file, mmap=True, weights_only=True)
         for number, batch in enumerate(batches):
             self._hidden[number] = batch
         return done, means
@@ -218,11 +216,10 @@ class _Saved:
     def save(self, done: int, means: dict[str, list[float]]) -> None:
         """Where it is time. The file is complete or what it was."""
         began = time.monotonic()
-        if self._file is None or began - self._latest < max(_SAVE_SECONDS, _SAVE_SHARE * self._cost):
+        if self._stage is None or began - self._latest < max(_SAVE_SECONDS, _SAVE_SHARE * self._cost):
             return
-        temporary = self._file.with_name(f"progress.{os.getpid()}")
-        torch.save((done, means, self._hidden.held), temporary)
-        temporary.replace(self._file)
+        with self._stage.keeping("progress") as temporary:
+            torch.save((done, means, self._hidden.held), temporary)
         self._latest = time.monotonic()
         self._cost = self._latest - began
 

@@ -64,17 +64,15 @@ def prune(
         warn_idle("plan", asked.typed, options)
     from flexigpt.pruning import assemble_pruned, assemble_removed
     from flexigpt.pruning import plan_only as decide
-    from flexigpt.record import notes, plan_rows, write_plan
-    from flexigpt.runtime import check_output
+    from flexigpt.record import notes, plan_rows, reserved, write_plan
 
-    check_output(out, (source, options.plan, options.calibration, options.perplexity), overwrite)
-    if plan_only:
-        with asked.reporting() as track:
+    inputs = (source, options.plan, options.calibration, options.perplexity)
+    with reserved(out, inputs, overwrite), asked.reporting() as track:
+        if plan_only:
             plan, record = decide(source, options, track, announced_to(out, track.note))
-        write_plan(out, plan, record | {"command": asked.call.command})
-        show(plan_rows(plan, record), *notes(record), f"plan written to {out / 'plan.json'}; apply it with --plan")
-        return
-    with asked.reporting() as track:
+            write_plan(out, plan, record | {"command": asked.call.command})
+            show(plan_rows(plan, record), *notes(record), f"plan written to {out / 'plan.json'}; apply it with --plan")
+            return
         reads = options.calibrates or options.perplexity is not None
         given = (source, options, track, announced_to(out, track.note, None if reads else source))
         if options.remove:
@@ -89,10 +87,9 @@ def extend(asked: Asked, source: Source, out: Out, overwrite: Overwrite = False)
     """Repeat blocks of a source model: a deeper model for almost no storage."""
     options = asked.options()
     from flexigpt.pruning import assemble_extended
-    from flexigpt.runtime import check_output
+    from flexigpt.record import reserved
 
-    check_output(out, (source, options.perplexity), overwrite)
-    with asked.reporting() as track:
+    with reserved(out, (source, options.perplexity), overwrite), asked.reporting() as track:
         unread = source if options.perplexity is None else None
         made, _, record = assemble_extended(source, options, track, announced_to(out, track.note, unread))
         _write(asked, out, source, made, record, track)
@@ -196,7 +193,7 @@ def evaluate(
     if record:
         check_recordable(models[0])
     with asked.reporting() as track:
-        evaluation = measure(models, options, track) | {"command": asked.call.command}
+        evaluation = measure(models, options, track, track.note) | {"command": asked.call.command}
     if record:
         record_evaluation(models[0], evaluation)
     if as_json:
@@ -240,7 +237,7 @@ def report(
     ] = None,
 ) -> None:
     """Draw what was recorded: one HTML page that needs nothing else, and its figures as PNG files beside it."""
-    from flexigpt.report import FIGURES
+    from flexigpt.record import FIGURES
     from flexigpt.report import report as draw
 
     written = draw(folders, out)

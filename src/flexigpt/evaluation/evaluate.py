@@ -1,6 +1,6 @@
 """What models are worth, side by side: perplexity, benchmark tasks, and how near they stay to their source."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,19 @@ Evaluation = dict[str, Any]
 _ACCURACIES = ("acc_norm", "acc")
 
 
-def evaluate(models: str | Sequence[str], options: EvalOptions, track: Track = silent) -> Evaluation:
+def evaluate(
+    models: str | Sequence[str],
+    options: EvalOptions,
+    track: Track = silent,
+    note: Callable[[str], None] = lambda line: None,
+) -> Evaluation:
     """Measures models side by side, one in memory at a time (beside the source of `against`).
 
     Args:
         models: folders or hub names, source or compact.
         options: what to measure, and how.
         track: reports the progress of each stage.
+        note: takes a line, before task files of the user's run code.
 
     Returns:
         JSON-ready: `format` (1), `versions`, `command` (None: the command line fills it in), `device`, `dtype`,
@@ -55,7 +61,7 @@ def evaluate(models: str | Sequence[str], options: EvalOptions, track: Track = s
     if options.tasks is not None:
         from flexigpt.evaluation.tasks import Tasks  # noqa: PLC0415 - lm_eval takes a second or more
 
-        tasks = Tasks(options)
+        tasks = Tasks(options, note)
     texts = {}
     if options.perplexity is not None:
         for name, tokenizer in tokenizers.items():

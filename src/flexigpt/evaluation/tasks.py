@@ -9,7 +9,7 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,16 +40,20 @@ class Tasks:
     Args:
         options: `tasks` as lm_eval names them, groups and tags too; task files in `include_path` go before lm_eval's of
             the same name.
+        note: takes a line that names the user's task files in use that run code.
 
     Raises:
         InputError: an unknown task, task files or data that cannot be read, or too few examples.
     """
 
-    def __init__(self, options: EvalOptions) -> None:
+    def __init__(self, options: EvalOptions, note: Callable[[str], None] = lambda _: None) -> None:
         self._options = options
         names = list(options.tasks or ())
         with _quiet():
             self._manager = _manager(names, options.include_path)
+        if files := _with_code(self._manager, names):
+            note(f"the tasks run code of the user's own, named in {', '.join(files)}")
+        with _quiet():
             self._loaded = {name: _load(self._manager, name) for name in names}
         asked: dict[str, str] = {}
         for name, loaded in self._loaded.items():
@@ -173,11 +177,14 @@ def _manager(names: Sequence[str], include_path: Path | None) -> Any:
         own = [str(include_path)]
     folders = Path(lm_eval.tasks.__file__).parent.iterdir()
     near = [str(folder) for folder in folders if folder.is_dir() and any(n.startswith(folder.name) for n in names)]
-    for places in (own, [*near, *own]):
-        manager = TaskManager(include_path=places, include_defaults=False)
-        if set(names) <= set(manager.all_subtasks):
-            return manager
-    manager = TaskManager(include_path=own)
+    try:
+        for places in (own, [*near, *own]):
+            manager = TaskManager(include_path=places, include_defaults=False)
+            if set(names) <= set(manager.all_subtasks):
+                return manager
+        manager = TaskManager(include_path=own)
+    except TypeError as error:  # what it makes of names that are no words
+        raise InputError(f"--include-path {include_path} has a task file without a name: give it a `task`") from error
     for name in names:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, n=3)
@@ -198,6 +205,27 @@ def _check_task_files(folder: Path) -> None:
             yaml.compose(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
             raise InputError(f"the task file {file} cannot be read: {one_line(error)}") from error
+
+
+def _with_code(manager: Any, names: Sequence[str]) -> list[str]:
+    """The user's own files, of these tasks and of what groups, tags and files lead to, that name code to run."""
+    folder, todo, seen = Path(lm_eval.tasks.__file__).parent, list[str | Path](names), dict[str | Path, bool]()
+    while todo:
+        one = todo.pop()
+        if one in seen:
+            continue
+        seen[one] = False
+        if isinstance(one, str):
+            entry = manager.task_index[one]
+            todo += entry.tags if entry.yaml_path is None else [entry.yaml_path]
+        elif not one.is_relative_to(folder):
+            events = [event for event in yaml.parse(one.read_text(encoding="utf-8")) if hasattr(event, "value")]
+            words = [event.value for event in events]
+            seen[one] = "class" in words or any(event.tag == "!function" for event in events)
+            # Any of its words may be a file to include, or a task of a group.
+            todo += [one.parent / word for word in words if word.endswith(".yaml") and (one.parent / word).is_file()]
+            todo += [word for word in words if "group" in words and word in manager.task_index]
+    return [str(file) for file, has in seen.items() if has]
 
 
 def _load(manager: Any, name: str) -> Any:

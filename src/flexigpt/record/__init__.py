@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
-    from flexigpt.record.read import Recorded, fidelities, held_out, read_recorded
-    from flexigpt.record.record import Record, find_in, inspect_model, measure_both, model_size, new_record
+    from flexigpt.record.read import Recorded, fidelities, held_out, read_record, read_recorded
+    from flexigpt.record.record import RECORD, Record, find_in, inspect_model, measure_both, model_size, new_record
     from flexigpt.record.tables import (
         Rows,
         cost_rows,
@@ -21,6 +21,16 @@ if TYPE_CHECKING:
         result_rows,
         shown_name,
     )
-    from flexigpt.record.write import PLAN_PICTURE, check_recordable, record_evaluation, write_checkpoint, write_plan
+    from flexigpt.record.write import (
+        FIGURES,
+        GENERATOR,
+        PLAN_PICTURE,
+        check_recordable,
+        is_report,
+        record_evaluation,
+        reserved,
+        write_checkpoint,
+        write_plan,
+    )
 else:
     lazy_door(__name__)

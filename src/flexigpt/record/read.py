@@ -14,9 +14,9 @@ from typing_extensions import TypedDict  # pydantic wants it from there before P
 
 from flexigpt.evaluation import METRICS, Evaluation
 from flexigpt.model import FlexiGPTConfig, Plan, plan_of
-from flexigpt.record.record import EVALUATION, FORMAT, Record, find_in
+from flexigpt.record.record import EVALUATION, FORMAT, RECORD, Record, find_in
 from flexigpt.record.tables import shown_name
-from flexigpt.runtime import RECORD, InputError
+from flexigpt.runtime import InputError
 from flexigpt.weights import read_config
 
 
@@ -27,6 +27,12 @@ def _alike(columns: dict[str, Any]) -> dict[str, Any]:
     return columns
 
 
+def _of_ours(versions: dict[str, str]) -> dict[str, str]:
+    if "flexigpt" not in versions:
+        raise PydanticCustomError("ours", "does not name flexigpt, which writes them")
+    return versions
+
+
 def _in_numbers(measured: dict[str, Any]) -> dict[str, Any]:
     for name, metric in METRICS.items():
         if metric.heading and not isinstance(measured.get(name, 0), int | float):
@@ -34,19 +40,22 @@ def _in_numbers(measured: dict[str, Any]) -> dict[str, Any]:
     return measured
 
 
-# What is read, as pydantic checks it; there may be more beside it.
-_Size = TypedDict("_Size", {"parameters": int, "bytes": int, "parts": NotRequired[dict[str, int]]})
-_Perplexity = TypedDict("_Perplexity", {"perplexity": float, "tokens": int, "window_length": int})
-_Spectrum = TypedDict("_Spectrum", {"ranks": list[int], "mended": list[float]})
-_Calibration = TypedDict("_Calibration", {"text": str, "windows": tuple[int, int], "asked": int})
-_Removed = TypedDict("_Removed", {"blocks": list[int], "num_blocks": int, "source": str})
+# What is read, as pydantic checks it; there may be more beside it. Numbers are such as there are: tables hold them.
+_Count = Annotated[int, Field(ge=0, le=2**63)]
+_Stored = Annotated[int, Field(gt=0, le=2**63)]
+_Block = Annotated[int, Field(ge=0, le=2**16)]
+_Size = TypedDict("_Size", {"parameters": _Stored, "bytes": _Stored, "parts": NotRequired[dict[str, _Count]]})
+_Perplexity = TypedDict("_Perplexity", {"perplexity": float, "tokens": _Count, "window_length": _Count})
+_Spectrum = TypedDict("_Spectrum", {"ranks": list[_Count], "mended": list[float]})
+_Calibration = TypedDict("_Calibration", {"text": str, "windows": tuple[_Count, _Count], "asked": _Count})
+_Removed = TypedDict("_Removed", {"blocks": list[_Block], "num_blocks": _Block, "source": str})
 _Text = TypedDict("_Text", {"text": str})
-_Parameters = TypedDict("_Parameters", {"parameters": int})
+_Parameters = TypedDict("_Parameters", {"parameters": _Count})
 
 
 class _Step(TypedDict):
-    step: int
-    tokens: int
+    step: _Count
+    tokens: _Count
     loss: float
     cross_entropy: float
     divergence: float
@@ -56,8 +65,8 @@ class _Step(TypedDict):
 
 
 class _Recovery(TypedDict):
-    tokens: int
-    steps: int
+    tokens: _Count
+    steps: _Count
     train: str
     history: list[_Step]
     stopped: NotRequired[str]
@@ -66,7 +75,7 @@ class _Recovery(TypedDict):
 class _Record(TypedDict):
     format: NotRequired[Annotated[int, Field(le=FORMAT)]]
     source_name: str
-    versions: dict[str, str]
+    versions: Annotated[dict[str, str], AfterValidator(_of_ours)]
     options: dict[str, Any]
     command: NotRequired[str | None]
     calibration: NotRequired[_Calibration | None]
@@ -81,28 +90,29 @@ class _Record(TypedDict):
     perplexity: NotRequired[_Text | None]
     plain_removal: NotRequired[_Parameters | None]
     removed: NotRequired[_Removed | None]
-    source_blocks: NotRequired[list[int] | None]
+    source_blocks: NotRequired[list[_Block] | None]
     recovery: NotRequired[_Recovery | None]
+    files: NotRequired[list[str] | None]
     origin: NotRequired["_Record | None"]
 
 
-_Task = TypedDict("_Task", {"metric": str, "value": float, "stderr": float | None, "num_fewshot": int | None})
-_OnText = TypedDict("_OnText", {"text": str, "tokens": int, "window_length": int, "stride": int})
-_Positions = TypedDict("_Positions", {"position": list[int], "source": list[float], "model": list[float]})
-_Error = TypedDict("_Error", {"base": int, "output": float})
+_Task = TypedDict("_Task", {"metric": str, "value": float, "stderr": float | None, "num_fewshot": _Count | None})
+_OnText = TypedDict("_OnText", {"text": str, "tokens": _Count, "window_length": _Count, "stride": _Count})
+_Positions = TypedDict("_Positions", {"position": list[_Count], "source": list[float], "model": list[float]})
+_Error = TypedDict("_Error", {"base": _Block, "output": float})
 
 
 class _Fidelity(TypedDict):
     against: str
-    tokens: int
+    tokens: _Count
     positions: NotRequired[Annotated[_Positions, AfterValidator(_alike)]]
     blocks: NotRequired[dict[int, _Error]]
 
 
 class _Model(TypedDict):
     name: str
-    parameters: int
-    bytes: int
+    parameters: _Count
+    bytes: _Count
     perplexity: NotRequired[Annotated[_OnText, AfterValidator(_in_numbers)]]
     tasks: NotRequired[dict[str, _Task]]
     tasks_mean: NotRequired[float]
@@ -242,7 +252,7 @@ def read_recorded(folder: str | Path) -> Recorded:
     path = folder / RECORD
     if not path.is_file():
         raise InputError(f"{folder} holds no {RECORD}: give a checkpoint or plan folder that flexigpt wrote")
-    record = _completed(_checked(_Record, _read(path), str(path)), str(path))
+    record = read_record(path)
     plan, evaluation = _read_plan(folder), read_evaluation(folder)
     recorded = Recorded(name=folder.resolve().name, folder=folder, record=record, plan=plan, evaluation=evaluation)
     scores = find_in(record, "scores")
@@ -250,6 +260,15 @@ def read_recorded(folder: str | Path) -> Recorded:
     if any(not 0 <= block < depth for pruned, row in recorded.distances.items() for block in (pruned, *row)):
         raise _damaged(f"{path}: the distances name a block that is not there")
     return recorded
+
+
+def read_record(path: Path) -> Record:
+    """A record, its fields checked; keys that are blocks are whole numbers.
+
+    Raises:
+        InputError: one that cannot be read, is damaged, of a newer version, or not flexigpt's.
+    """
+    return _completed(_checked(_Record, _read(path), str(path)), str(path))
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:
@@ -281,6 +300,8 @@ def _read(path: Path) -> bytes:
 def _completed(found: Record, where: str) -> Record:
     """The record with its origins, in which what flows write together is there together, and nothing is null."""
     record = {key: value for key, value in found.items() if value is not None}
+    if "recovery" in record and not ("compared" in record and isinstance(record["options"].get("data"), str)):
+        raise _damaged(f"{where} has a recovery, but does not say of what")
     for name in record.get("compared", ()):
         record[name] = _checked(_Size, record.get(name), f"{where}: {name}")
         if "perplexity" in record:
@@ -304,7 +325,7 @@ def _checked(kind: Any, data: Any, where: str) -> dict[str, Any]:
         first = error.errors(include_url=False)[0]
         place, given = ".".join(map(str, first["loc"])), first["input"]
         found = f", not {given!r}"[:50] if place and isinstance(given, str | int | float | None) else ""
-        problem = f"{where}: {place + ': ' if place else ''}{first['msg'][0].lower()}{first['msg'][1:]}{found}"
+        problem = f"{where}: {place[:60] + ': ' if place else ''}{first['msg'][0].lower()}{first['msg'][1:]}{found}"
         raise InputError(f"{problem}: upgrade flexigpt") if place.endswith("format") else _damaged(problem) from error
 
 

@@ -16,8 +16,8 @@ from flexigpt.weights import Source, StreamedModel, open_empty
 
 Record = dict[str, Any]
 
-# Lies beside a record where the model was evaluated.
-EVALUATION = "evaluation.json"
+# What a flow recorded; beside it, where the model was evaluated, what was measured.
+RECORD, EVALUATION = "record.json", "evaluation.json"
 
 FORMAT = 1  # of what is recorded; raised when an older flexigpt could no longer read it
 

@@ -301,5 +301,5 @@ def _evaluation_notes(evaluation: Evaluation) -> list[str]:
     for model in models:
         if "truncated" in model:
             lines.append(f"{shown_name(model['name'])}: {model['truncated']} requests did not fit into its context")
-    names = ", ".join(f"{name} {versions[name]}" for name in ("flexigpt", "torch", "transformers"))
+    names = ", ".join(f"{name} {versions[name]}" for name in ("flexigpt", "torch", "transformers") if name in versions)
     return [*lines, f"{evaluation['device']}, {evaluation['dtype']}; {names}"]

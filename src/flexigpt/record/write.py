@@ -1,12 +1,14 @@
 """Writing an output folder: checked before the work, complete or untouched after it."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from importlib.resources import files
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from importlib import resources
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jinja2 import Environment
@@ -14,14 +16,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexigpt.evaluation import Evaluation, is_same, mean_accuracy
 from flexigpt.model import FlexiGPTConfig, Plan, plan_in_words, plan_of, stored_bytes
-from flexigpt.record.read import read_evaluation
-from flexigpt.record.record import EVALUATION, Record, find_in
+from flexigpt.record.read import read_evaluation, read_record
+from flexigpt.record.record import EVALUATION, RECORD, Record, find_in
 from flexigpt.record.tables import block_rows, cost_rows, evaluation_rows, replica_parts, shown_name
 from flexigpt.runtime import (
-    RECORD,
     InputError,
     Track,
+    check_output,
     check_space,
+    claimed,
     parse_size,
     replace_file,
     replaced_folder,
@@ -30,6 +33,19 @@ from flexigpt.runtime import (
 from flexigpt.weights import Assembly, load_tokenizer, write_shards
 
 PLAN_PICTURE = "plan.png"  # lies beside a compact model's card
+
+# Stands in every file of a report, so that only such files are ever replaced: in its first bytes.
+GENERATOR, FIGURES, _LOOK_AT = "flexigpt report", "figures", 4096
+
+# What a killed process leaves in an output folder, see `claimed`.
+_SCRATCH = re.compile(r"\.[^/]+\.writing(/(lock|holder|(new|old)(/.*)?))?")
+
+# What was written before records named the files.
+_OLDER = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "*_flexigpt.py"),
+    *("README.md", "plan.png", "plan.json", RECORD, "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.jinja"),
+)
 
 _CONDITIONS = ("versions", "device", "dtype")
 
@@ -50,7 +66,7 @@ def write_checkpoint(
     tokenizer, a model card (README.md), and the record (record.json).
 
     Args:
-        out: the folder; what is there is replaced, so call `check_output` first.
+        out: the folder; what flexigpt wrote there is replaced.
         model: a compact model, or an ordinary one of its source's family; of one that was assembled, what it shares
             with its source is copied from file to file.
         record: as the flow that made the model returned it.
@@ -60,7 +76,7 @@ def write_checkpoint(
         track: reports each tensor of a model that was assembled.
 
     Raises:
-        InputError: a disk that is full or cannot be written to.
+        InputError: a disk that is full or cannot be written to, or a folder that holds what flexigpt did not write.
     """
     assembly, model = (model, model.model) if isinstance(model, Assembly) else (None, model)
     check_space(out, stored_bytes(model))
@@ -81,7 +97,7 @@ def write_checkpoint(
             (folder / name).write_bytes(content)
         card = model_card(model.config, record, picture=PLAN_PICTURE in (extras or {}))
         (folder / "README.md").write_text(card, encoding="utf-8")
-        _write_json(folder / RECORD, record)
+        _write_record(folder, record, out)
 
 
 def _save_without_weights(model: PreTrainedModel, folder: Path) -> None:
@@ -95,11 +111,79 @@ def write_plan(out: str | Path, plan: Plan, record: Record) -> None:
     """Writes plan.json, to edit and apply, and record.json: the scores and distances that the plan rests on.
 
     Raises:
-        InputError: a disk that is full or cannot be written to.
+        InputError: a disk that is full or cannot be written to, or a folder that holds what flexigpt did not write.
     """
     with replaced_folder(out) as folder:
-        _write_json(folder / "plan.json", plan.to_dict())
-        _write_json(folder / RECORD, record)
+        (folder / "plan.json").write_text(_json_text(plan.to_dict()), encoding="utf-8")
+        _write_record(folder, record, out)
+
+
+def _write_record(folder: Path, record: Record, out: str | Path) -> None:
+    """The record, last, with the names of all files, so that the next run knows whose they are."""
+    files = sorted([RECORD, *(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())])
+    (folder / RECORD).write_text(_json_text(record | {"files": files}), encoding="utf-8")
+    check_replaceable(Path(out).expanduser())  # once more: a run takes long, and a user may have left something there
+
+
+@contextlib.contextmanager
+def reserved(out: str | Path, inputs: Iterable[str | Path | None], overwrite: bool) -> Iterator[None]:
+    """Within it an output folder is this process's; refuses it before the work begins.
+
+    Args:
+        out: the folder.
+        inputs: what the work reads: names of models and texts, some of them perhaps paths.
+        overwrite: whether what flexigpt wrote there before may be replaced.
+
+    Raises:
+        InputError: a place that cannot be written to, or that another process writes to; a folder that is not empty
+            (without `overwrite`), that holds what flexigpt did not write (with it), or in which an input lies.
+    """
+    out = Path(out).expanduser()
+    check_output(out, inputs)
+    with claimed(out):
+        if not overwrite and out.is_dir() and any(out.iterdir()):
+            raise InputError(f"{out} is not empty: give another folder, or --overwrite to replace it")
+        check_replaceable(out)
+        yield
+
+
+def check_replaceable(out: Path) -> None:
+    """Refuses a folder that holds what flexigpt did not write.
+
+    Raises:
+        InputError: no record of flexigpt's, or something that it, and what else flexigpt writes, does not name.
+    """
+    try:
+        if not out.is_dir() or not any(out.iterdir()):
+            return
+        if not (out / RECORD).is_file():
+            raise InputError(f"{out} was not written by flexigpt ({RECORD} is not there): give another folder")
+        strange = next(_strangers(out, read_record(out / RECORD).get("files")), None)
+    except OSError as error:
+        raise InputError(f"{out} cannot be read: {error.strerror}") from error
+    if strange is not None:
+        raise InputError(f"{strange} was not written by flexigpt: move it elsewhere, or give another folder than {out}")
+
+
+def _strangers(out: Path, files: Sequence[str] | None) -> Iterator[Path]:
+    """What a folder holds beside these files and what flexigpt writes later; None: those of an older flexigpt."""
+    folders = {FIGURES, *(str(parent) for name in files or () for parent in PurePosixPath(name).parents)}
+    for path in out.rglob("*"):
+        name = path.relative_to(out).as_posix()
+        if path.is_dir() and not path.is_symlink():
+            known = name in folders
+        elif files is None:
+            known = any(fnmatchcase(name, pattern) for pattern in _OLDER)
+        else:
+            known = name in files
+        if not (known or name == EVALUATION or _SCRATCH.fullmatch(name) or (path.is_file() and is_report(path))):
+            yield path
+
+
+def is_report(path: Path) -> bool:
+    """Whether `flexigpt report` wrote the file."""
+    with path.open("rb") as file:
+        return GENERATOR.encode() in file.read(_LOOK_AT)
 
 
 def check_recordable(folder: str | Path) -> None:
@@ -158,13 +242,9 @@ def _json_text(data: dict[str, Any]) -> str:
     return json.dumps(data, indent=2, default=str) + "\n"
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(_json_text(data), encoding="utf-8")
-
-
 def model_card(config: PreTrainedConfig, record: Record, picture: bool = False) -> str:
     """The README.md of a checkpoint: what it is, measured numbers, how to open it, its blocks, how it was made."""
-    template = (files("flexigpt.record") / "card.md.j2").read_text(encoding="utf-8")
+    template = (resources.files("flexigpt.record") / "card.md.j2").read_text(encoding="utf-8")
     environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     plan = plan_of(config) if isinstance(config, FlexiGPTConfig) else None
     removed = find_in(record, "removed")

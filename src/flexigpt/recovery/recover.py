@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from flexigpt.model import all_tensors, fill_model, layout_of, stored_bytes
-from flexigpt.record import Record, find_in, model_size, new_record, write_checkpoint
+from flexigpt.record import RECORD, Record, find_in, model_size, new_record, read_record, reserved, write_checkpoint
 from flexigpt.recovery.checkpoints import RunFolder
 from flexigpt.recovery.measuring import HeldOut
 from flexigpt.recovery.options import RecoverOptions
@@ -24,11 +24,9 @@ from flexigpt.recovery.tracking import reported, tracker_classes
 from flexigpt.recovery.trainable import USES_LORA, lora_rank_for, merge_lora, prepare_training
 from flexigpt.recovery.training import PRECISIONS, NotFiniteError, Training, hold_in, resolve_settings
 from flexigpt.runtime import (
-    RECORD,
     InputError,
     Track,
     World,
-    check_output,
     check_space,
     find_device,
     launched,
@@ -92,14 +90,15 @@ def recover(
         InputError: anything a user can put right; see the message.
     """
     out = Path(out).expanduser()
-    check_output(out, (model, options.data, options.teacher, options.perplexity), overwrite)
+    inputs = (model, options.data, options.teacher, options.perplexity)
     tracker_classes(options.report_to)
     if options.fsdp and not launched():
         raise InputError(
             "--fsdp shards over processes, and there is one: start torchrun --nproc-per-node N -m flexigpt"
         )
     device = find_device(processes.local_device(options.device))
-    with processes.joined_world(device) as world:
+    with processes.joined_world(device) as world, ExitStack() as held:
+        world.lead(lambda: held.enter_context(reserved(out, inputs, overwrite)))
         run = _Run(model, out, options, world, device)
         if world.leads:
             run.track, run.log = track, log
@@ -149,9 +148,11 @@ class _Run:
         """Makes sure that the run's folder holds this very run, or none."""
         if resume:
             self.folder.check(self._identity())
-        elif self.folder.path.exists() and not overwrite:
+        elif self.folder.exists() and not overwrite:
             there = f"{self.folder.path} holds an unfinished run"
             raise InputError(f"{there}: go on with --resume, or start again with --overwrite")
+        elif self.folder.exists():
+            self.folder.identity()
 
     @cached_property
     def resolved(self) -> dict[str, Any]:
@@ -324,10 +325,10 @@ def _record_of(model: str) -> Record | None:
     file = find_file(model, RECORD)
     if file is None:
         return None
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{file} is no record in JSON ({error}): get it again, or remove it") from error
+    read_record(file)
+    found: Record = json.loads(file.read_text(encoding="utf-8"))
+    found.pop("files", None)  # of another folder
+    return found
 
 
 @contextmanager

@@ -21,9 +21,7 @@ from PIL import Image
 from transformers import PreTrainedConfig
 
 from flexigpt.model import FlexiGPTConfig, Plan, plan_in_words, plan_of
-from flexigpt.record import PLAN_PICTURE
-
-GENERATOR = "flexigpt report"  # stands in every file, so that only such files are ever replaced
+from flexigpt.record import GENERATOR, PLAN_PICTURE
 
 WIDTH = 7.4  # inches: what a page shows in full
 

@@ -6,16 +6,14 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from flexigpt.record import read_recorded
-from flexigpt.report.drawing import GENERATOR, palette_css, to_png, to_svg
+from flexigpt.record import FIGURES, GENERATOR, is_report, read_recorded
+from flexigpt.report.drawing import palette_css, to_png, to_svg
 from flexigpt.report.figures import figures_of
 from flexigpt.report.page import page
 from flexigpt.report.result_figures import shared_figures
 from flexigpt.runtime import InputError, existing_parent, replace_file, replaced_folder
 
-_PAGE, FIGURES = "report.html", "figures"
-
-_LOOK_AT = 4096  # bytes of a file in which it says what wrote it
+_PAGE = "report.html"
 
 
 def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -38,7 +36,7 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
     target = _target(folders, out)
     models = [read_recorded(folder) for folder in folders]
     pictures = target.parent / FIGURES
-    _check_place(target, pictures, GENERATOR.encode())
+    _check_place(target, pictures)
     prefixes = [f"{number}-{_file_name(model.name)}-" for number, model in enumerate(models, 1)]
     own = [figures_of(model, prefix if len(models) > 1 else "") for model, prefix in zip(models, prefixes, strict=True)]
     shared = shared_figures(models)
@@ -63,28 +61,23 @@ def _target(folders: Sequence[str | Path], out: str | Path | None) -> Path:
     return Path(out) if Path(out).suffix == ".html" else Path(out) / _PAGE
 
 
-def _check_place(target: Path, pictures: Path, generator: bytes) -> None:
+def _check_place(target: Path, pictures: Path) -> None:
     """Refuses to replace what no report wrote."""
     try:
         parent = existing_parent(target)
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise InputError(f"{parent} is no folder that can be written to: give another --out")
-        if target.is_dir() or (target.exists() and not _is_ours(target, generator)):
+        if target.is_dir() or (target.exists() and not is_report(target)):
             raise InputError(f"{target} was not written by flexigpt report: give another --out")
         if not pictures.exists() and not pictures.is_symlink():
             return
         if pictures.is_symlink() or not pictures.is_dir():
             raise InputError(f"{pictures} is no folder of figures: give another --out")
-        strange = [path for path in sorted(pictures.iterdir()) if not path.is_file() or not _is_ours(path, generator)]
+        strange = [path for path in sorted(pictures.iterdir()) if not path.is_file() or not is_report(path)]
         if strange:
             raise InputError(f"{strange[0]} was not written by flexigpt report: give another --out")
     except OSError as error:
         raise InputError(f"{target.parent} cannot be written to: {error.strerror}") from error
-
-
-def _is_ours(path: Path, generator: bytes) -> bool:
-    with path.open("rb") as file:
-        return generator in file.read(_LOOK_AT)
 
 
 def _file_name(name: str) -> str:

@@ -12,14 +12,18 @@ if TYPE_CHECKING:
     from flexigpt.runtime.cache import Cache, CachedStage, default_folder
     from flexigpt.runtime.errors import InputError, flag, one_line
     from flexigpt.runtime.files import (
-        RECORD,
         check_output,
         check_space,
+        claimed,
         digest,
         existing_parent,
+        file_digest,
         fingerprint,
         local_path,
+        read_sealed,
         replace_file,
+        replace_sealed,
+        replaced_file,
         replaced_folder,
     )
     from flexigpt.runtime.launch import launched, launched_rank, on_signals

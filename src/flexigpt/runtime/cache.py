@@ -4,19 +4,18 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flexigpt.runtime.errors import InputError
-from flexigpt.runtime.files import digest, replace_json, replaced_file
+from flexigpt.runtime.files import digest, file_digest, read_sealed, replace_sealed, replaced_file
 from flexigpt.runtime.machine import versions
 
 CACHE_VARIABLE = "FLEXIGPT_CACHE"
@@ -62,14 +61,15 @@ class Cache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with contextlib.ExitStack() as opened:
-                folder = place
-                try:
-                    opened.enter_context(FileLock(place.with_suffix(".lock")).acquire(blocking=False))
-                except Timeout:
-                    folder = Path(opened.enter_context(tempfile.TemporaryDirectory(dir=self.folder)))
+                folders = (place if number == 1 else place.with_name(f"{place.name}-{number}") for number in count(1))
+                folder = next(folder for folder in folders if _locked(folder, opened))
                 stage = CachedStage(place.with_suffix(".json"), folder)
+                for lock in list(self.folder.glob(f"{place.name}-*.lock")):
+                    with contextlib.ExitStack() as left:
+                        if lock.stem != folder.name and _locked(lock.with_suffix(""), left):  # by a process that died
+                            _remove(lock.with_suffix(""))
                 yield stage
-                if stage.result is not None and folder is place:
+                if stage.result is not None:
                     stage.discard()
         except OSError as error:
             raise InputError(
@@ -78,8 +78,24 @@ class Cache:
             ) from error
 
 
+def _locked(folder: Path, held: contextlib.ExitStack) -> bool:
+    """Whether nobody else works in the folder: it is then held."""
+    try:
+        held.enter_context(FileLock(folder.with_suffix(".lock")).acquire(blocking=False))
+    except Timeout:
+        return False
+    return True
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder that is held, and its lock."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # Windows lets nobody remove what is open
+        folder.with_suffix(".lock").unlink()
+
+
 class CachedStage:
-    """A stage of a flow.
+    """A stage of a flow. What is not as it was written counts as not there.
 
     Attributes:
         result: JSON-ready; None until it is finished.
@@ -87,9 +103,7 @@ class CachedStage:
 
     def __init__(self, file: Path, folder: Path) -> None:
         self._file, self._folder = file, folder
-        self.result: Any = None
-        with contextlib.suppress(OSError, ValueError):
-            self.result = json.loads(file.read_text(encoding="utf-8"))
+        self.result: Any = _read(file)
 
     @property
     def folder(self) -> Path:
@@ -97,15 +111,19 @@ class CachedStage:
         self._folder.mkdir(parents=True, exist_ok=True)
         return self._folder
 
-    def note(self, name: str) -> Any:
-        """What `keep_note` left in the folder; None: nothing that can be read."""
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+    def kept(self, name: str) -> Path | None:
+        """The file of that name that `keeping` left in the folder; None: none that is as it was written."""
+        file = self.folder / name
+        with contextlib.suppress(OSError):
+            return file if _read(self.folder / f"{name}.json") == file_digest(file) else None
         return None
 
-    def keep_note(self, name: str, data: Any) -> None:
-        """Leaves JSON-ready data in the folder, complete or as it was."""
-        replace_json(self.folder / f"{name}.json", data)
+    @contextlib.contextmanager
+    def keeping(self, name: str) -> Iterator[Path]:
+        """A name for a file that takes its place in the folder when the block ends without an error."""
+        with replaced_file(self.folder / name, self.folder) as temporary:
+            yield temporary
+            replace_sealed(self.folder / f"{name}.json", file_digest(temporary), self.folder)
 
     def numbers(self, measures: Mapping[str, Callable[[], float]]) -> Iterator[None]:
         """Measures what no earlier run has, one by one, and yields after each; the result then has them all.
@@ -115,34 +133,39 @@ class CachedStage:
         Args:
             measures: key -> what measures its number.
         """
-        known: dict[str, float] = (self.result or {}) | (self.note("numbers") or {})
+        known: dict[str, float] = (self.result or {}) | (_read(self.folder / "numbers.json") or {})
         saved = time.monotonic()
         for key, measure in measures.items():
             if key not in known:
                 known[key] = measure()
                 if time.monotonic() - saved > _SAVE_SECONDS:
-                    self.keep_note("numbers", known)
+                    replace_sealed(self.folder / "numbers.json", known, self.folder)
                     saved = time.monotonic()
             yield
         self.finish(known)
 
     def tensors(self, name: str, make: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Tensors that a killed run left in the folder, or new ones, left there: views of a file, on the CPU."""
-        file = self.folder / f"{name}.safetensors"
-        with contextlib.suppress(SafetensorError, OSError):
-            return load_file(file)
-        with replaced_file(file) as temporary:
-            save_file({key: value.detach().cpu().contiguous() for key, value in make().items()}, temporary)
+        file = self.kept(f"{name}.safetensors")
+        if file is None:
+            with self.keeping(f"{name}.safetensors") as temporary:
+                save_file({key: value.detach().cpu().contiguous() for key, value in make().items()}, temporary)
+            file = self.folder / f"{name}.safetensors"
         return load_file(file)
 
     def discard(self) -> None:
         """Removes the folder: what it holds is of no more use."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # Windows lets nobody remove what is open
-            self._file.with_suffix(".lock").unlink()
+        _remove(self._folder)
 
     def finish(self, result: Any) -> Any:
         """Keeps the result and returns it as the next run will find it."""
-        replace_json(self._file, result)
+        replace_sealed(self._file, result, self.folder)
         self.result = json.loads(json.dumps(result))
         return self.result
+
+
+def _read(file: Path) -> Any:
+    """What was kept in a file; None: nothing that is as it was written."""
+    with contextlib.suppress(OSError, ValueError):
+        return read_sealed(file)
+    return None

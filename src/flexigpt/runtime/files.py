@@ -5,12 +5,14 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
-import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from flexigpt.runtime.errors import InputError, one_line
@@ -61,20 +63,15 @@ def local_path(name: str | Path, what: str = "folder") -> Path | None:
     return None
 
 
-RECORD = "record.json"
-
-
-def check_output(out: str | Path, inputs: Iterable[str | Path | None], overwrite: bool) -> None:
-    """Refuses an output folder before the work begins.
+def check_output(out: str | Path, inputs: Iterable[str | Path | None]) -> None:
+    """Refuses a place for an output folder before the work begins.
 
     Args:
         out: the folder.
         inputs: what the work reads: names of models and texts, some of them perhaps paths.
-        overwrite: whether what flexigpt wrote there before may be replaced.
 
     Raises:
-        InputError: a place that cannot be written to; a folder that is not empty (without `overwrite`), that flexigpt
-            did not write (with it), or in which an input lies.
+        InputError: a place that cannot be written to, or a folder in which an input lies.
     """
     out = Path(out).expanduser()
     try:
@@ -87,17 +84,11 @@ def check_output(out: str | Path, inputs: Iterable[str | Path | None], overwrite
             raise InputError(f"{out} is a file: give a folder to write to")
         if out.exists() and (os.path.ismount(out) or out.resolve() == Path.cwd()):
             raise InputError(f"{out} cannot be replaced by a new folder: give a folder inside it")
-        if not out.is_dir() or not any(out.iterdir()):
-            return
         # A text may be FILE#COLUMN.
         parts = (part for name in inputs if name for part in (name, str(name).rpartition("#")[0]) if part)
         for path in (Path(part).expanduser() for part in parts):
             if path.exists() and path.resolve().is_relative_to(out.resolve()):
                 raise InputError(f"{path} lies in {out}, which is to be replaced: give another folder to write to")
-        if not overwrite:
-            raise InputError(f"{out} is not empty: give another folder, or --overwrite to replace it")
-        if not (out / RECORD).is_file():
-            raise InputError(f"{out} was not written by flexigpt ({RECORD} is not there): give another folder")
     except OSError as error:
         raise InputError(f"{out} cannot be written to: {error.strerror}") from error
 
@@ -107,27 +98,88 @@ def existing_parent(out: Path) -> Path:
 
 
 @contextlib.contextmanager
+def claimed(out: str | Path) -> Iterator[Path]:
+    """Within it no other process writes `out`; a folder beside it, gone at the end, takes what is not finished.
+
+    What a killed process left in that folder goes at once, and an `out` that it had moved there comes back. Nested in
+    one thread, the outermost counts.
+
+    Args:
+        out: a folder or a file.
+
+    Raises:
+        InputError: another process holds it, or a disk that cannot be written to.
+    """
+    out = Path(out).expanduser().resolve()
+    aside = out.with_name(f".{out.name}.writing")
+    holder, lock = aside / "holder", FileLock(aside / "lock", is_singleton=True)
+    if lock.is_locked:
+        yield aside
+        return
+    missing = [folder for folder in out.parents if not folder.exists()]
+    try:
+        try:
+            aside.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
+            _clear(aside, out)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            holder.write_text(f"process {os.getpid()} on {platform.node()} since {since}", encoding="utf-8")
+        except Timeout as error:
+            by = _held_by(holder)
+            raise InputError(
+                f"{out} is being written by {by}: wait until it has ended, or give another place"
+            ) from error
+        except OSError as error:
+            raise InputError(f"{out} cannot be written: {error.strerror}") from error
+        yield aside
+    finally:
+        with contextlib.suppress(OSError):  # of the lock, where it is another's (Timeout is one, too)
+            lock.acquire(blocking=False)  # or an interruption came first
+            _clear(aside, out)
+            holder.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # Windows does not remove what is open
+                (aside / "lock").unlink()
+                aside.rmdir()
+            for folder in missing:  # still empty where nothing was written
+                folder.rmdir()
+        lock.release(force=True)
+
+
+def _clear(aside: Path, out: Path) -> None:
+    """Removes what is not finished; where `out` was moved aside and nothing took its place, it comes back."""
+    new, old = aside / "new", aside / "old"
+    if old.exists() and not out.exists():
+        old.rename(out)
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+    new.unlink(missing_ok=True)
+
+
+def _held_by(holder: Path) -> str:
+    found = ""
+    with contextlib.suppress(OSError, ValueError):
+        found = holder.read_text(encoding="utf-8")[:200]
+    return found if found.isprintable() and found else "another process"
+
+
+@contextlib.contextmanager
 def replaced_folder(out: str | Path) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place when the block ends without an error, or vanishes.
 
     Raises:
-        InputError: a disk that is full or cannot be written to.
+        InputError: a disk that is full or cannot be written to, or another process that writes there.
     """
     out = Path(out).expanduser().resolve()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror}") from error
-    try:
-        content = temporary / "new"
-        content.mkdir()
-        yield content
-        _swap(content, out, temporary / "old")
-    except (OSError, SafetensorError) as error:
-        raise _write_error(out, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with claimed(out) as aside:
+        content = aside / "new"
+        try:
+            content.mkdir()
+            yield content
+            _swap(content, out, aside / "old")
+        except (OSError, SafetensorError) as error:
+            raise _write_error(out, error) from error
+        finally:
+            _clear(aside, out)
 
 
 def _swap(new: Path, out: Path, old: Path) -> None:
@@ -161,9 +213,14 @@ def check_space(out: str | Path, num_bytes: int, what: str = "the checkpoint nee
 
 
 @contextlib.contextmanager
-def replaced_file(path: Path) -> Iterator[Path]:
-    """A name beside `path` for a file that takes its place when the block ends without an error, or vanishes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def replaced_file(path: Path, scratch: Path) -> Iterator[Path]:
+    """A name for a file that takes the place of `path` when the block ends without an error, or vanishes.
+
+    Args:
+        path: of the file.
+        scratch: folder on the same disk into which nobody else writes; what a killed process left there is replaced.
+    """
+    temporary = scratch / f"{path.name}.part"
     try:
         yield temporary
         temporary.replace(path)
@@ -171,22 +228,45 @@ def replaced_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def replace_json(path: Path, data: Any) -> None:
-    """Writes JSON-ready data; the file is complete or what it was."""
-    with replaced_file(path) as temporary:
-        temporary.write_text(json.dumps(data), encoding="utf-8")
-
-
 def replace_file(path: Path, text: str) -> None:
     """Writes a text; the file is complete or what it was.
 
     Raises:
-        InputError: a disk that is full or cannot be written to.
+        InputError: a disk that is full or cannot be written to, or another process that writes it.
     """
     path = path.expanduser().resolve()
+    with claimed(path) as aside:
+        try:
+            (aside / "new").write_text(text, encoding="utf-8")
+            (aside / "new").replace(path)
+        except OSError as error:
+            raise _write_error(path, error) from error
+
+
+def replace_sealed(path: Path, data: Any, scratch: Path) -> None:
+    """Writes JSON-ready data that `read_sealed` tells from what was damaged or changed since; as `replaced_file`."""
+    content = json.dumps(data)
+    with replaced_file(path, scratch) as temporary:
+        temporary.write_text(json.dumps({"digest": digest(content.encode()), "data": data}) + "\n", encoding="utf-8")
+
+
+def read_sealed(path: Path) -> Any:
+    """What `replace_sealed` wrote.
+
+    Raises:
+        OSError: a file that is not there or cannot be read.
+        ValueError: one that is not as it was written.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced_file(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise _write_error(path, error) from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["digest"] == digest(json.dumps(found["data"]).encode()):
+            return found["data"]
+    except (KeyError, TypeError, RecursionError):
+        pass
+    raise ValueError(f"{path.name} is not as it was written")
+
+
+def file_digest(path: Path) -> str:
+    """16 hexadecimal digits of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
