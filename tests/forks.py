@@ -32,7 +32,7 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
-_SECONDS, _MEMORY = 300, 2**36
+_SECONDS, _MEMORY = 300, 2**34
 
 
 class Runner:

@@ -3,14 +3,11 @@
 FLEXIGPT_KILLS says how often (default 60, some minutes), FLEXIGPT_SEED with which seed.
 """
 
-import contextlib
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,63 +15,18 @@ from typing import Any
 
 import pytest
 
+from forks import Runner, forking
+
 KILLS, SEED = int(os.environ.get("FLEXIGPT_KILLS", "60")), int(os.environ.get("FLEXIGPT_SEED", "0"))
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 RECORDS = ("record.json", "evaluation.json")
 WITHOUT = (*RECORDS, "README.md")  # hold times, memory and the command
 
-# Imports once and forks for each command: a kill would otherwise mostly meet imports, which write nothing.
-FORKS = """
-import json, os, signal, sys
-from flexigpt.cli.main import main
-import flexigpt.evaluation.evaluate, flexigpt.pruning.prune, flexigpt.recovery.recover, flexigpt.report.report
-import transformers.models.llama.modeling_llama, scipy.linalg, torch._dynamo, matplotlib.backends.backend_agg
-for line in sys.stdin:
-    asked = json.loads(line)
-    pid = os.fork()
-    if not pid:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.environ.update(asked["environment"])
-        os.chdir(asked["folder"])
-        os.dup2(os.open("../printed", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-        os.dup2(1, 2)
-        main(asked["arguments"])
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
 
-
-class Runner:
-    """Runs commands in a folder `work` of a folder of their own, with a cache beside it."""
-
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        self._process = process
-
-    def __call__(
-        self, place: Path, arguments: list[str], how: signal.Signals | None = None, after: float = 0.0
-    ) -> tuple[int, str]:
-        """The exit code and what was printed, of a command that gets a signal after so many seconds, or none."""
-        environment = {"FLEXIGPT_CACHE": str(place / "cache")}
-        asked = {"folder": str(place / "work"), "arguments": arguments, "environment": environment}
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        pid = int(self._process.stdout.readline())
-        if how is not None:
-            time.sleep(after)
-            with contextlib.suppress(ProcessLookupError):  # it has ended
-                os.kill(pid, how)
-        return int(self._process.stdout.readline()), (place / "printed").read_text()
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def runner() -> Iterator[Runner]:
-    with subprocess.Popen(
-        [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
-    ) as process:
-        yield Runner(process)
-        process.kill()
+    with forking() as found:
+        yield found
 
 
 def content(out: Path) -> dict[str, Any]:
@@ -122,8 +74,8 @@ def test_a_command_that_was_killed_ends_with_the_same_bytes(
     undisturbed = begin(tmp_path / "undisturbed")
     assert runner(undisturbed, ["--version"])[0] == 0  # all is imported
     began = time.monotonic()
-    code, printed = runner(undisturbed, command)
-    assert code == 0, printed
+    code, _, said = runner(undisturbed, command)
+    assert code == 0, said
     takes, expected = time.monotonic() - began, content(undisturbed / "work" / "out")
     left = KILLS // 5
     for trial in range(left):
@@ -131,18 +83,18 @@ def test_a_command_that_was_killed_ends_with_the_same_bytes(
         for _ in range(min(left, rng.choice([1, 1, 2, 3]))):
             left -= 1
             how = rng.choice(SIGNALS)
-            code, printed = runner(place, [*command, *resumed(place)], how, rng.uniform(0, 1.1 * takes))
-            assert code in (0, 2, -how), printed
+            code, _, said = runner(place, [*command, *resumed(place)], how, rng.uniform(0, 1.1 * takes))
+            assert code in (0, 2, -how), said
             # What libraries do as Python ends, after the command has, is not the command's.
-            assert "Traceback" not in printed.partition("Exception ignored in atexit")[0], printed
+            assert "Traceback" not in said.partition("Exception ignored in atexit")[0], said
         again = [*command, *resumed(place)]
-        code, printed = runner(place, again)
-        if code == 2 and "is not empty" in printed:  # it had been written when the last kill came
+        code, _, said = runner(place, again)
+        if code == 2 and "is not empty" in said:  # it had been written when the last kill came
             if name == "recover" and (place / "work" / "out.recovery").exists():
-                code, printed = runner(place, [*again, "--overwrite"])
+                code, _, said = runner(place, [*again, "--overwrite"])
             else:
                 code = 0
-        assert code == 0, printed
+        assert code == 0, said
         found = content(place / "work" / "out")
         assert found.keys() == expected.keys()
         for key, value in expected.items():
