@@ -94,13 +94,21 @@ def test_a_home_folder_that_the_shell_left_is_found(tmp_path: Path, monkeypatch:
         assert text_fingerprint(name) == text_fingerprint(f"{path}#body")
 
 
-@pytest.mark.parametrize("name", ["./texts", "~/texts", "here/texts", "a/b/texts", "here/texts#body"])
+@pytest.mark.parametrize(
+    "name", ["./texts", "~/texts", "here/texts", "a/b/texts", "here/texts#body", "my texts", "x" * 300]
+)
 def test_a_missing_path_is_not_looked_for_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
-    with pytest.raises(InputError, match=r"^no such text file or folder: .*texts$"):
+    with pytest.raises(InputError, match=r"^no such text file or folder: .*(texts|xxx)$"):
+        Documents(name)
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".jsonl", "x" * 300 + "*", "#".join(["x" * 300] * 2)])
+def test_a_name_that_is_too_long_for_a_file_is_one_clear_line(name: str) -> None:
+    with pytest.raises(InputError, match=r"is not there: give|no text file is in or|no such text file"):
         Documents(name)
 
 

@@ -41,7 +41,7 @@ def split_column(text: str) -> tuple[str, str]:
     """
     text = os.path.expanduser(text)
     place, mark, column = text.rpartition("#")
-    if not mark or Path(text).exists() or set(column) & set("/\\*?") or _kind(column) is not None:
+    if not mark or os.path.exists(text) or set(column) & set("/\\*?") or _kind(column) is not None:
         return text, _COLUMN
     if not column:
         raise InputError(f"{text} names no column: give {place}#COLUMN, or leave the # out")
@@ -165,17 +165,19 @@ def local_files(text: str) -> list[Path]:
     if not text:
         raise InputError("the name of the text is empty: give a file or a data set on the hub")
     path = Path(text)
-    several = path.is_dir() or (("*" in text or "?" in text) and not path.exists())
+    folder = os.path.isdir(path)
+    several = folder or (("*" in text or "?" in text) and not os.path.exists(path))
     if several:
         # A folder may hold other files too; what a pattern matches is meant.
-        pattern = os.path.join(glob.escape(text), "*") if path.is_dir() else text
+        pattern = os.path.join(glob.escape(text), "*") if folder else text
         found = [Path(name) for name in glob.glob(pattern, recursive=True) if not os.path.isdir(name)]
-        files = sorted(file for file in found if _kind(file.name) is not None or not path.is_dir())
+        files = sorted(file for file in found if _kind(file.name) is not None or not folder)
         if not files:
             raise InputError(f"no text file is in or matches {text}: give {', '.join(_READERS)} files")
-    elif _kind(text) is not None or local_path(text, "text file or folder") is not None:
+    elif _kind(text) is not None or os.path.exists(path):
         files = [path]
     else:
+        local_path(_hub_name(text)[0], "text file or folder")
         return []
     for file in files:
         _check_file(file, several)
@@ -199,7 +201,7 @@ def text_fingerprint(text: str) -> str:
 
 
 def _check_file(file: Path, one_of_several: bool) -> None:
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise InputError(f"text file {file} is not there: give {', '.join(_READERS)} or a data set on the hub")
     if _kind(file.name) is None:
         raise InputError(f"text file {file} is of an unknown kind: expected {', '.join(_READERS)}")
@@ -210,6 +212,13 @@ def _check_file(file: Path, one_of_several: bool) -> None:
 
 def _kind(name: str) -> str | None:
     return next((suffix for suffix in _READERS if name.lower().endswith(suffix)), None)
+
+
+def _hub_name(text: str) -> tuple[str, str, str]:
+    """NAME, CONFIG and SPLIT of NAME[:CONFIG][@SPLIT]."""
+    name, _, split = text.partition("@")
+    name, _, config = name.partition(":")
+    return name, config, split
 
 
 def _reader(files: list[Path]) -> str:
@@ -238,8 +247,7 @@ def _open_rows(text: str, column: str, files: list[Path]) -> Any:
         except StopIteration:
             # The JSON reader looks at the first row for the columns: there is none in any file.
             raise too_short(text, 0, 0) from None
-    name, _, split = text.partition("@")
-    name, _, config = name.partition(":")
+    name, config, split = _hub_name(text)
     return load_dataset(name, config or None, split=split or _SPLIT, streaming=True)
 
 
