@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -188,7 +189,7 @@ def _manager(names: Sequence[str], include_path: Path | None) -> Any:
 
 def _check_task_files(folder: Path) -> None:
     """lm_eval would pass over a file that it cannot read."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"--include-path {folder} is no folder: give one with task files (.yaml)")
     files = sorted(folder.glob("**/*.yaml"))
     if not files:

@@ -336,6 +336,26 @@ def _behind(sure: list[tuple[int, int]], found: list[tuple[int, int]]) -> int | 
     return next((end for end in ends if found[end - len(sure) : end] == sure), None)
 
 
+def check_tokenizer(model: str, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Refuses a tokenizer with ids for which a model has no embeddings.
+
+    Args:
+        model: its name.
+        tokenizer: that it is to be fed with.
+        config: of the model.
+
+    Raises:
+        InputError: such ids.
+    """
+    rows = config.get_text_config().vocab_size
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= rows:
+        raise InputError(
+            f"the tokenizer of {model} has ids up to {largest:,}, but its embeddings have {rows:,} rows: put the "
+            "tokenizer there that the model was trained with, or resize the embeddings"
+        )
+
+
 def check_window_length(window_length: int | None, config: PreTrainedConfig) -> int:
     """The window length in tokens: as given, or the model's context, at most 2,048.
 
