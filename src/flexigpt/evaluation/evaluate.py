@@ -58,6 +58,8 @@ def evaluate(models: str | Sequence[str], options: EvalOptions, track: Track = s
         from flexigpt.evaluation.tasks import Tasks  # noqa: PLC0415 - lm_eval takes a second or more
 
         tasks = Tasks(options)
+        for name, tokenizer in tokenizers.items():
+            tasks.check(name, tokenizer)
     texts = {}
     if options.perplexity is not None:
         for name, tokenizer in tokenizers.items():
