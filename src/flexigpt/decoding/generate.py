@@ -39,6 +39,10 @@ def generate(model: str, options: GenerateOptions, emit: Callable[[str], None]) 
             "shorten one of them"
         )
     loaded: Any = load_model(model, options.dtype, options.device)
+    for name, values in loaded.named_parameters():
+        # Logits do not tell: attention on a CPU makes 0 of NaN.
+        if values.numel() and not torch.stack(values.aminmax()).isfinite().all():
+            raise InputError(f"the weights of {model} hold NaN or infinity, in {name}: get the model again")
     if options.materialize and has_replicas(model):
         materialize(loaded)
     settings: dict[str, Any] = {"do_sample": options.temperature > 0}
