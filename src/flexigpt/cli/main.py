@@ -1,6 +1,7 @@
 """The command line: arguments in, a command run, one line for what went wrong."""
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -29,6 +30,8 @@ _VERBOSITY = {
     "-v": Verbosity.VERBOSE,
     "--verbose": Verbosity.VERBOSE,
 }
+# A closed pipe, a full disk.
+_LOST_OUTPUT = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 _LIBRARIES = ("datasets", "huggingface_hub", "matplotlib", "transformers")
 
 
@@ -92,7 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         _fail("interrupted: nothing was written")
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is None and _output_is_lost():
+        # Of stdout: files have messages of their own.
+        if isinstance(error, OSError) and error.filename is None and error.errno in _LOST_OUTPUT:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush into it once more
             _fail(f"the output cannot be printed: {error.strerror}")
         if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
             _fail("memory does not suffice: free some, or give a smaller model, shorter windows or fewer at a time")
@@ -103,16 +108,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"flexigpt: {what}. This is a fault of flexigpt, please report it (-v shows where it is)", file=sys.stderr
         )
         sys.exit(1)
-
-
-def _output_is_lost() -> bool:
-    """Whether nobody takes what is printed: a closed pipe, a full disk."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush into it once more
-        return True
-    return False
 
 
 def _interrupt() -> None:
