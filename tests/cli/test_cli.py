@@ -1,6 +1,7 @@
 """The commands as a user meets them: output, exit codes, one clear line for bad input, nothing half-written."""
 
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -376,6 +377,15 @@ def test_ctrl_c_during_the_imports_is_one_line(hooked: Hooked, tiny_source: Path
     ran = run_apart(environment, "inspect", tiny_source)
     assert ran.returncode == 2
     assert ran.stderr == "flexigpt: interrupted: nothing was written\n"
+
+
+def test_a_damaged_text_is_one_line(tiny_source: Path, tmp_path: Path) -> None:
+    """`datasets` logs what it raises."""
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
+    ran = run_apart(os.environ.copy(), "eval", tiny_source, "--perplexity", tmp_path / "broken.jsonl")
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("flexigpt: text cannot be read from ")
+    assert ran.stderr.count("\n") == 1
 
 
 def test_a_full_disk_behind_stdout_is_one_line(tiny_source: Path) -> None:

@@ -121,7 +121,8 @@ def _libraries_speak(verbosity: Verbosity) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for library in ("TRANSFORMERS", "HF_HUB", "DATASETS"):  # a level set before they are loaded would be lost
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it raises its errors as well
+    for library in ("TRANSFORMERS", "HF_HUB"):  # a level set before they are loaded would be lost
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     if "transformers" in sys.modules:  # loaded before those variables were set
         from transformers.utils import logging as of_transformers  # noqa: PLC0415
@@ -129,7 +130,7 @@ def _libraries_speak(verbosity: Verbosity) -> Iterator[None]:
         of_transformers.set_verbosity_error()
         of_transformers.disable_progress_bar()
     for library in _LIBRARIES:
-        logging.getLogger(library).setLevel(logging.ERROR)
+        logging.getLogger(library).setLevel(logging.CRITICAL if library == "datasets" else logging.ERROR)
     with warnings.catch_warnings():
         yield
 
