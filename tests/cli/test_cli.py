@@ -1,6 +1,7 @@
 """The commands as a user meets them: output, exit codes, one clear line for bad input, nothing half-written."""
 
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -131,14 +132,19 @@ def test_sampling_repeats_with_its_seed(run: Run, tiny_source: Path) -> None:
 
 def bad_sources(tiny_source: Path, folder: Path) -> None:
     """Sources that cannot be pruned, each in a folder of its own."""
-    for name in ("nan", "truncated", "mixtral"):
+    for name in ("nan", "overflows", "truncated", "mixtral", "longer"):
         shutil.copytree(tiny_source, folder / name)
     weights = load_file(tiny_source / "model.safetensors")
     weights["model.layers.4.self_attn.q_proj.weight"][0, 0] = torch.nan
     save_file(weights, folder / "nan" / "model.safetensors", metadata={"format": "pt"})
+    weights = load_file(tiny_source / "model.safetensors")
+    weights["model.norm.weight"] *= 3e38
+    weights["lm_head.weight"] *= 1e30
+    save_file(weights, folder / "overflows" / "model.safetensors", metadata={"format": "pt"})
     whole = (tiny_source / "model.safetensors").read_bytes()
     (folder / "truncated" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     (folder / "mixtral" / "config.json").write_text('{"model_type": "mixtral"}')
+    AutoTokenizer.from_pretrained(tiny_source, additional_special_tokens=["<more>"]).save_pretrained(folder / "longer")
     shutil.copytree(tiny_source, folder / "notokenizer", ignore=shutil.ignore_patterns("tokenizer*"))
 
 
@@ -225,6 +231,21 @@ BAD_INPUT = {
     "generate SOURCE --prompt ''": "--prompt is empty",
     "generate SOURCE --prompt Hi --temperature 1 --top-p 1.5": "--top-p 1.5 is out of range",
     "generate SOURCE --prompt Hi --max-new-tokens 9999": "exceed the context of 128",
+    "generate nan --prompt Hi --max-new-tokens 3": "the weights of nan hold NaN or infinity, in",
+    "generate overflows --prompt Hi --max-new-tokens 3 --temperature 1": "logits are not finite after this prompt",
+    "generate overflows --prompt Hi --max-new-tokens 3": "logits are not finite after this prompt: give --dtype",
+    "generate longer --prompt Hi": "ids up to 4,096, but its embeddings have 4,096 rows: put the tokenizer there that",
+    "prune longer out --ratio 0.4 --calibration TEXT --window-length 64": "has ids up to 4,096, but its embeddings",
+    "prune longer out --blocks 2 --preset paper --perplexity TEXT --window-length 64": "has ids up to 4,096, but",
+    "extend longer out --blocks 1:3 --perplexity TEXT --window-length 64": "has ids up to 4,096, but its embeddings",
+    "eval longer --perplexity TEXT": "the tokenizer of longer has ids up to 4,096, but its embeddings have 4,096",
+    "benchmark longer": "the tokenizer of longer has ids up to 4,096, but its embeddings have 4,096",
+    "recover longer out --data TEXT --tokens 1K --window-length 64": "the tokenizer of longer has ids up to 4,096",
+    "extend SOURCE out --blocks 1:4 --times 1000000000": "--times 1000000000 is too large: give at most 1,000",
+    "generate SOURCE --prompt Hi --temperature 1e-45": "--temperature 1e-45 is out of range: give 0, or 0.0001 to",
+    "prune SOURCE out --target-size 1e305TB": "size '1e305TB' cannot be read",
+    "inspect 'a[/b]'": "no such folder: a[/b]",
+    "inspect \udcff": "'\\udcff' is not valid UTF-8: rename the file, or type it again",
     "prun SOURCE out": "No such command 'prun'",
 }
 
@@ -262,6 +283,42 @@ def test_bad_input_is_one_clear_line(
     assert lines[-1].startswith("flexigpt: ")
     assert BAD_INPUT[command] in lines[-1]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("error", [KeyError("plan"), OSError(5, "Input/output error", "a file"), RuntimeError("a\nb")])
+def test_a_fault_of_ours_is_one_line_that_says_so(
+    run: Run, tiny_source: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def faulty(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("flexigpt.record.inspect_model", faulty)
+    code, printed, errors = run("inspect", tiny_source)
+    assert (code, printed, errors.count("\n")) == (1, "", 1)
+    assert errors.startswith(f"flexigpt: {type(error).__name__}: ")
+    assert "This is a fault of flexigpt, please report it (-v shows where it is)" in errors
+    assert errors in (verbose := run("inspect", tiny_source, "-v")[2])
+    assert "Traceback" in verbose
+    assert "in faulty" in verbose
+
+
+def test_too_little_memory_is_no_fault(run: Run, tiny_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def faulty(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+    monkeypatch.setattr("flexigpt.record.inspect_model", faulty)
+    code, _, errors = run("inspect", tiny_source)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "memory does not suffice" in errors
+
+
+def test_brackets_in_a_path_are_shown_as_they_are(run: Run, compact: Path, tmp_path: Path) -> None:
+    """Where rich would take them for markup."""
+    folder = tmp_path / "a[" / "b]"
+    shutil.copytree(compact, folder)
+    code, printed, _ = run("inspect", folder)
+    assert code == 0
+    assert "a[/b] (" in "".join(printed.splitlines()[:3])
 
 
 def test_extend_prints_the_plan_and_the_cost(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
@@ -321,6 +378,15 @@ def test_ctrl_c_during_the_imports_is_one_line(hooked: Hooked, tiny_source: Path
     ran = run_apart(environment, "inspect", tiny_source)
     assert ran.returncode == 2
     assert ran.stderr == "flexigpt: interrupted: nothing was written\n"
+
+
+def test_a_damaged_text_is_one_line(tiny_source: Path, tmp_path: Path) -> None:
+    """`datasets` logs what it raises."""
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
+    ran = run_apart(os.environ.copy(), "eval", tiny_source, "--perplexity", tmp_path / "broken.jsonl")
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("flexigpt: text cannot be read from ")
+    assert ran.stderr.count("\n") == 1
 
 
 def test_a_full_disk_behind_stdout_is_one_line(tiny_source: Path) -> None:

@@ -48,6 +48,20 @@ def test_every_field_is_described_and_is_an_option_or_pythons_alone(name: str) -
             assert by_name[field.name].help.startswith(described[field.name].rstrip("."))
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_no_value_of_an_option_is_a_traceback(run: Run, name: str) -> None:
+    """Of any option, of which many are numbers; those that are allowed end at a model that is not there."""
+    needed = {"prune": ["out", "--ratio", "0.4"], "extend": ["out", "--blocks", "1:2"], "recover": ["out"]}
+    needed |= {"eval": ["--perplexity", "no/such/text"], "generate": ["--prompt", "Hi"]}
+    for option in options_of(name):
+        if option.is_flag:
+            continue
+        for value in ("", "-1", "nan", "1e400", "1e-320", "\u00b2", "9" * 400, "9" * 5000, "x" * 300):
+            code, printed, errors = run(name, "no/such/model", *needed.get(name, []), f"{option.opts[0]}={value}")
+            lines = [line for line in errors.splitlines() if "warning: " not in line]
+            assert (code, printed, len(lines)) == (2, "", 1), (option.opts[0], value[:40], errors)
+
+
 def test_there_are_not_too_many_options() -> None:
     assert sum(len(options_of(name)) for name in COMMANDS) <= 80
 

@@ -232,13 +232,32 @@ BAD_INPUT = {
     "eval SOURCE nowhere --tasks piqa": "the model nowhere cannot be opened",
     "eval SOURCE SOURCE --tasks piqa": "is given twice",
     "eval COMPACT --perplexity TEXT --against other": "--against other has another tokenizer than",
+    "eval unmarked --tasks piqa_sample --include-path SAMPLES": "unmarked has no token for a beginning or an end",
+    "eval SOURCE --tasks empty --include-path noanswer": "task empty has an empty answer (to 'Why?'): correct the task",
+    "eval SOURCE --tasks spoilt --include-path spoilt": "spoilt cannot be measured (ValueError: not enough values to",
     "eval SOURCE --perplexity TEXT --record": "goes with a checkpoint that flexigpt wrote as the first model",
 }
 
 
 def bad_places(folder: Path, tiny_source: Path) -> None:
-    for name in ("empty", "broken", "nameless", "wrong", "remote"):
+    for name in ("empty", "broken", "nameless", "wrong", "remote", "noanswer", "spoilt"):
         (folder / name).mkdir()
+    for place, name, kind, last in (
+        ("noanswer", "empty", "loglikelihood", {"answer": ""}),
+        ("spoilt", "spoilt", "multiple_choice", {"choices": []}),
+    ):
+        rows = [{"question": "Why?", "answer": " So.", "choices": ["So.", "Not."]}]
+        rows.append(rows[0] | last)
+        (folder / place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        task = {"task": name, "output_type": kind, "test_split": "test", "doc_to_text": "{{question}}"}
+        task |= {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / place / "rows.jsonl")}}}
+        task |= {"doc_to_target": "{{answer}}" if kind == "loglikelihood" else 0, "doc_to_choice": "{{choices}}"}
+        (folder / place / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    shutil.copytree(tiny_source, folder / "unmarked")
+    settings = json.loads((folder / "unmarked" / "tokenizer_config.json").read_text())
+    (folder / "unmarked" / "tokenizer_config.json").write_text(
+        json.dumps({key: value for key, value in settings.items() if key not in ("bos_token", "eos_token")})
+    )
     (folder / "broken" / "broken.yaml").write_text("task: [arc_easy_sample\n")
     (folder / "nameless" / "nameless.yaml").write_text("task:\noutput_type: multiple_choice\n")
     (folder / "wrong" / "wrong.yaml").write_text("task: wrong\noutput_type: guessing\n")
@@ -270,7 +289,11 @@ def test_bad_input_is_one_clear_line(
     places = {"SOURCE": tiny_source, "COMPACT": tiny_compact, "TEXT": text, "SAMPLES": SAMPLES}
     code, printed, errors = run(*(places.get(word, word) for word in command.split()))
     assert (code, printed) == (2, "")
-    (line,) = [line for line in errors.splitlines() if line.strip() and not line.startswith("the tasks run code")]
+    (line,) = [
+        line
+        for line in errors.splitlines()
+        if line.strip() and not line.startswith(("the tasks run code", "answering: "))
+    ]
     assert line.startswith("flexigpt: ")
     assert BAD_INPUT[command] in line
     left = [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts]

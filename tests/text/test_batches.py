@@ -357,11 +357,11 @@ def test_too_little_text_is_refused_before_the_work(single: str, tokenizer: PreT
 def test_no_more_is_counted_than_needed(
     single: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forbidden(*_: Any) -> Iterator[str]:
-        yield "It was the best of times, it was the worst of times"
+    def forbidden(*_: Any) -> Iterator[Iterator[str]]:
+        yield iter(["It was the best of times, it was the worst of times"])
         pytest.fail("read on")
 
-    monkeypatch.setattr(batches, "Documents", forbidden)
+    monkeypatch.setattr(batches.Documents, "pieces", forbidden)
     check_enough(single, tokenizer, tokens=8, epochs=1)
     check_enough("nobody/nothing", tokenizer, tokens=10**9, epochs=1)
     monkeypatch.setattr(batches, "_COUNTED_BYTES", 10)

@@ -1,5 +1,7 @@
 import gzip
 import json
+import os
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -7,10 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerBase
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flexigpt import InputError
 from flexigpt.text import calibration_windows, check_window_length, text_fingerprint, tokenize_text
+from flexigpt.text import windows as text_windows
 from flexigpt.text.windows import Documents, tokenize
 
 DOCUMENTS = ["It was the best of times.", "Call me Ishmael.\nSome years ago -- never mind how long.", "Ça alors!"]
@@ -80,8 +84,186 @@ def test_a_missing_file_with_a_column_is_called_missing(tmp_path: Path) -> None:
         Documents("#body")
 
 
+def test_a_home_folder_that_the_shell_left_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quoted, or in the middle of a word, as in --perplexity=~/x."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    path = write(tmp_path, ".jsonl", DOCUMENTS, "body")
+    for name in ("~/documents.jsonl#body", "~/*.jsonl#body", "~#body"):
+        assert list(Documents(name)) == DOCUMENTS
+        assert text_fingerprint(name) == text_fingerprint(f"{path}#body")
+
+
+@pytest.mark.parametrize(
+    "name", ["./texts", "~/texts", "here/texts", "a/b/texts", "here/texts#body", "my texts", "x" * 300]
+)
+def test_a_missing_path_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(InputError, match=r"^no such text file or folder: .*(texts|xxx)$"):
+        Documents(name)
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".jsonl", "x" * 300 + "*", "#".join(["x" * 300] * 2)])
+def test_a_name_that_is_too_long_for_a_file_is_one_clear_line(name: str) -> None:
+    with pytest.raises(InputError, match=r"is not there: give|no text file is in or|no such text file"):
+        Documents(name)
+
+
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     assert list(Documents(write(tmp_path, ".txt", DOCUMENTS))) == ["\n".join(DOCUMENTS)]
+
+
+MARKED = b"\xef\xbb\xbf"
+LINES = "One line.\n\nAnother, \u00e0 la fin.\nA last one without an end"
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+@pytest.mark.parametrize(
+    ("kind", "contents"),
+    [
+        (".txt", [LINES.encode()]),
+        (".txt", [MARKED + LINES.encode()]),
+        (".txt", [MARKED + LINES.replace("\n", "\r\n").encode()]),
+        (".txt", [LINES.replace("\n", "\r").encode()]),
+        (".txt", [MARKED, MARKED + LINES.encode()]),
+        (".jsonl", [json.dumps({"text": LINES}).encode()]),
+        (".jsonl", [MARKED + b'\n{"text": ""}\r\n' + json.dumps({"text": LINES}).encode() + b"\r\n\r\n"]),
+        (".jsonl", [b'{"text": ""}', MARKED + json.dumps({"text": LINES}, ensure_ascii=False).encode()]),
+        (".jsonl.gz", [gzip.compress(MARKED + json.dumps({"text": LINES}).encode())]),
+        (".parquet", [pa.array([LINES])]),
+        (".parquet", [pa.array(["", None, LINES], pa.large_string())]),
+        (".parquet", [pa.array([None, LINES, ""], pa.string_view())]),  # as Polars writes it
+        (".parquet", [pa.array([LINES], pa.string_view()), pa.array([""])]),
+        (".parquet", [pa.array([LINES]), pa.array([""], pa.string_view())]),
+        (".parquet", [pa.array([LINES, LINES]).dictionary_encode().slice(1)]),
+    ],
+)
+def test_the_same_text_is_the_same_in_every_kind_of_file(
+    tmp_path: Path, kind: str, contents: list[bytes | pa.Array], seed: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Byte order marks and ends of lines are the file's; documents without text are none; other columns are unread."""
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # after shuffling Parquet files
+    for number, content in enumerate(contents):
+        path = tmp_path / f"{number}{kind}"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            # `datasets` knows no type for what is in the first.
+            others = {"map": pa.array([[("a", "b")]] * len(content), pa.map_(pa.string(), pa.string()))}
+            pq.write_table(
+                pa.table(others | {"view": pa.array([b""] * len(content), pa.binary_view()), "text": content}), path
+            )
+    documents = Documents(str(tmp_path), seed)
+    assert list(documents) == [LINES]
+    assert documents.num_bytes == len(LINES.encode())
+
+
+def byte_level(regex: str | None) -> Tokenizer:
+    """As GPT-2's, or, by its regular expression, as LLaMA 3's."""
+    made = Tokenizer(models.BPE())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=regex is None, use_regex=regex is None)
+    split = [] if regex is None else [pre_tokenizers.Split(Regex(regex), "isolated")]
+    made.pre_tokenizer = pre_tokenizers.Sequence([*split, level])
+    return made
+
+
+def llama_2() -> Tokenizer:
+    """The document is not split before merges are made, and begins with a space."""
+    made = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    made.decoder = decoders.Replace("\u2581", " ")
+    return made
+
+
+def unigram() -> Tokenizer:
+    made = Tokenizer(models.Unigram())
+    made.normalizer, made.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
+    return made
+
+
+LLAMA_3 = r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
+    "GPT-2": lambda: byte_level(None),
+    "LLaMA 3": lambda: byte_level(LLAMA_3),
+    "LLaMA 2": llama_2,
+    "unigram": unigram,
+}
+
+
+def trained(name: str, example: Path) -> PreTrainedTokenizerBase:
+    """A small tokenizer of that kind; "shipped": the example's."""
+    if name == "shipped":
+        return AutoTokenizer.from_pretrained(example)
+    made = TOKENIZERS[name]()
+    special = ["<unk>", "<s>", "</s>"]
+    kind = trainers.UnigramTrainer if name == "unigram" else trainers.BpeTrainer
+    words = [" ".join(prose(example).split()[:3000])] if name != "LLaMA 2" else prose(example)[:9000].split(" ")
+    made.train_from_iterator(
+        words, kind(vocab_size=600, special_tokens=special, unk_token="<unk>", show_progress=False)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+def prose(example: Path) -> str:
+    row = (example / "validation.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    return json.loads(row)["text"]
+
+
+@pytest.mark.parametrize("name", ["shipped", *TOKENIZERS])
+def test_a_long_document_has_the_tokens_that_it_has_as_a_whole(
+    example: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whatever pieces it is read; even where no end of a word is near, and where a repetition hides the place."""
+    tokenizer = trained(name, example)
+    odd = [
+        "x" * 900,
+        " " * 700,
+        "\n" * 300,
+        "ha" * 400,
+        "</s>",
+        "e\u0301 \U0001f600\u200d " * 80,
+        "12345 " * 150,
+        "\t- ",
+    ]
+    text = "".join(
+        part + some
+        for part, some in zip([prose(example)[at : at + 700] for at in range(0, 9000, 700)], odd * 2, strict=False)
+    )
+    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    for piece in (700, 1111, 5000):
+        monkeypatch.setattr(text_windows, "_PIECE", piece)
+        monkeypatch.setattr(text_windows, "_UNSURE", 64)
+        found = tokenize_text(str(tmp_path / "text.txt"), tokenizer, window_length=2)
+        assert found.ids.tolist() == [1, *expected, 2] == tokenize(text, tokenizer)
+        assert found.num_bytes == len(text.encode())
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".parquet"])
+def test_no_more_of_a_document_is_tokenised_than_windows_need(
+    example: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, sizes = AutoTokenizer.from_pretrained(example), []
+    path = write(tmp_path, kind, ["It was the best of times. " * 20_000])
+    whole = tokenize_text(path, tokenizer, window_length=2).ids
+    original = text_windows._placed
+
+    def noted(text: str, *arguments: object) -> object:
+        sizes.append(len(text))
+        return original(text, *arguments)
+
+    monkeypatch.setattr(text_windows, "_placed", noted)
+    few = calibration_windows(path, tokenizer, windows=2, window_length=64, seed=0)
+    assert torch.equal(few.flatten(), whole[:128])
+    assert sum(sizes) == text_windows._PIECE
+    if kind == ".txt":
+        os.truncate(path, 2 * text_windows._PIECE)
+        with open(path, "ab") as file:
+            file.write(b"\xff and so on")  # is not read
+        assert torch.equal(calibration_windows(path, tokenizer, windows=2, window_length=64, seed=0), few)
 
 
 def test_a_seed_shuffles_the_documents(tmp_path: Path) -> None:

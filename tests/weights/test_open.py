@@ -237,6 +237,20 @@ def test_a_missing_tokenizer_is_one_clear_line(tiny_source: Path, tmp_path: Path
         load_tokenizer(str(tmp_path))
 
 
+def test_a_tokenizer_of_sentencepiece_is_opened_without_more(tiny_source: Path, text: Path, tmp_path: Path) -> None:
+    """As LLaMA's first releases have it: `tokenizer.model`, and no tokenizer.json."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="an environment made before it was depended on")
+    (tmp_path / "config.json").write_bytes((tiny_source / "config.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=400, model_type="bpe", minloglevel=2
+    )
+    tokenizer = load_tokenizer(str(tmp_path))
+    ids = tokenizer("the house")["input_ids"]
+    assert tokenizer.decode(ids) == "the house"
+    assert len(tokenizer) == 400
+
+
 def test_the_file_is_as_large_as_its_parameters(tmp_path: Path) -> None:
     """Within 0.1 %, at the sizes where a header of some 120 bytes a tensor does not count."""
     config = LlamaConfig(

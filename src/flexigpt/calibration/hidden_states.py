@@ -190,10 +190,14 @@ def check_means(means: Sequence[float]) -> None:
     """Raises InputError for a mean that is not finite; the message names the block."""
     for index, mean in enumerate(means):
         if not math.isfinite(mean):
-            raise InputError(
-                f"the statistics of block {index} are not finite: the model overflows on this text; "
-                "give --dtype float32, or another calibration text"
-            )
+            raise overflow(f"the statistics of block {index}")
+
+
+def overflow(what: str) -> InputError:
+    """The error for a model whose numbers grow beyond what can be held."""
+    return InputError(
+        f"{what} are not finite: the model overflows on this text; give --dtype float32, or another calibration text"
+    )
 
 
 class _Saved:

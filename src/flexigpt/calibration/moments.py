@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from flexigpt.calibration.hidden_states import Stream
+from flexigpt.calibration.hidden_states import Stream, overflow
 from flexigpt.model import linear_size, watched
 
 
@@ -69,16 +69,23 @@ def output_weights(text: Stream, block: nn.Module, index: int, paths: Sequence[s
 
 
 class RunningSum:
-    """Adds up float32 tensors in float64.
-
-    Attributes:
-        total: of what was added, on its device.
-    """
+    """Adds up float32 tensors in float64."""
 
     def __init__(self) -> None:
-        self.total = torch.zeros((), dtype=torch.float64)
+        self._total = torch.zeros((), dtype=torch.float64)
 
     def add(self, values: torch.Tensor) -> None:
         """One more of the same shape."""
-        total = self.total.to(values.device)
-        self.total = total.add_(values) if total.shape == values.shape else values.double()
+        total = self._total.to(values.device)
+        self._total = total.add_(values) if total.shape == values.shape else values.double()
+
+    @property
+    def total(self) -> torch.Tensor:
+        """Of what was added, on its device.
+
+        Raises:
+            InputError: it is not finite, and nothing can be fitted to it.
+        """
+        if not self._total.isfinite().all():
+            raise overflow("sums over the calibration text")
+        return self._total

@@ -65,7 +65,7 @@ class _Bars(Reporting):
         return iter(self._progress.track(items, total=total, description=stage))
 
     def note(self, line: str) -> None:
-        self._progress.console.print(line, highlight=False)
+        self._progress.console.print(line, markup=False, highlight=False)
 
 
 class Lines(Reporting):

@@ -1,11 +1,14 @@
 """The command line: arguments in, a command run, one line for what went wrong."""
 
 import contextlib
+import errno
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
@@ -17,7 +20,7 @@ from flexigpt.cli.commands import add_commands
 from flexigpt.cli.console import Verbosity
 from flexigpt.cli.help import Group
 from flexigpt.cli.options import Call
-from flexigpt.runtime import InputError, launched_rank, on_signals
+from flexigpt.runtime import InputError, launched_rank, on_signals, one_line
 
 _INTERRUPTED = 130  # what typer returns after KeyboardInterrupt
 # Heard before and after the command's name.
@@ -27,6 +30,8 @@ _VERBOSITY = {
     "-v": Verbosity.VERBOSE,
     "--verbose": Verbosity.VERBOSE,
 }
+# A closed pipe, a full disk.
+_LOST_OUTPUT = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 _LIBRARIES = ("datasets", "huggingface_hub", "matplotlib", "transformers")
 
 
@@ -65,7 +70,7 @@ app = _make_app()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command. Bad input and interruption: one line on standard error and exit code 2."""
+    """Runs a command. Bad input and interruption: one line on standard error and exit code 2; faults of ours: 1."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     words = given[: given.index("--")] if "--" in given else given
     verbosity = next((_VERBOSITY[word] for word in reversed(words) if word in _VERBOSITY), Verbosity.NORMAL)
@@ -74,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # typer brings its own copy of click or depends on it, by version; either way this is its base of usage errors.
     usage_error: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     try:
+        # Surrogates are how Python hands on bytes that are not UTF-8; neither records nor hubs can hold them.
+        if strange := [word for word in given if re.search("[\ud800-\udfff]", word)]:
+            raise InputError(f"{strange[0]!a} is not valid UTF-8: rename the file, or type it again")
         with on_signals(_interrupt, signal.SIGTERM), _libraries_speak(verbosity):
             code = app(rest, standalone_mode=False, obj=call, prog_name="flexigpt")
         sys.stdout.flush()
@@ -86,9 +94,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(error.format_message())
     except KeyboardInterrupt:
         _fail("interrupted: nothing was written")
-    except OSError as error:  # of stdout, a closed pipe or a full disk: files have messages of their own
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush into it once more
-        _fail(f"the output cannot be printed: {error.strerror}")
+    except Exception as error:
+        # Of stdout: files have messages of their own.
+        if isinstance(error, OSError) and error.filename is None and error.errno in _LOST_OUTPUT:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush into it once more
+            _fail(f"the output cannot be printed: {error.strerror}")
+        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+            _fail("memory does not suffice: free some, or give a smaller model, shorter windows or fewer at a time")
+        if verbosity is Verbosity.VERBOSE:
+            traceback.print_exc()
+        what = f"{type(error).__name__}: {one_line(error)}"
+        print(
+            f"flexigpt: {what}. This is a fault of flexigpt, please report it (-v shows where it is)", file=sys.stderr
+        )
+        sys.exit(1)
 
 
 def _interrupt() -> None:
@@ -102,7 +121,8 @@ def _libraries_speak(verbosity: Verbosity) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for library in ("TRANSFORMERS", "HF_HUB", "DATASETS"):  # a level set before they are loaded would be lost
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it raises its errors as well
+    for library in ("TRANSFORMERS", "HF_HUB"):  # a level set before they are loaded would be lost
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     if "transformers" in sys.modules:  # loaded before those variables were set
         from transformers.utils import logging as of_transformers  # noqa: PLC0415
@@ -110,7 +130,7 @@ def _libraries_speak(verbosity: Verbosity) -> Iterator[None]:
         of_transformers.set_verbosity_error()
         of_transformers.disable_progress_bar()
     for library in _LIBRARIES:
-        logging.getLogger(library).setLevel(logging.ERROR)
+        logging.getLogger(library).setLevel(logging.CRITICAL if library == "datasets" else logging.ERROR)
     with warnings.catch_warnings():
         yield
 

@@ -90,7 +90,7 @@ def add_command(
         if options is None:
             function(**expanded)
             return
-        typed = {f.name: _value(f, values[f.name]) for f in fields if is_given(context, f.name)}
+        typed = {f.name: _value(f, kinds[f.name], values[f.name]) for f in fields if is_given(context, f.name)}
         function(Asked(name, options, typed, context.obj), **expanded)
 
     made = [_parameter(field, kinds[field.name], described[field.name]) for field in fields]
@@ -174,9 +174,11 @@ def _metavar(plain: Any, choices: tuple[str, ...], name: str) -> str:
     return {int: "N", float: "X", Path: "PATH"}.get(plain, "TEXT")
 
 
-def _value(field: "dataclasses.Field[Any]", value: Any) -> Any:
+def _value(field: "dataclasses.Field[Any]", kind: Any, value: Any) -> Any:
+    if Path in get_args(kind):
+        return _expanded(value)
     parse = field.metadata["parse"]
-    return _expanded(value if parse is None else parse(value))
+    return value if parse is None else parse(value)
 
 
 def _expanded(value: Any) -> Any:

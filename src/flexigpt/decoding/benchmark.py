@@ -33,6 +33,7 @@ from flexigpt.runtime import (
     silent,
     versions,
 )
+from flexigpt.text import check_tokenizer
 from flexigpt.weights import has_replicas, load_model, load_tokenizer, read_config
 
 Benchmark = dict[str, Any]
@@ -127,8 +128,10 @@ def _prompts(model: str, count: int) -> list[list[int]]:
     """Ids of the text from one word after the other on; all as long as the shortest, and no longer than fits."""
     words = _TEXT.split()
     starts = [number % len(words) for number in range(count)]
-    rows: list[list[int]] = load_tokenizer(model)([" ".join(words[at:] + words[:at]) for at in starts]).input_ids
-    context = getattr(read_config(model).get_text_config(), "max_position_embeddings", None)
+    tokenizer, config = load_tokenizer(model), read_config(model).get_text_config()
+    check_tokenizer(model, tokenizer, config)
+    rows: list[list[int]] = tokenizer([" ".join(words[at:] + words[:at]) for at in starts]).input_ids
+    context = getattr(config, "max_position_embeddings", None)
     most = max(1, context - NEW_TOKENS) if context else PROMPT_TOKENS
     length = min(PROMPT_TOKENS, most, *map(len, rows))
     return [row[:length] for row in rows]

@@ -1,12 +1,14 @@
 """What generation, speculative decoding and the benchmark can be asked for. No torch."""
 
-import math
 from dataclasses import dataclass
 from functools import partial
 
 from flexigpt.runtime import InputError, RunOptions, check_options, option, parse_numbers
 
 _WHAT = "What to generate"
+
+# Logits divided by less overflow, and by more are all alike.
+_TEMPERATURES = (1e-4, 1e4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +54,9 @@ class GenerateOptions(RunOptions, SpeculateOptions):
         # Surrogates are how Python hands on bytes of the command line that are not UTF-8.
         if not self.prompt or any("\ud800" <= character <= "\udfff" for character in self.prompt):
             raise InputError("--prompt is empty or not valid UTF-8: give some text to continue")
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"--temperature {self.temperature} is out of range: give 0 or more")
+        least, most = _TEMPERATURES
+        if self.temperature != 0 and not least <= self.temperature <= most:
+            raise InputError(f"--temperature {self.temperature} is out of range: give 0, or {least} to {most}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top-p {self.top_p} is out of range: give more than 0, at most 1")
 
@@ -78,6 +81,7 @@ class BenchmarkOptions(RunOptions):
         everyday=True,
         metavar="1,8,...",
         parse=_SIZES,
+        most=2**16,
     )
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from flexigpt.evaluation.options import EvalOptions
 from flexigpt.evaluation.perplexity import perplexity
 from flexigpt.model import stored_bytes
 from flexigpt.runtime import InputError, T, Track, device_name, find_device, silent, versions
-from flexigpt.text import check_window_length, tokenize_text
+from flexigpt.text import check_tokenizer, check_window_length, tokenize_text
 from flexigpt.weights import load_model, load_tokenizer, model_fingerprint, read_config
 
 Evaluation = dict[str, Any]
@@ -49,6 +49,8 @@ def evaluate(
     device = find_device(options.device)
     window_length = _check_models(names, options)
     tokenizers = {name: load_tokenizer(name) for name in names}
+    for name, tokenizer in tokenizers.items():
+        check_tokenizer(name, tokenizer, read_config(name))
     against = None if options.perplexity is None else options.against
     if against is not None:
         vocabulary = load_tokenizer(against).get_vocab()
@@ -62,6 +64,8 @@ def evaluate(
         from flexigpt.evaluation.tasks import Tasks  # noqa: PLC0415 - lm_eval takes a second or more
 
         tasks = Tasks(options, note)
+        for name, tokenizer in tokenizers.items():
+            tasks.check(name, tokenizer)
     texts = {}
     if options.perplexity is not None:
         for name, tokenizer in tokenizers.items():

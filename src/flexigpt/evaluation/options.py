@@ -1,5 +1,6 @@
 """What an evaluation is asked. No torch."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,5 +59,5 @@ class EvalOptions(RunOptions):
         if twice is not None:
             raise InputError(f"--tasks names {twice} twice: give it once")
         size = str(self.batch_size)
-        if size != "auto" and not (size.isdecimal() and int(size) >= 1):
-            raise InputError(f"--batch-size {size} cannot be used: give auto or a number from 1")
+        if size != "auto" and not re.fullmatch("[1-9][0-9]{0,4}", size):
+            raise InputError(f"--batch-size {size} cannot be used: give auto or a number from 1 to 99,999")

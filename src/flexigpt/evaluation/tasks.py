@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +69,24 @@ class Tasks:
                         f"--num-fewshot {shots} is too many: task {task_name} has {examples} examples to choose from"
                     )
 
+    def check(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuses a tokenizer that lacks a token which these tasks need.
+
+        Args:
+            name: of the model that it belongs to.
+            tokenizer: the model's.
+
+        Raises:
+            InputError: neither a token for the beginning nor one for the end, or none for the end of what is generated.
+        """
+        kinds = {task.OUTPUT_TYPE for loaded in self._loaded.values() for task in loaded["tasks"].values()}
+        needed = "an end" if "generate_until" in kinds else "a beginning or an end"
+        if tokenizer.eos_token_id is None and ("generate_until" in kinds or tokenizer.bos_token_id is None):
+            raise InputError(
+                f"the tokenizer of {name} has no token for {needed}, which these tasks need: set eos_token in its "
+                "tokenizer_config.json"
+            )
+
     def measure(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, track: Track = silent
     ) -> dict[str, Any]:
@@ -85,10 +104,10 @@ class Tasks:
             requests longer than the model's context, which lost their beginning.
 
         Raises:
-            InputError: questions that do not fit into the model's context.
+            InputError: questions that do not fit into the model's context, or that a task file of the user's spoils.
         """
         lm = _Model(model, tokenizer, self._options.batch_size, track)
-        with _quiet():
+        with _quiet(), self._faults_told():
             found = simple_evaluate(
                 model=lm,
                 tasks=[task for loaded in self._loaded.values() for task in _parts(loaded)],
@@ -99,6 +118,19 @@ class Tasks:
             )
         tasks = {row: _row(found, row, one["tasks"]) for one in self._loaded.values() for row in _rows(found, one)}
         return {"tasks": tasks} | ({"truncated": lm.truncated} if lm.truncated else {})
+
+    @contextlib.contextmanager
+    def _faults_told(self) -> Iterator[None]:
+        """Within it what the user's own tasks raise, which are code, becomes one line."""
+        try:
+            yield
+        except (InputError, RuntimeError, MemoryError):  # the latter two are of the model
+            raise
+        except Exception as error:
+            if self._options.include_path is None:
+                raise
+            names, what = ", ".join(self._loaded), f"{type(error).__name__}: {one_line(error)}"
+            raise InputError(f"{names} cannot be measured ({what}): check the files of --include-path") from error
 
 
 class _Model(HFLM):
@@ -112,6 +144,14 @@ class _Model(HFLM):
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1 if self._auto else batch_size)
         self.truncated = 0
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+        """lm_eval's own."""
+        empty = next((request for request in requests if not request.args[1]), None)
+        if empty is not None:
+            asked = one_line(empty.args[0])[-60:]
+            raise InputError(f"task {empty.task_name} has an empty answer (to {asked!r}): correct the task file")
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> Any:
@@ -124,6 +164,9 @@ class _Model(HFLM):
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+        empty = next((one for one in requests if not one.args[0].strip() and not self.tok_encode(one.args[0])), None)
+        if empty is not None:
+            raise InputError(f"task {empty.task_name} has an empty question: correct the task file")
         with self._reported(len(requests), self.max_length):
             return super().generate_until(requests, disable_tqdm=True)
 
@@ -195,7 +238,7 @@ def _manager(names: Sequence[str], include_path: Path | None) -> Any:
 
 def _check_task_files(folder: Path) -> None:
     """lm_eval would pass over a file that it cannot read."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"--include-path {folder} is no folder: give one with task files (.yaml)")
     files = sorted(folder.glob("**/*.yaml"))
     if not files:

@@ -1,6 +1,5 @@
 """What `prune`, plain removal and `extend` are asked. No torch."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from flexigpt.calibration import TEXT_GROUP, CalibrationOptions
-from flexigpt.replicas import REPLICA_GROUP, ReplicaOptions
+from flexigpt.replicas import MOST_GAMMA, REPLICA_GROUP, ReplicaOptions
 from flexigpt.runtime import InputError, RunOptions, flag, option, parse_numbers
 
 _WHAT = "What to prune"
@@ -131,7 +130,7 @@ class ExtendOptions(RunOptions):
     """
 
     blocks: str = option(group="What to repeat", everyday=True, metavar="4:18|2:6,10:14")
-    times: int = option(2, group="What to repeat", everyday=True, least=2)
+    times: int = option(2, group="What to repeat", everyday=True, least=2, most=1000)
     pattern: PatternName = option("block", group="What to repeat", everyday=True)
     rank: int | None = option(None, group=REPLICA_GROUP, everyday=True, least=1)
     output_norm: float = option(0.05, group=REPLICA_GROUP)
@@ -141,5 +140,5 @@ class ExtendOptions(RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not math.isfinite(self.output_norm):
+        if not abs(self.output_norm) <= MOST_GAMMA:
             raise InputError(f"--output-norm {self.output_norm} cannot be used: give a small constant, as 0.05")

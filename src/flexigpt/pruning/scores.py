@@ -31,20 +31,28 @@ from flexigpt.runtime import CachedStage, InputError, Timed, digest, parse_size,
 # Of the calibration windows, so many judge candidates: every one of them costs forward passes.
 MOST_WINDOWS = 32
 
+# Stands in for the length of a hidden state that is zero.
+_LEAST_NORM = 1e-8
+
 
 def influence(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
     """Block influence (eq. 1): 1 - cos(X_i, X_{i+1}) of each token. (tokens, hidden) twice -> (tokens,)."""
-    return 1 - F.cosine_similarity(inputs, outputs, dim=-1)
+    return 1 - _cosine(inputs, outputs)
 
 
 def angular(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
     """Angular distance arccos(cos(X_i, X_{i+1})) / pi of each token (Gromov et al. 2024, eq. 7)."""
-    return F.cosine_similarity(inputs, outputs, dim=-1).clamp(-1, 1).arccos() / math.pi
+    return _cosine(inputs, outputs).clamp(-1, 1).arccos() / math.pi
 
 
 def relative_magnitude(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
     """|X_{i+1} - X_i| / |X_{i+1}| of each token (Samragh et al. 2023, section 3.1)."""
-    return (outputs - inputs).norm(dim=-1) / outputs.norm(dim=-1)
+    return (outputs - inputs).norm(dim=-1) / outputs.norm(dim=-1).clamp(min=_LEAST_NORM)
+
+
+def _cosine(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """Of each token; 1 where a block leaves a token as it was, if that is zero, which has no direction."""
+    return torch.where((inputs == outputs).all(-1), 1.0, F.cosine_similarity(inputs, outputs, dim=-1, eps=_LEAST_NORM))
 
 
 # A score is the mean over tokens of its statistic; the blocks of lowest score are pruned.

@@ -15,7 +15,7 @@ from flexigpt.pruning.options import ExtendOptions, PruneOptions
 from flexigpt.record import Record, measure_both, new_record
 from flexigpt.replicas import ReplicaOptions
 from flexigpt.runtime import Cache, InputError, Timed, Track, parse_share, parse_size
-from flexigpt.text import TokenizedText, calibration_windows, check_window_length, tokenize_text
+from flexigpt.text import TokenizedText, calibration_windows, check_tokenizer, check_window_length, tokenize_text
 from flexigpt.weights import Assembly, Source, check_finite, load_tokenizer, open_empty
 
 Asked = TypeVar("Asked", bound=PruneOptions | ExtendOptions)
@@ -134,6 +134,7 @@ class CheckedSource(Generic[Asked]):
         calibrates = isinstance(options, PruneOptions) and options.calibrates
         if calibrates or options.perplexity is not None:
             tokenizer = load_tokenizer(self.name)
+            check_tokenizer(self.name, tokenizer, self.empty.config)
             if options.perplexity is not None:
                 text = tokenize_text(options.perplexity, tokenizer, window_length=self.window_length)
             if isinstance(options, PruneOptions) and calibrates:

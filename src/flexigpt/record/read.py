@@ -3,6 +3,7 @@
 # ruff: noqa: UP013 - what has few fields is a line
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,7 +248,7 @@ def read_recorded(folder: str | Path) -> Recorded:
         InputError: a folder without a record, or a file in it that cannot be read, is damaged or of a newer version.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # not by Path, which raises where the name is too long
         raise InputError(f"{folder} is no folder: give a checkpoint or plan folder that flexigpt wrote")
     path = folder / RECORD
     if not path.is_file():

@@ -53,7 +53,7 @@ class Rows:
         """For a terminal, to be printed by rich; without a frame where it is wide."""
         wide = len(self.headings) > _FRAMED
         look: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False} if wide else {}
-        table = Table(title=self.title or None, title_justify="left", **look)
+        table = Table(title=Text(self.title) if self.title else None, title_justify="left", **look)
         for number, (heading, side) in enumerate(zip(self.headings, self._sides, strict=True)):
             words = [word for row in (self.headings, *self.rows) for word in row[number].split()]
             least = max(map(len, words), default=0) if wide else None  # or rich would break words

@@ -39,6 +39,7 @@ from flexigpt.text import (
     EndOfText,
     TrainingStream,
     check_enough,
+    check_tokenizer,
     check_window_length,
     iterate,
     text_fingerprint,
@@ -123,6 +124,7 @@ class _Run:
         self.empty = open_empty(model)
         self.stored: dict[str, torch.Tensor] = {}
         self.tokenizer = load_tokenizer(model)
+        check_tokenizer(model, self.tokenizer, self.empty.config)
         self.window_length = check_window_length(options.window_length, self.empty.config)
         if options.teacher is not None:
             check_teacher(options.teacher, self.empty, self.tokenizer, self.window_length)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from flexigpt.replicas.fitting import HIDDEN_COPIES, Fits, fit_blocks
     from flexigpt.replicas.initialization import adapter_spectra, fill, init_of, replica_tensors, source_of_replicas
     from flexigpt.replicas.least_squares import damped_root
-    from flexigpt.replicas.options import FITTED_INITS, REPLICA_GROUP, ReplicaOptions
+    from flexigpt.replicas.options import FITTED_INITS, MOST_GAMMA, REPLICA_GROUP, ReplicaOptions
     from flexigpt.replicas.ranks import spread_ranks
     from flexigpt.replicas.svd import LowRank, tail_norm, truncated_svd, unmended
 else:

@@ -211,16 +211,24 @@ class _BlockFit:
         A block that normalises the sum (OPT 350M) or scales it (Granite) tells by what it does with zeros.
         """
         entering, leaving = self._streams.theirs.hidden[0].double(), leaving.double()
-        with ExitStack() as hooks:
-            for path in self._writers:
-                handle = self._own.get_submodule(path).register_forward_hook(lambda _, __, out: torch.zeros_like(out))
-                hooks.callback(handle.remove)
-            passed = next(self._streams.theirs.outputs(self._own, self._streams.block)).double()
-        added = leaving - entering
+        passed = self._output_of(torch.zeros_like(entering))
         written = torch.stack([writes[0].double() for writes in self._their_writes.values()]).sum(0)
+        if torch.equal(leaving, entering):  # what it writes is zero, or lost in rounding: it is made to write something
+            one = entering.abs() + 1
+            written, leaving = one * len(self._their_writes), self._output_of(one)
+        added = leaving - entering
         factor = ((added * written).sum() / written.square().sum()).item()
         off = max((passed - entering).norm().item(), (added - factor * written).norm().item())
         return factor if off <= _ADDITIVE_TOLERANCE * added.norm().item() else None
+
+    def _output_of(self, written: torch.Tensor) -> torch.Tensor:
+        """What the source's block makes of the first batch where each of its writers writes this; float64."""
+        with ExitStack() as hooks:
+            for path in self._writers:
+                writer = self._own.get_submodule(path)
+                handle = writer.register_forward_hook(lambda _, __, out: written.to(out).view(out.shape))
+                hooks.callback(handle.remove)
+            return next(self._streams.theirs.outputs(self._own, self._streams.block)).double()
 
     def steps(self) -> list[tuple[str, ...]]:
         """Paths of what can be fitted, in the order in which it is computed; linears of one input together."""

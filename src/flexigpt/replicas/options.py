@@ -1,6 +1,7 @@
 """How replicas are made. No torch."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,8 @@ FITTED_INITS = ("activation", "block-output")
 # Where an output norm's gamma starts by the paper, and before it is fitted.
 SMALL_GAMMA = 0.05
 
+MOST_GAMMA = 1e3
+
 
 def parse_rank(rank: int | str) -> int | str:
     """A rank, as a number, or a share of the source's parameters, as it was given.
@@ -23,7 +26,7 @@ def parse_rank(rank: int | str) -> int | str:
     Raises:
         InputError: what is neither 12 nor 3.7%.
     """
-    if isinstance(rank, str) and not rank.strip().isdigit():
+    if isinstance(rank, str) and not re.fullmatch(r"\s*[0-9]{1,18}\s*", rank):
         parse_share(rank)
         return rank
     return int(rank)
@@ -41,7 +44,7 @@ def parse_output_norm(output_norm: float | str) -> float | str:
         value = float(output_norm)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
+    if not abs(value) <= MOST_GAMMA:
         raise InputError(f"--output-norm {output_norm} cannot be used: give none, a small constant, as 0.05, or fitted")
     return value
 

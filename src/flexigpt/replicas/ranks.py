@@ -105,7 +105,8 @@ class _Weighed:
         with source.block(index) as block:
             self._weights = output_weights(text, block, index, inner)
             self._moments, self._first_of, added = input_moments(text, block, index, architecture.linears)
-        self._energy = added.clamp(min=1e-30) / tokens
+        # Of a block that adds nothing, nothing is worth mending.
+        self._energy = torch.where(added > 0, added.clamp(min=1e-30), torch.inf) / tokens
 
     def spectra(self, replica: Replica, shape: ModelShape) -> dict[str, torch.Tensor]:
         """What each further rank of an adapter would mend, by path, descending; to be asked for once."""

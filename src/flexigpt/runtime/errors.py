@@ -6,7 +6,7 @@ from typing import Any
 class InputError(ValueError):
     """Bad input, in one line: what was given, what was expected, what to do.
 
-    The command line prints the line and exits with code 2; everything else is a bug and keeps its traceback.
+    The command line prints the line and exits with code 2; everything else is a fault of ours, and exits with code 1.
     """
 
 

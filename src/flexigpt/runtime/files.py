@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 
 _MIB = 2**20
+
+# NAME or OWNER/NAME.
+_HUB_NAME = re.compile(r"(\w[\w.-]{,95}/)?\w[\w.-]{,95}", re.ASCII)
 
 
 def digest(*parts: "bytes | torch.Tensor | None") -> str:
@@ -49,8 +53,8 @@ def local_path(name: str | Path, what: str = "folder") -> Path | None:
     """The path that a user's name means, `~` expanded; None: nothing here is called so, it may be a name of the hub.
 
     Raises:
-        InputError: what can only be a path, and is not there: it begins with . / or ~, has more than one slash, or
-            names something in a folder that is there.
+        InputError: what can only be a path, and is not there: the hub has no such names, or it names something in a
+            folder that is there.
     """
     path, given, beside = Path(name), str(name).replace(os.sep, "/"), False
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # too long, the ~ of nobody here, a NUL
@@ -58,7 +62,7 @@ def local_path(name: str | Path, what: str = "folder") -> Path | None:
         if path.exists():
             return path
         beside = "/" in given and path.parent.is_dir()
-    if beside or given.startswith((".", "/", "~")) or path.is_absolute() or given.count("/") > 1:
+    if beside or not _HUB_NAME.fullmatch(given):
         raise InputError(f"no such {what}: {path}")
     return None
 

@@ -6,6 +6,7 @@ class inherits them, so that its fields are flat: `PruneOptions(ratio=0.3, windo
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -22,6 +23,7 @@ def option(
     metavar: str | None = None,
     parse: Callable[[str], Any] | None = None,
     least: int | None = None,
+    most: int = 2**31 - 1,
 ) -> Any:
     """A field of an options class.
 
@@ -33,9 +35,10 @@ def option(
         metavar: how the help shows the value.
         parse: makes the field's value of what was typed; raises InputError.
         least: the least number that it may be.
+        most: the largest whole number that it, or each of several, may be.
     """
     shown = {"group": group, "everyday": everyday, "command": command, "metavar": metavar, "parse": parse}
-    return dataclasses.field(default=default, metadata=shown | {"least": least})
+    return dataclasses.field(default=default, metadata=shown | {"least": least, "most": most})
 
 
 def choices_of(kind: Any) -> tuple[str, ...]:
@@ -48,7 +51,7 @@ def choices_of(kind: Any) -> tuple[str, ...]:
 
 
 def check_options(options: Any) -> None:
-    """Checks each field of an options class by itself: choices, least values, the seed.
+    """Checks each field of an options class by itself: choices, least and largest values, the seed.
 
     Raises:
         InputError: the first value that cannot be.
@@ -63,6 +66,12 @@ def check_options(options: Any) -> None:
         least = field.metadata.get("least")
         if least is not None and isinstance(value, int | float) and value < least:
             raise InputError(f"{flag(field.name)} {value} is too small: give at least {least}")
+        most = field.metadata.get("most", math.inf)
+        large = [
+            number for number in (value if isinstance(value, tuple | list) else [value]) if isinstance(number, int)
+        ]
+        if field.name != "seed" and max(large, default=0) > most:
+            raise InputError(f"{flag(field.name)} {max(large)} is too large: give at most {most:,}")
         if field.name == "seed":
             check_seed(value)
 

@@ -1,6 +1,5 @@
 """Numbers as people write them: sizes, tokens, shares."""
 
-import math
 import re
 from collections.abc import Mapping
 
@@ -11,11 +10,15 @@ _COUNTS = {"K": 10**3, "M": 10**6, "B": 10**9}
 _BYTES = {"KB": 10**3, "KIB": 2**10, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
+# Beyond it no number of tokens, parameters or bytes means anything.
+_MOST = 1e18
+
+
 def _read(text: str, units: Mapping[str, float]) -> float:
-    """A number times its unit; 0 for what cannot be read."""
+    """A number times its unit; 0 for what cannot be read, or is meant by nobody."""
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Z%]*)", text.strip().upper())
     number = float(match[1]) * units.get(match[2], 0) if match else 0.0
-    return number if math.isfinite(number) else 0.0
+    return number if number <= _MOST else 0.0
 
 
 def parse_size(size: str, itemsize: int) -> int:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         TokenizedText,
         batch_size_for,
         calibration_windows,
+        check_tokenizer,
         check_window_length,
         text_fingerprint,
         tokenize_text,

@@ -210,8 +210,8 @@ def check_enough(text: str, tokenizer: PreTrainedTokenizerBase, *, tokens: int, 
 def _count(documents: Documents, tokenizer: PreTrainedTokenizerBase, enough: int) -> int:
     """Tokens of all documents, or of as many as have `enough`."""
     num_tokens = 0
-    for document in documents:
-        num_tokens += len(tokenize(document, tokenizer))
+    for ids in documents.tokens(tokenizer):
+        num_tokens += len(ids)
         if num_tokens >= enough:
             break
     return num_tokens

@@ -3,17 +3,18 @@
 import glob
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from flexigpt.runtime import InputError, fingerprint
+from flexigpt.runtime import InputError, fingerprint, local_path
 
 DEFAULT_TEXT = "JeanKaddour/minipile"
 
@@ -22,28 +23,36 @@ _SPLIT, _COLUMN, _WINDOW_LENGTH = "validation", "text", 2048
 _SHUFFLE_BUFFER = 10_000
 _READERS = {".txt": "text", ".jsonl": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
 
+# Characters that are tokenised together: each takes some 160 bytes meanwhile. And the tokens at the end of a piece that
+# the next characters might change.
+_PIECE, _UNSURE = 2**17, 512
+
 # TypeError: what `datasets` raises for a column of other values than in the first rows.
 _READING_ERRORS = (OSError, ValueError, EOFError, TypeError, zlib.error)
 
 
 def split_column(text: str) -> tuple[str, str]:
-    """FILE and COLUMN of the text FILE#COLUMN; the column is `text` where none is named.
+    """FILE, its ~ expanded, and COLUMN of the text FILE#COLUMN; the column is `text` where none is named.
 
     A # may be part of a path: what is there by its whole name is not split, nor is what no column is called.
 
     Raises:
         InputError: nothing after the #.
     """
+    text = os.path.expanduser(text)
     place, mark, column = text.rpartition("#")
-    if not mark or Path(text).exists() or set(column) & set("/\\*?") or _kind(column) is not None:
+    if not mark or os.path.exists(text) or set(column) & set("/\\*?") or _kind(column) is not None:
         return text, _COLUMN
     if not column:
         raise InputError(f"{text} names no column: give {place}#COLUMN, or leave the # out")
-    return place, column
+    return os.path.expanduser(place), column
 
 
 class Documents:
     """Documents of text files or of a data set on the hub, streamed; empty ones are passed over.
+
+    How a file marks its encoding and its lines is not text: of a .txt file a byte order mark is left out, and its lines
+    end in one character, as in Python. The strings in the rows of other files are taken as they are.
 
     Args:
         text: a .txt file (one document), a .jsonl, .jsonl.gz or .parquet file (one document a row); a folder with such
@@ -51,6 +60,9 @@ class Documents:
             data set on the hub as NAME[:CONFIG][@SPLIT], of which the split is `validation` by default. Each may end
             with #COLUMN, the column that holds the text, `text` by default; a .txt file has no other.
         seed: shuffles the documents (in a buffer of 10,000); None leaves them in order.
+
+    Attributes:
+        num_bytes: UTF-8 bytes of what was read so far.
 
     Raises:
         InputError: a file that is missing, empty, of another kind or not valid; a column that is not there. What only
@@ -61,8 +73,9 @@ class Documents:
         self._text, self._column = split_column(text)
         self._files = local_files(text)
         self._beginning: dict[str, Any] | None = None
+        self.num_bytes = 0
         with self._errors_told():
-            self._rows = _open_rows(self._text, self._files)
+            self._rows = _open_rows(self._text, self._column, self._files)
         if seed is not None:
             self._rows = self._rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
         else:
@@ -70,16 +83,40 @@ class Documents:
 
     def __iter__(self) -> Iterator[str]:
         """From the loaded place (the beginning where none was loaded); one iterator at a time."""
+        return ("".join(pieces) for pieces in self.pieces())
+
+    def pieces(self) -> Iterator[Iterator[str]]:
+        """The same, each document in pieces of some characters; of a .txt file no more is read than is asked for."""
         column, text = self._column, self._text
         with self._errors_told():
             for row in self._rows:
                 if column not in row:
-                    columns = ", ".join(map(repr, row))
-                    raise InputError(f"{text} has no column {column!r}: its columns are {columns}; give {text}#COLUMN")
-                if row[column] is not None and not isinstance(row[column], str):
-                    raise InputError(f"column {column!r} of {text} holds {type(row[column]).__name__}: expected text")
-                if row[column]:
-                    yield row[column]
+                    raise _no_column(text, column, row)
+                found = row[column]
+                if found is not None and not isinstance(found, str):
+                    raise InputError(f"column {column!r} of {text} holds {type(found).__name__}: expected text")
+                pieces = self._read(found) if found and self._is_plain else _cut(found or "")
+                first = next(pieces, "")
+                if first:
+                    yield self._counted(chain([first], pieces))
+
+    def tokens(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+        """The ids of all documents, as `tokenize` makes them, in pieces; no more is read than is asked for."""
+        for pieces in self.pieces():
+            yield from _tokenized(pieces, tokenizer)
+
+    def _counted(self, pieces: Iterable[str]) -> Iterator[str]:
+        for piece in pieces:
+            self.num_bytes += len(piece.encode())
+            yield piece
+
+    def _read(self, file: str) -> Iterator[str]:
+        with self._errors_told(), open(file, encoding="utf-8-sig") as opened:
+            yield from iter(partial(opened.read, _PIECE), "")
+
+    @property
+    def _is_plain(self) -> bool:
+        return bool(self._files) and _reader(self._files) == "text"
 
     def state_dict(self) -> dict[str, Any]:
         """The place after the latest document, JSON-ready. Exact for documents in order only."""
@@ -128,17 +165,19 @@ def local_files(text: str) -> list[Path]:
     if not text:
         raise InputError("the name of the text is empty: give a file or a data set on the hub")
     path = Path(text)
-    several = path.is_dir() or (("*" in text or "?" in text) and not path.exists())
+    folder = os.path.isdir(path)
+    several = folder or (("*" in text or "?" in text) and not os.path.exists(path))
     if several:
         # A folder may hold other files too; what a pattern matches is meant.
-        pattern = os.path.join(glob.escape(text), "*") if path.is_dir() else text
+        pattern = os.path.join(glob.escape(text), "*") if folder else text
         found = [Path(name) for name in glob.glob(pattern, recursive=True) if not os.path.isdir(name)]
-        files = sorted(file for file in found if _kind(file.name) is not None or not path.is_dir())
+        files = sorted(file for file in found if _kind(file.name) is not None or not folder)
         if not files:
             raise InputError(f"no text file is in or matches {text}: give {', '.join(_READERS)} files")
-    elif path.exists() or _kind(text) is not None or path.is_absolute():
+    elif _kind(text) is not None or os.path.exists(path):
         files = [path]
     else:
+        local_path(_hub_name(text)[0], "text file or folder")
         return []
     for file in files:
         _check_file(file, several)
@@ -162,7 +201,7 @@ def text_fingerprint(text: str) -> str:
 
 
 def _check_file(file: Path, one_of_several: bool) -> None:
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise InputError(f"text file {file} is not there: give {', '.join(_READERS)} or a data set on the hub")
     if _kind(file.name) is None:
         raise InputError(f"text file {file} is of an unknown kind: expected {', '.join(_READERS)}")
@@ -175,24 +214,60 @@ def _kind(name: str) -> str | None:
     return next((suffix for suffix in _READERS if name.lower().endswith(suffix)), None)
 
 
-def _open_rows(text: str, files: list[Path]) -> Any:
-    """A stream of rows (dictionaries)."""
-    from datasets import disable_progress_bars, load_dataset  # noqa: PLC0415 - a second that only reading text needs
+def _hub_name(text: str) -> tuple[str, str, str]:
+    """NAME, CONFIG and SPLIT of NAME[:CONFIG][@SPLIT]."""
+    name, _, split = text.partition("@")
+    name, _, config = name.partition(":")
+    return name, config, split
+
+
+def _reader(files: list[Path]) -> str:
+    return _READERS[_kind(files[0].name) or ""]
+
+
+def _no_column(text: str, column: str, columns: Iterable[str]) -> InputError:
+    there = ", ".join(map(repr, columns))
+    return InputError(f"{text} has no column {column!r}: its columns are {there}; give {text}#COLUMN")
+
+
+def _open_rows(text: str, column: str, files: list[Path]) -> Any:
+    """A stream of rows (dictionaries); of .txt files a row says where its text is."""
+    from datasets import IterableDataset, disable_progress_bars, load_dataset  # noqa: PLC0415 - a second
 
     disable_progress_bars()
     if files:
-        reader = _READERS[_kind(files[0].name) or ""]
-        # Parquet's own batch size is the first row group's, which may be of no rows.
-        options: dict[str, dict[str, Any]] = {"text": {"sample_by": "document"}, "parquet": {"batch_size": 1000}}
+        reader, options = _reader(files), {}
+        if reader == "text":
+            return IterableDataset.from_generator(_names, gen_kwargs={"files": list(map(str, files))})
+        if reader == "parquet":
+            options = _parquet_options(text, column, files[0])
         escaped = [glob.escape(str(file)) for file in files]
         try:
-            return load_dataset(reader, data_files=escaped, split="train", streaming=True, **options.get(reader, {}))
+            return load_dataset(reader, data_files=escaped, split="train", streaming=True, **options)
         except StopIteration:
             # The JSON reader looks at the first row for the columns: there is none in any file.
             raise too_short(text, 0, 0) from None
-    name, _, split = text.partition("@")
-    name, _, config = name.partition(":")
+    name, config, split = _hub_name(text)
     return load_dataset(name, config or None, split=split or _SPLIT, streaming=True)
+
+
+def _names(files: list[str]) -> Iterator[dict[str, str]]:
+    return ({_COLUMN: file} for file in files)
+
+
+def _parquet_options(text: str, column: str, file: Path) -> dict[str, Any]:
+    """Reads the one column, whatever the others hold; as strings where they are views, which cannot be shuffled."""
+    import pyarrow as pa  # noqa: PLC0415 - with datasets
+    from datasets import Features  # noqa: PLC0415
+    from pyarrow.parquet import read_schema  # noqa: PLC0415
+
+    schema = read_schema(file)
+    if column not in schema.names:
+        raise _no_column(text, column, schema.names)
+    kind = schema.field(column).type
+    features = Features.from_arrow_schema(pa.schema({column: pa.string() if pa.types.is_string_view(kind) else kind}))
+    # Its own batch size is the first row group's, which may be of no rows.
+    return {"columns": [column], "features": features, "batch_size": 1000}
 
 
 def tokenize(document: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -200,10 +275,85 @@ def tokenize(document: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
     Before it the one for a beginning, after it the one for an end where that is another, as far as there are such.
     """
+    return [token for ids in _tokenized(_cut(document), tokenizer) for token in ids]
+
+
+def _cut(document: str) -> Iterator[str]:
+    return (document[at : at + _PIECE] for at in range(0, len(document), _PIECE))
+
+
+def _tokenized(pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """`tokenize` of a document in pieces, as soon as they are sure.
+
+    What follows changes the last tokens of a piece only, which wait for the next one. That is tokenised from some
+    tokens before them on, and must find those again at their places: from where both agree, both are the document's
+    own, as tokenizers work on words, or, those that do not split text first, let no token reach beyond the end of one.
+    Otherwise the document is tokenised again from its beginning.
+    """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    # Not verbose: a document longer than the model's context is expected here.
-    ids: list[int] = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-    return [*([] if bos is None else [bos]), *ids, *([] if eos in (None, bos) else [eos])]
+    yield [] if bos is None else [bos]
+    text, start, given = "", 0, 0  # the document so far, where it is tokenised from, how many of its ids were given
+    sure: list[tuple[int, int]] = []  # the last of those, and their places
+    upcoming = iter(pieces)
+    piece = next(upcoming, "")
+    while piece:
+        text += piece
+        piece = next(upcoming, "")
+        if piece and not getattr(tokenizer, "is_fast", False):  # it does not tell places
+            continue
+        found = _placed(text, start, tokenizer, bool(piece or sure))
+        begin = _behind(sure, found)
+        if begin is None:
+            start, begin = 0, given
+            found = _placed(text, start, tokenizer, bool(piece))
+        end = len(found) - (_UNSURE if piece else 0)
+        if piece and end < begin + 2 * _UNSURE:
+            continue
+        yield [token for token, _ in found[begin:end]]
+        given += end - begin
+        sure, start = found[end - _UNSURE : end], found[end - 2 * _UNSURE][1] if piece else 0
+    yield [] if eos in (None, bos) else [eos]
+
+
+def _placed(text: str, start: int, tokenizer: PreTrainedTokenizerBase, places: bool) -> list[tuple[int, int]]:
+    """The ids of a text from some character on, and at which character each begins; 0 where places do not matter."""
+    found = tokenizer(
+        text[start:],
+        add_special_tokens=False,
+        verbose=False,  # a document longer than the model's context is expected here
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        return_offsets_mapping=places,
+    )
+    if not places:
+        return [(token, 0) for token in found["input_ids"]]
+    return [(token, start + at) for token, (at, _) in zip(found["input_ids"], found["offset_mapping"], strict=True)]
+
+
+def _behind(sure: list[tuple[int, int]], found: list[tuple[int, int]]) -> int | None:
+    """Where those that are sure end among the first that were found, at the same places; None: nowhere."""
+    ends = range(len(sure), min(len(found), 4 * len(sure)) + 1)
+    return next((end for end in ends if found[end - len(sure) : end] == sure), None)
+
+
+def check_tokenizer(model: str, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Refuses a tokenizer with ids for which a model has no embeddings.
+
+    Args:
+        model: its name.
+        tokenizer: that it is to be fed with.
+        config: of the model.
+
+    Raises:
+        InputError: such ids.
+    """
+    rows = config.get_text_config().vocab_size
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= rows:
+        raise InputError(
+            f"the tokenizer of {model} has ids up to {largest:,}, but its embeddings have {rows:,} rows: put the "
+            "tokenizer there that the model was trained with, or resize the embeddings"
+        )
 
 
 def check_window_length(window_length: int | None, config: PreTrainedConfig) -> int:
@@ -232,8 +382,8 @@ def calibration_windows(
     """
     wanted = windows * window_length
     tokens: list[int] = []
-    for document in Documents(text, seed):
-        tokens += tokenize(document, tokenizer)
+    for ids in Documents(text, seed).tokens(tokenizer):
+        tokens += ids
         if len(tokens) >= wanted:
             break
     available = min(len(tokens), wanted) // window_length
@@ -261,14 +411,12 @@ def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase, *, window_lengt
     Raises:
         InputError: text that cannot be read, or that has fewer tokens than one window.
     """
-    tokens: list[int] = []
-    num_bytes = 0
-    for document in Documents(text):
-        num_bytes += len(document.encode())
-        tokens.extend(tokenize(document, tokenizer))
-    if len(tokens) < window_length:
-        raise too_short(text, len(tokens), window_length)
-    return TokenizedText(ids=torch.tensor(tokens, dtype=torch.int64), num_bytes=num_bytes)
+    documents = Documents(text)
+    parts = [torch.tensor(ids, dtype=torch.int64) for ids in documents.tokens(tokenizer)]
+    ids = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+    if len(ids) < window_length:
+        raise too_short(text, len(ids), window_length)
+    return TokenizedText(ids=ids, num_bytes=documents.num_bytes)
 
 
 def too_short(text: str, num_tokens: int, window_length: int) -> InputError:

@@ -81,8 +81,8 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto") -> PreTrai
     """A source or a compact model, in eval mode. On the CPU its tensors stay in the file until they are used.
 
     Raises:
-        InputError: as `read_config`; weights that are missing, truncated, of the wrong shape or more than the
-            configuration has places for; an unknown dtype.
+        InputError: as `read_config`; weights that are missing, truncated, not finite, of the wrong shape or more than
+            the configuration has places for; an unknown dtype.
     """
     check_dtype(dtype)
     model, where = located(model), find_device(device)
@@ -90,7 +90,20 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto") -> PreTrai
     names_in_files(open_weights(model), empty)  # transformers takes what does not fit
     with opening(model):
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
+    for name, values in loaded.named_parameters():
+        check_numbers(name, values, f"in {model}")  # logits need not tell: attention on a CPU makes 0 of NaN
     return move(loaded.eval(), where)
+
+
+@torch.no_grad()
+def check_numbers(name: str, parameter: torch.Tensor, where: str) -> None:
+    """Raises InputError for a parameter that holds NaN or infinity."""
+    lowest_and_highest: tuple[torch.Tensor, ...] = parameter.aminmax() if parameter.numel() else ()
+    if not all(torch.isfinite(end) for end in lowest_and_highest):
+        raise InputError(
+            f"the weights hold NaN or infinity {where}, in {name}: get the model again, or, if you gave "
+            "--dtype float16, which overflows above 65504, give another"
+        )
 
 
 def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

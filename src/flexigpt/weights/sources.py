@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from flexigpt.model import all_tensors, empty_of_blocks, fill_model, layout_of
 from flexigpt.runtime import Cache, InputError, Track, check_dtype, find_device, silent
 from flexigpt.weights.files import StoredTensor, WeightFiles, located, names_in_files, open_weights
-from flexigpt.weights.open import open_empty
+from flexigpt.weights.open import check_numbers, open_empty
 from flexigpt.weights.shards import Piece
 
 # Names of parameters -> their values.
@@ -280,20 +280,11 @@ def check_finite(source: StreamedModel, track: Track = silent) -> None:
     """Raises InputError where a source's weights hold NaN or infinity; the message names the block."""
     for name, parameter in source.model.named_parameters():
         if not name.startswith(f"{source.prefix}."):
-            _check_finite(name, parameter, "outside the blocks")
+            check_numbers(name, parameter, "outside the blocks")
     for index in track(range(len(source)), "checking weights", len(source)):
         source.expect(index + 1)
         for name, values in source.tensors(list(source.names(index).values())).items():
-            _check_finite(name, values, f"in block {index}")
-
-
-def _check_finite(name: str, parameter: torch.Tensor, where: str) -> None:
-    lowest_and_highest: tuple[torch.Tensor, ...] = parameter.aminmax() if parameter.numel() else ()
-    if not all(torch.isfinite(end) for end in lowest_and_highest):
-        raise InputError(
-            f"the weights hold NaN or infinity {where}, in {name}: get the model again, or, if you gave "
-            "--dtype float16, which overflows above 65504, give another"
-        )
+            check_numbers(name, values, f"in block {index}")
 
 
 def without_blocks(source: StreamedModel, blocks: Sequence[int]) -> Assembly:
