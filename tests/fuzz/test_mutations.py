@@ -105,7 +105,7 @@ def runner() -> Iterator[Runner]:
 
 
 def text_file(folder: Path) -> None:
-    (folder / "text.txt").write_text("It was a dark and stormy night; the rain fell in torrents. " * 40)
+    (folder / "text.txt").write_text("It was a dark and stormy night; the rain fell in torrents. " * 400)
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +117,8 @@ def cases(
     text_file(made / "work")
     source, compact = (shutil.copytree(path, made / name) for path, name in ((tiny_source, "s"), (tiny_compact, "c")))
     measured = ["--perplexity", "text.txt", "--window-length", "32"]
-    pruned = ["prune", "model", "out", "--preset", "paper", "--rank", "4", *measured]
-    calibrated = ["--ratio", "0.4", "--calibration", "text.txt", "--windows", "4"]
+    pruned = ["prune", "model", "out", "--preset", "paper", *measured]
+    calibrated = ["--ratio", "0.4", "--rank", "4", "--calibration", "text.txt", "--windows", "4"]
     trained = ["recover", "model", "out", "--data", "text.txt", "--window-length", "16", "--batch-tokens", "64"]
     trained += ["--tokens", "6400"]
     assert runner(made, ["prune", str(source), "planned", "--plan-only", *calibrated, "--window-length", "32"])[0] == 0
