@@ -14,6 +14,7 @@ from typing import Any
 from flexigpt import InputError, RecoverOptions, recover
 from flexigpt.cli.main import main
 from flexigpt.recovery import checkpoints, training
+from flexigpt.weights import open as opened
 
 
 def command(words: list[str]) -> str:
@@ -31,6 +32,8 @@ def run(job: dict[str, Any]) -> str | None:
     With `stop_after` the first process is told to stop then; `often` saves after every step; `one_by_one` lets a window
     through at a time.
     """
+    if "poisoned" in job["model"]:  # weights that are not finite, as if training had brought them there
+        opened.check_numbers = lambda *_: None
     checkpoints.SECONDS = 0.0 if job["often"] else 300.0
     training._PASS_TOKENS["cpu"] = 16 if job["one_by_one"] else 1024
 

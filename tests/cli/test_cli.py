@@ -231,7 +231,7 @@ BAD_INPUT = {
     "generate SOURCE --prompt ''": "--prompt is empty",
     "generate SOURCE --prompt Hi --temperature 1 --top-p 1.5": "--top-p 1.5 is out of range",
     "generate SOURCE --prompt Hi --max-new-tokens 9999": "exceed the context of 128",
-    "generate nan --prompt Hi --max-new-tokens 3": "the weights of nan hold NaN or infinity, in",
+    "generate nan --prompt Hi --max-new-tokens 3": "the weights hold NaN or infinity in nan, in model.",
     "generate overflows --prompt Hi --max-new-tokens 3 --temperature 1": "logits are not finite after this prompt",
     "generate overflows --prompt Hi --max-new-tokens 3": "logits are not finite after this prompt: give --dtype",
     "generate longer --prompt Hi": "ids up to 4,096, but its embeddings have 4,096 rows: put the tokenizer there that",

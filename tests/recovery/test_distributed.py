@@ -132,7 +132,7 @@ def more(tiny_compact: Path, places: dict[str, Path], tmp_path_factory: pytest.T
         started.add(name, **given)
     for name, (before, after) in MORE_RESUMED.items():
         started.add_resumed(name, before, after)
-    model = poisoned(tiny_compact, places["TEXT"], started.folder / "model", step=11)
+    model = poisoned(tiny_compact, places["TEXT"], started.folder / "poisoned-model", step=11)
     started.add("poisoned", train="replicas", fsdp=True, often=True)["model"] = str(model)
     started.start()
     return started

@@ -180,7 +180,7 @@ def test_recovery_is_drawn_step_by_step_with_what_was_held_out(tmp_path: Path) -
         "format": 1,
         "source_name": "out/pruned",
         "versions": {"flexigpt": "1"},
-        "options": {},
+        "options": {"data": "t"},
         "compared": ["before", "after"],
         "before": size(600, {}),
         "after": size(600, {}),
