@@ -104,6 +104,7 @@ class CachedStage:
     def __init__(self, file: Path, folder: Path) -> None:
         self._file, self._folder = file, folder
         self.result: Any = _read(file)
+        self._sound: set[str] = set()  # files that were read or written whole: each pair of blocks asks for its factors
 
     @property
     def folder(self) -> Path:
@@ -115,8 +116,9 @@ class CachedStage:
         """The file of that name that `keeping` left in the folder; None: none that is as it was written."""
         file = self.folder / name
         with contextlib.suppress(OSError):
-            return file if _read(self.folder / f"{name}.json") == file_digest(file) else None
-        return None
+            if name not in self._sound and _read(self.folder / f"{name}.json") == file_digest(file):
+                self._sound.add(name)
+        return file if name in self._sound else None
 
     @contextlib.contextmanager
     def keeping(self, name: str) -> Iterator[Path]:
@@ -124,6 +126,7 @@ class CachedStage:
         with replaced_file(self.folder / name, self.folder) as temporary:
             yield temporary
             replace_sealed(self.folder / f"{name}.json", file_digest(temporary), self.folder)
+        self._sound.add(name)
 
     def numbers(self, measures: Mapping[str, Callable[[], float]]) -> Iterator[None]:
         """Measures what no earlier run has, one by one, and yields after each; the result then has them all.
