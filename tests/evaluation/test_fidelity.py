@@ -87,6 +87,16 @@ def test_a_replicas_error_is_that_of_what_it_adds(family: str) -> None:
         assert row["output"] == pytest.approx(((ours[1] - theirs[1]).norm() / added.norm()).item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("other", ["gpt2", "mistral", "opt-norm-before"])
+def test_blocks_of_another_family_are_not_compared(other: str) -> None:
+    text = TokenizedText(ids=token_ids()[0, : WINDOW + 1], num_bytes=WINDOW)
+    measured = measure_fidelity(
+        compacted(tiny_model("llama")), tiny_model(other), text, window_length=WINDOW, against="x"
+    )
+    assert measured["divergence"] > 0
+    assert "blocks" not in measured
+
+
 def blocks_of(model: PreTrainedModel) -> torch.nn.ModuleList:
     return model.block_list if isinstance(model, FlexiGPTForCausalLM) else block_list(model)
 

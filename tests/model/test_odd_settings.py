@@ -23,6 +23,7 @@ from families import (
     ODD_SETTINGS,
     compact_of,
     initialize_replicas,
+    remove_blocks,
     tiny_model,
     token_ids,
 )
@@ -148,6 +149,16 @@ def test_a_setting_has_the_effect_that_it_has_on_the_source(name: str, way: str,
         if way != "saved":
             assert str(plain) != str(found[-1])
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_that_depend_on_their_place_are_not_moved() -> None:
+    """Nor left out before others. Replicas stay where they are."""
+    source = tiny_model("gpt2-scaled")
+    with pytest.raises(InputError, match="scale_attn_by_inverse_layer_idx"):
+        remove_blocks(source, [2])
+    with pytest.raises(InputError, match="scale_attn_by_inverse_layer_idx"):
+        compact_of(source, Plan(num_blocks=NUM_BLOCKS + 1, replicas=()), source_blocks=[0, 1, 1, 2, 3, 4, 5])
+    assert len(remove_blocks(source, [NUM_BLOCKS - 1]).config.to_dict()) > 0
 
 
 def test_what_has_no_weights_of_its_own_is_not_saved_as_if_it_had(tmp_path: Path) -> None:

@@ -68,6 +68,13 @@ def test_a_bad_plan_is_refused(data: Any, reason: str) -> None:
         Plan.from_dict(data)
 
 
+def test_a_plan_in_which_a_name_stands_twice_is_refused(tmp_path: Path) -> None:
+    row = '{"block": 1, "base": 0, "base": 2, "rank": 1}'
+    (tmp_path / "plan.json").write_text(f'{{"format_version": 1, "num_blocks": 3, "replicas": [{row}]}}')
+    with pytest.raises(InputError, match=r"plan\.json names base twice: leave one of them out"):
+        Plan.read(tmp_path / "plan.json")
+
+
 def test_a_plan_file_that_is_missing_or_broken_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere\.json cannot be read"):
         Plan.read(tmp_path / "nowhere.json")

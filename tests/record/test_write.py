@@ -99,10 +99,10 @@ main(sys.argv[1:])
 @pytest.fixture
 def written(compact: Path) -> Path:
     """A checkpoint with all that is written into one later."""
-    picture = b"Software flexigpt report"
     (compact / "figures").mkdir()
-    for name in ("figures/plan.png", "report.html", "other.html"):
-        (compact / name).write_bytes(picture)
+    (compact / "figures" / "plan.png").write_bytes(b"\x89PNG\r\n\x1a\n Software\0flexigpt report")
+    for name in ("report.html", "other.html"):
+        (compact / name).write_text('<!DOCTYPE html><meta name="generator" content="flexigpt report">')
     (compact / "evaluation.json").touch()
     for name in (".figures.writing/new/plan.png", ".README.md.writing/lock"):  # by a process that was killed
         (compact / name).parent.mkdir(parents=True)
@@ -133,7 +133,7 @@ def test_what_others_wrote_is_never_removed(run: Run, tiny_source: Path, written
     path = written / name
     (path if name.endswith("/") else path.parent).mkdir(exist_ok=True)
     if not path.is_dir():
-        path.write_text("mine")
+        path.write_text("mine, from the flexigpt report of yesterday")
     before = sorted(written.rglob("*"))
     code, _, errors = run("prune", tiny_source, written, "--blocks", "2", "--rank", "4", "--overwrite")
     assert code == 2

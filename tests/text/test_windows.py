@@ -449,3 +449,9 @@ def test_window_length_fits_the_context() -> None:
     for length in (1, 1025):
         with pytest.raises(InputError, match="give 2 to 1024"):
             check_window_length(length, GPT2Config(n_positions=1024))
+
+
+def test_utf_16_without_a_mark_is_not_taken_for_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes("It was a dark and stormy night.".encode("utf-16-le"))
+    with pytest.raises(InputError, match=r"text\.txt holds NUL characters.*: save it as UTF-8"):
+        list(Documents(str(tmp_path / "text.txt")))

@@ -121,7 +121,7 @@ def test_a_truncated_file_is_named(tiny_source: Path, tmp_path: Path) -> None:
 def test_missing_tensors_are_not_made_up(tiny_source: Path, tmp_path: Path) -> None:
     weights = load_file(tiny_source / "model.safetensors")
     del weights["model.layers.3.mlp.up_proj.weight"]
-    with pytest.raises(InputError, match=r"lack 1 tensors, model\.layers\.3\.mlp\.up_proj\.weight"):
+    with pytest.raises(InputError, match=r"lack model\.layers\.3\.mlp\.up_proj\.weight"):
         load_model(copy_with(tiny_source, tmp_path / "broken", weights))
 
 
@@ -156,6 +156,26 @@ def test_the_dtype_is_read_off_the_weights_where_config_json_names_none(tiny_sou
     del config["dtype"]
     (Path(half) / "config.json").write_text(json.dumps(config))
     assert open_empty(half).dtype == load_model(half).dtype == torch.float16
+
+
+def test_of_mixed_weights_none_is_rounded_where_config_json_names_no_dtype(tiny_source: Path, tmp_path: Path) -> None:
+    weights = load_file(tiny_source / "model.safetensors")
+    weights = {name: t.half() if ".mlp." in name else t for name, t in weights.items()}
+    mixed = copy_with(tiny_source, tmp_path / "mixed", weights)
+    config = json.loads((Path(mixed) / "config.json").read_text())
+    del config["dtype"]
+    (Path(mixed) / "config.json").write_text(json.dumps(config))
+    assert open_empty(mixed).dtype == load_model(mixed).dtype == Source(mixed).model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("opened", [load_model, Source])
+def test_a_damaged_generation_config_is_not_passed_over(
+    tiny_source: Path, tmp_path: Path, opened: Callable[[str], object]
+) -> None:
+    folder = copy_with(tiny_source, tmp_path / "damaged", load_file(tiny_source / "model.safetensors"))
+    (Path(folder) / "generation_config.json").write_text("{not json")
+    with pytest.raises(InputError, match=r"the generation_config\.json of .*damaged cannot be opened"):
+        opened(folder)
 
 
 @pytest.mark.parametrize(

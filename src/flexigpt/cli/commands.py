@@ -106,10 +106,11 @@ def announced_to(out: Path, note: Callable[[str], None], unread: str | None = No
 
     def announce(estimate: "Estimate") -> None:
         from flexigpt.runtime import check_space, default_folder
-        from flexigpt.weights import load_tokenizer
+        from flexigpt.text import check_tokenizer
+        from flexigpt.weights import load_tokenizer, read_config
 
         if unread is not None:
-            load_tokenizer(unread)
+            check_tokenizer(unread, load_tokenizer(unread), read_config(unread))
 
         check_space(out, estimate.written)
         check_space(default_folder(), estimate.scratch, "scratch files in the cache need")

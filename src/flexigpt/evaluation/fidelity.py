@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexigpt.evaluation.metrics import add_up
 from flexigpt.evaluation.perplexity import logits_over
@@ -64,14 +64,20 @@ def measure_fidelity(
     return measured
 
 
+def _source_config(model: PreTrainedModel) -> PreTrainedConfig:
+    return model.config.get_text_config()
+
+
 @contextmanager
 def _replicas_beside(model: PreTrainedModel, source: PreTrainedModel) -> Iterator[dict[int, list[float]]]:
     """Within it the source's pruned blocks run their replicas too, on what they are given.
 
-    By block, where model and source have as many: squares of the difference of both outputs, and of the block's own.
+    By block, where the source is of the model's family and shape: squares of the difference of both outputs, and of the
+    block's own.
     """
     ours, theirs = layout_of(model), layout_of(source)
-    alike = len(ours.blocks) == len(theirs.blocks) and not theirs.is_compact
+    shapes = [(c.model_type, c.num_hidden_layers, c.hidden_size) for c in map(_source_config, (model, source))]
+    alike = shapes[0] == shapes[1] and not theirs.is_compact
     sums = {block: [0.0, 0.0] for block in ours.bases if alike}
 
     def run_beside(block: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

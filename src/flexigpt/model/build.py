@@ -110,7 +110,13 @@ def config_with_blocks(config: PreTrainedConfig, source_blocks: Sequence[int]) -
     """The configuration of the model that consists of these blocks of the source, in this order; repeats allowed.
 
     Depth and per-block lists (such as `layer_types`) follow, so that what is built from it loads and generates.
+
+    Raises:
+        InputError: blocks that would compute something else in another place.
     """
+    by_index = "scale_attn_by_inverse_layer_idx"
+    if getattr(config, by_index, False) and list(source_blocks) != list(range(len(source_blocks))):
+        raise InputError(f"blocks of this {config.model_type} depend on their place ({by_index}): none can be moved")
     settings = copy.deepcopy(config.to_dict())
     find_architecture(config).gather(settings, source_blocks)
     settings[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(source_blocks)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexigpt.runtime import InputError
+from flexigpt.runtime import InputError, unique_names
 
 # Of the file that `--plan-only` writes; a checkpoint's configuration has its own.
 PLAN_FORMAT_VERSION = 1
@@ -141,7 +141,9 @@ class Plan:
             InputError: a file that is missing or is not a valid plan; the message names the file.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json.loads(Path(path).expanduser().read_text(encoding="utf-8"), object_pairs_hook=unique_names)
+        except InputError as error:
+            raise InputError(f"the plan {path} {error}: leave one of them out") from error
         except OSError as error:
             reason = error.strerror
             raise InputError(

@@ -195,9 +195,8 @@ def notes(record: Record) -> list[str]:
         fewer = f"; the text is {short} windows short of the {windows + short} asked for" if short else ""
         judged = calibration.get("judged", windows)
         judging = f"the first {judged} of " if judged < windows else ""
-        lines.append(
-            f"{find_in(record, 'block_score')} on {judging}{windows} windows of {length} tokens of {text}{fewer}"
-        )
+        measured = find_in(record, "block_score") or "calibrated"
+        lines.append(f"{measured} on {judging}{windows} windows of {length} tokens of {text}{fewer}")
     if "recovery" in record:
         recovery = record["recovery"]
         lines.append(

@@ -181,9 +181,12 @@ def _strangers(out: Path, files: Sequence[str] | None) -> Iterator[Path]:
 
 
 def is_report(path: Path) -> bool:
-    """Whether `flexigpt report` wrote the file."""
+    """Whether `flexigpt report` wrote the file: a page or a picture that says so where such files do."""
     with path.open("rb") as file:
-        return GENERATOR.encode() in file.read(_LOOK_AT)
+        head = file.read(_LOOK_AT)
+    if path.suffix.lower() in (".html", ".htm"):
+        return f'<meta name="generator" content="{GENERATOR}">'.encode() in head
+    return head.startswith(b"\x89PNG") and f"Software\0{GENERATOR}".encode() in head
 
 
 def check_recordable(folder: str | Path) -> None:

@@ -80,7 +80,10 @@ class RunFolder:
             return dict(read_sealed(self.path / _IDENTITY))
         except (OSError, ValueError, TypeError) as error:
             reason = "is not there" if isinstance(error, FileNotFoundError) else "is not as it was written"
-            raise InputError(f"{self.path} holds no run that can be read: its {_IDENTITY} {reason}") from error
+            raise InputError(
+                f"{self.path} holds no run that can be read: its {_IDENTITY} {reason}, or another version of flexigpt "
+                "wrote it; remove the folder to start again"
+            ) from error
 
     def is_due(self) -> bool:
         """Whether it is time for a checkpoint, by this process's clock."""

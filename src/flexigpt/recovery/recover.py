@@ -150,7 +150,7 @@ class _Run:
         """Makes sure that the run's folder holds this very run, or none."""
         if resume:
             self.folder.check(self._identity())
-        elif self.folder.exists() and not overwrite:
+        elif self.folder.steps() and not overwrite:
             there = f"{self.folder.path} holds an unfinished run"
             raise InputError(f"{there}: go on with --resume, or start again with --overwrite")
         elif self.folder.exists():

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         replace_sealed,
         replaced_file,
         replaced_folder,
+        unique_names,
     )
     from flexigpt.runtime.launch import launched, launched_rank, on_signals
     from flexigpt.runtime.machine import check_dtype, device_name, find_device, peak_bytes, versions

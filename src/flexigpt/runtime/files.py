@@ -67,6 +67,16 @@ def local_path(name: str | Path, what: str = "folder") -> Path | None:
     return None
 
 
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises InputError for one with the same name twice, which `json` takes in silence."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise InputError(f"names {name} twice")
+        found[name] = value
+    return found
+
+
 def check_output(out: str | Path, inputs: Iterable[str | Path | None]) -> None:
     """Refuses a place for an output folder before the work begins.
 

@@ -112,7 +112,10 @@ class Documents:
 
     def _read(self, file: str) -> Iterator[str]:
         with self._errors_told(), open(file, encoding="utf-8-sig") as opened:
-            yield from iter(partial(opened.read, _PIECE), "")
+            for piece in iter(partial(opened.read, _PIECE), ""):
+                if "\0" in piece:
+                    raise InputError(f"{file} holds NUL characters, as UTF-16 read as UTF-8 does: save it as UTF-8")
+                yield piece
 
     @property
     def _is_plain(self) -> bool:

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import file_exists, hf_hub_download, try_to_load_from_cache
@@ -19,7 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from flexigpt.runtime import InputError, digest, fingerprint, local_path, one_line
+from flexigpt.runtime import InputError, digest, fingerprint, local_path, one_line, unique_names
 
 # In the order of safetensors' own list, which is that of the tensors in the files that it writes, backwards.
 FILE_DTYPES: dict[str, torch.dtype] = {
@@ -224,7 +224,7 @@ def _is_there(source: str, name: str) -> bool:
 def _read_index(source: str, index: Path) -> dict[str, str]:
     """The index's map, tensor -> file."""
     try:
-        weight_map: dict[str, str] = json.loads(index.read_bytes(), object_pairs_hook=_unique)["weight_map"]
+        weight_map: dict[str, str] = json.loads(index.read_bytes(), object_pairs_hook=unique_names)["weight_map"]
         outside = [file for file in weight_map.values() if Path(file).is_absolute() or ".." in Path(file).parts]
         if weight_map and not outside:
             return weight_map
@@ -238,16 +238,6 @@ def _read_index(source: str, index: Path) -> dict[str, str]:
     except (LookupError, TypeError, AttributeError):
         reason = "has no weight_map"
     raise InputError(f"the index of the weights of {source} {reason}: {_AGAIN}")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises InputError for one with the same name twice, which `json` takes in silence."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise InputError(f"names {name} twice")
-        found[name] = value
-    return found
 
 
 def _shard(source: str, find: Callable[[str], Path | None], name: str) -> Path:
@@ -267,7 +257,7 @@ def _read_file(source: str, file: Path) -> tuple[dict[str, StoredTensor], bytes]
             header = opened.read(int.from_bytes(opened.read(8), "little"))
         changed = file.stat().st_mtime_ns
     try:
-        rows = json.loads(header, object_pairs_hook=_unique)
+        rows = json.loads(header, object_pairs_hook=unique_names)
     except InputError as error:
         raise InputError(f"the weights of {source} are damaged (the header of {file.name} {error}): {_AGAIN}") from None
     rows.pop("__metadata__", None)
@@ -313,7 +303,8 @@ def names_in_files(weights: WeightFiles, model: PreTrainedModel) -> dict[str, st
     left = [name for name in sorted(found.keys() - state.keys()) if not any(re.search(each, name) for each in ignored)]
     lacking = sorted(name for name in state if name not in found and ties.get(name) not in found)
     if lacking:
-        raise InputError(f"the weights of {source} lack {len(lacking)} tensors, {lacking[0]} among them{_other(left)}")
+        which = lacking[0] if len(lacking) == 1 else f"{len(lacking)} tensors, {lacking[0]} among them"
+        raise InputError(f"the weights of {source} lack {which}{_other(left)}")
     for name in sorted(found.keys() & state.keys()):
         _check_tensor(source, weights.tensors[found[name]], state[name])
     if left:
@@ -332,7 +323,7 @@ def names_in_files(weights: WeightFiles, model: PreTrainedModel) -> dict[str, st
 def _other(left: Sequence[str]) -> str:
     """What to do about tensors that are missing, by those that are there in their place."""
     if not left:
-        return ": get them again"
+        return ": get them again, or correct config.json (tie_word_embeddings, biases)"
     return (
         f", and hold {len(left)} that it has no place for, {left[0]} among them: rename them, or save the model again "
         "without what is around it"

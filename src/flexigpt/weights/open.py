@@ -10,11 +10,13 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from flexigpt.model import FlexiGPTConfig, empty_model, plan_of
 from flexigpt.runtime import InputError, check_dtype, find_device, fingerprint, one_line
@@ -69,12 +71,13 @@ def open_empty(model: str, dtype: str = "auto") -> PreTrainedModel:
 
 
 def _dtype_in_files(model: str) -> torch.dtype:
-    """The dtype in a folder's first weight file, for configurations that name none; float32 where there is no file."""
+    """For configurations that name none: the dtype of a folder's weights; float32 where there are several, or none."""
+    found: set[torch.dtype | None] = set()
     for path in sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []:
         with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
-            found = {FILE_DTYPES.get(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
-            return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in found), torch.float32)
-    return torch.float32
+            found |= {FILE_DTYPES.get(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
+    floating = [dtype for dtype in found if dtype is not None and dtype.is_floating_point]
+    return floating[0] if len(floating) == 1 and floating[0].itemsize == 2 else torch.float32
 
 
 def load_model(model: str, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
@@ -90,6 +93,7 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto") -> PreTrai
     names_in_files(open_weights(model), empty)  # transformers takes what does not fit
     with opening(model):
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
+    loaded.generation_config = generation_config(model) or loaded.generation_config  # transformers skips a damaged one
     for name, values in loaded.named_parameters():
         check_numbers(name, values, f"in {model}")  # logits need not tell: attention on a CPU makes 0 of NaN
     return move(loaded.eval(), where)
@@ -117,6 +121,18 @@ def model_fingerprint(model: str) -> str:
     folder = Path(located(model))
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     return fingerprint(model, [folder / "config.json", *files] if files else [])
+
+
+def generation_config(model: str) -> GenerationConfig | None:
+    """How a model is to generate by the file beside it; None: there is none, and config.json says it.
+
+    Raises:
+        InputError: a file that cannot be read.
+    """
+    if find_file(model, GENERATION_CONFIG_NAME) is None:
+        return None
+    with opening(model, f"{GENERATION_CONFIG_NAME} of"):
+        return GenerationConfig.from_pretrained(model)
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

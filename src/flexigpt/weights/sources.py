@@ -1,6 +1,5 @@
 """Models of which only the blocks in use are in memory: sources, and what is made of their tensors."""
 
-import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,13 +9,13 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from flexigpt.model import all_tensors, empty_of_blocks, fill_model, layout_of
 from flexigpt.runtime import Cache, InputError, Track, check_dtype, find_device, silent
 from flexigpt.weights.files import StoredTensor, WeightFiles, located, names_in_files, open_weights
-from flexigpt.weights.open import check_numbers, open_empty
+from flexigpt.weights.open import check_numbers, generation_config, open_empty
 from flexigpt.weights.shards import Piece
 
 # Names of parameters -> their values.
@@ -147,9 +146,7 @@ class Source(StreamedModel):
         for path, buffer in list(model.named_buffers()):
             parent, _, last = path.rpartition(".")
             model.get_submodule(parent)._buffers[last] = buffer.to(self._where)
-        if not Path(name).is_dir() or Path(name, "generation_config.json").is_file():
-            with contextlib.suppress(OSError):  # none there: the one made of config.json stands
-                model.generation_config = GenerationConfig.from_pretrained(name)
+        model.generation_config = generation_config(name) or model.generation_config
 
     def cache(self, folder: str | Path | None) -> Cache:
         """Keeps what is measured of it, in that folder or the default one."""
