@@ -197,6 +197,19 @@ def test_an_unfinished_run_is_resumed_or_replaced_only_when_told(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_run_that_was_refused_before_its_first_checkpoint_is_no_unfinished_one(
+    run: Run, tiny_compact: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("It was a dark and stormy night. " * 60)
+    (tmp_path / "texts" / "b.txt").write_bytes("Es war ein schöner Tag. ".encode("latin-1") * 900)
+    arguments = ("recover", tiny_compact, tmp_path / "out", *TOKENS, *QUICK, "--data")
+    code, _, errors = run(*arguments, tmp_path / "texts")
+    assert code == 2
+    assert "b.txt" in last_line(errors)
+    assert run(*arguments, tmp_path / "texts" / "a.txt", "--epochs", "9")[0] == 0
+
+
 def test_a_damaged_checkpoint_is_told_and_the_one_before_serves(
     run: Run, unfinished: Path, tiny_compact: Path, text: Path, tmp_path: Path, whole: Path
 ) -> None:
