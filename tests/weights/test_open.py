@@ -202,6 +202,7 @@ def test_weights_that_are_not_finite_name_the_block(name: str, where: str) -> No
         ('{"model_type": "llama", "num_attention_heads": 0}', "cannot be"),
         ('{"model_type": "llama", "hidden_act": "nope", "num_hidden_layers": 1}', "cannot be built"),
         ('{"model_type": "llama", "dtype": "float99"}', "cannot be"),
+        ('{"model_type": "llama", "num_hidden_layers": 1, "output_attentions": true}', "cannot be built"),
         ('{"model_type": "flexigpt"}', "cannot be"),
         ('{"model_type": "flexigpt", "format_version": "2"}', "cannot be"),
         (
@@ -249,6 +250,14 @@ def test_the_home_folder_may_be_written_as_a_tilde(checkpoint: Path, monkeypatch
     assert model_fingerprint(home) == model_fingerprint(str(checkpoint))
     with pytest.raises(InputError, match="which is to be replaced"):
         check_output(checkpoint, (f"{home}/config.json",))
+
+
+def test_a_tokenizer_with_settings_of_a_wrong_kind_is_one_clear_line(tiny_source: Path, tmp_path: Path) -> None:
+    folder = copy_with(tiny_source, tmp_path / "odd", load_file(tiny_source / "model.safetensors"))
+    settings = json.loads((Path(folder) / "tokenizer_config.json").read_text()) | {"model_max_length": "long"}
+    (Path(folder) / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"the tokenizer of .* cannot be opened"):
+        load_tokenizer(folder)
 
 
 def test_a_missing_tokenizer_is_one_clear_line(tiny_source: Path, tmp_path: Path) -> None:

@@ -137,5 +137,5 @@ def _libraries_speak(verbosity: Verbosity) -> Iterator[None]:
 
 def _fail(message: str) -> None:
     if message and launched_rank() == 0:  # a bare `flexigpt` has printed its help, and that is all
-        print(f"flexigpt: {message}", file=sys.stderr)
+        print(f"flexigpt: {' '.join(message.splitlines())}", file=sys.stderr)  # a name may hold what ends a line
     sys.exit(2)

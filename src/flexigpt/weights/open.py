@@ -65,7 +65,10 @@ def open_empty(model: str, dtype: str = "auto") -> PreTrainedModel:
     if config.dtype is None:
         config.dtype = _dtype_in_files(model)
     try:
-        return empty_model(config)
+        empty = empty_model(config)
+        for each in (config, config.get_text_config()):
+            each.validate()  # as saving does, once the model has chosen how it attends
+        return empty
     except Exception as error:
         raise InputError(f"the model {model} cannot be built from its config.json: {one_line(error)}") from error
 
@@ -143,7 +146,9 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """
     model = located(model)
     with opening(model, "tokenizer of"):
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        tokenizer("a")  # settings of a wrong kind come to light here
+    return tokenizer
 
 
 def has_replicas(model: str) -> bool:
