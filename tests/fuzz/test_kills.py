@@ -45,16 +45,34 @@ def steady(data: Any) -> Any:
     return [steady(value) for value in data] if isinstance(data, list) else data
 
 
+@pytest.fixture(scope="module")
+def places(runner: Runner, example: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Six blocks of the shipped model, a compact model of them, and the beginning of its text."""
+    made = tmp_path_factory.mktemp("made")
+    (made / "work").mkdir()
+    text = made / "text.jsonl"
+    rows = [json.loads(line) for line in (example / "calibration.jsonl").read_text().splitlines()[:8]]
+    text.write_text("".join(json.dumps({"text": row["text"][:2000]}) + "\n" for row in rows))
+    removed = ",".join(map(str, range(5, 15)))
+    cut = ["prune", str(example), "source", "--remove", "--preset", "paper", "--blocks", removed]
+    shared = ["prune", "source", "compact", "--preset", "paper", "--blocks", "2,4", "--rank", "4"]
+    for command in (cut, shared):
+        code, _, said = runner(made, command)
+        assert code == 0, said
+    return {name: made / "work" / name for name in ("source", "compact")} | {"text": text}
+
+
 @pytest.fixture
-def commands(tiny_source: Path, tiny_compact: Path, text: Path) -> dict[str, list[str]]:
+def commands(places: dict[str, Path]) -> dict[str, list[str]]:
     """What each writes to `out`, but for eval, which records there."""
+    source, compact, text = places["source"], places["compact"], places["text"]
     calibrated = ["--calibration", str(text), "--window-length", "64", "--windows", "8", "--perplexity", str(text)]
     trained = ["--data", str(text), "--window-length", "16", "--batch-tokens", "64", "--tokens", "3200"]
     return {
-        "prune": ["prune", str(tiny_source), "out", "--ratio", "0.4", "--rank", "4", "--preset", "paper", *calibrated],
-        "fitted": ["prune", str(tiny_source), "out", "--ratio", "0.4", "--rank", "4", *calibrated],
-        "extend": ["extend", str(tiny_source), "out", "--blocks", "1:4", "--rank", "2"],
-        "recover": ["recover", str(tiny_compact), "out", *trained],
+        "prune": ["prune", str(source), "out", "--ratio", "0.4", "--rank", "4", "--preset", "paper", *calibrated],
+        "fitted": ["prune", str(source), "out", "--ratio", "0.4", "--rank", "4", *calibrated],
+        "extend": ["extend", str(source), "out", "--blocks", "1:4", "--rank", "2"],
+        "recover": ["recover", str(compact), "out", *trained],
         "eval": ["eval", "out", "--perplexity", str(text), "--window-length", "64", "--record"],
     }
 
@@ -62,12 +80,12 @@ def commands(tiny_source: Path, tiny_compact: Path, text: Path) -> dict[str, lis
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["prune", "fitted", "extend", "recover", "eval"])
 def test_a_command_that_was_killed_ends_with_the_same_bytes(
-    runner: Runner, commands: dict[str, list[str]], tiny_compact: Path, tmp_path: Path, name: str
+    runner: Runner, commands: dict[str, list[str]], places: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     def begin(place: Path) -> Path:
         (place / "work").mkdir(parents=True)
         if name == "eval":
-            shutil.copytree(tiny_compact, place / "work" / "out")
+            shutil.copytree(places["compact"], place / "work" / "out")
         return place
 
     rng, command = random.Random(f"{SEED} {name}"), commands[name]
