@@ -204,6 +204,7 @@ def test_weights_that_are_not_finite_name_the_block(name: str, where: str) -> No
         ('{"model_type": "llama", "dtype": "float99"}', "cannot be"),
         ('{"model_type": "llama", "num_hidden_layers": 1, "output_attentions": true}', "cannot be built"),
         ('{"model_type": "flexigpt"}', "cannot be"),
+        ('{"model_type": "flexigpt", "text_config": "llama"}', "text_config is 'llama'"),
         ('{"model_type": "flexigpt", "format_version": "2"}', "cannot be"),
         (
             '{"model_type": "flexigpt", "text_config": {"model_type": "llama", "num_hidden_layers": 2},'

@@ -25,7 +25,7 @@ class FlexiGPTConfig(PreTrainedConfig):
         format_version: version of the checkpoint format.
 
     Raises:
-        ValueError: a checkpoint of a newer format version.
+        ValueError: a checkpoint of a newer format version; a text_config that is none.
     """
 
     model_type = "flexigpt"
@@ -67,6 +67,8 @@ class FlexiGPTConfig(PreTrainedConfig):
             )
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
+        if text_config is not None and not isinstance(text_config, PreTrainedConfig):
+            raise ValueError(f"text_config is {text_config!r}, where the source's configuration belongs")
         of_source = {name: kwargs.pop(name) for name in list(kwargs) if not self._is_own(name)}
         super().__init__(**kwargs)
         self.replicas = list(replicas or [])
