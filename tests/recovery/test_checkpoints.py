@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_recover import QUICK, TOKENS, assert_same, last_line, quick, signal_after
+from test_recover import QUICK, TOKENS, assert_same, last_line, quick, stopped_after
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from conftest import Run
-from flexigpt import InputError, recover
+from flexigpt import recover
 from flexigpt.recovery import checkpoints as kept
 from flexigpt.runtime import ALONE, file_digest, read_sealed, replace_sealed
 from killing import Killed
@@ -21,13 +21,7 @@ from killing import Killed
 
 @pytest.fixture(scope="module")
 def unfinished(tiny_compact: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was stopped after step 6."""
-    out = tmp_path_factory.mktemp("unfinished") / "out"
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(kept, "SECONDS", 0.0)
-        with pytest.raises(InputError):
-            recover(str(tiny_compact), out, quick(text), log=signal_after(6))
-    return out
+    return stopped_after(6, tiny_compact, text, tmp_path_factory.mktemp("unfinished") / "out")
 
 
 @pytest.fixture(scope="module")

@@ -143,15 +143,18 @@ def test_a_signal_at_the_last_step_lets_the_run_end(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.fixture(scope="module")
-def unfinished(tiny_compact: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was stopped after step 6."""
-    out = tmp_path_factory.mktemp("unfinished") / "out"
+def stopped_after(step: int, model: Path, text: Path, out: Path) -> Path:
+    """A run that was stopped after that step, a checkpoint after each."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(kept, "SECONDS", 0.0)
         with pytest.raises(InputError):
-            recover(str(tiny_compact), out, quick(text), log=signal_after(6))
+            recover(str(model), out, quick(text), log=signal_after(step))
     return out
+
+
+@pytest.fixture(scope="module")
+def unfinished(tiny_compact: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stopped_after(6, tiny_compact, text, tmp_path_factory.mktemp("unfinished") / "out")
 
 
 OTHER = {
