@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flexigpt.model.architecture import find_architecture, num_blocks
 from flexigpt.model.configuration_flexigpt import FlexiGPTConfig
-from flexigpt.model.layout import INNER, SOURCE_PREFIX, layout_of
+from flexigpt.model.layout import INNER, SOURCE_PREFIX, layout_of, sublayer_paths
 from flexigpt.model.modeling_flexigpt import FlexiGPTForCausalLM, SharedLinear, linear_size
 from flexigpt.model.plan import Plan
 from flexigpt.runtime import InputError
@@ -136,7 +136,11 @@ def check_depth(plan: Plan, depth: int) -> None:
 
 
 def compact_config(
-    config: PreTrainedConfig, plan: Plan, output_norm: bool = True, base_scale: bool = False
+    config: PreTrainedConfig,
+    plan: Plan,
+    output_norm: bool = True,
+    base_scale: bool = False,
+    sublayer_paths: dict[str, dict[str, Any]] | None = None,
 ) -> FlexiGPTConfig:
     """The configuration of the compact model that a plan makes of a source.
 
@@ -152,6 +156,8 @@ def compact_config(
         linears=list(architecture.linears),
         output_norms=list(architecture.output_norms) if output_norm else [],
         base_scale=base_scale,
+        sublayers=[one.to_dict() for one in plan.sublayers],
+        sublayer_paths=sublayer_paths,
         dtype=config.dtype,
     )
 
@@ -237,13 +243,15 @@ def empty_compact(
     text_config = config_with_blocks(source.config, origins)
     text_config._name_or_path = ""  # where the source lay when it was pruned; the record says so
     text_config.dtype = source.dtype
-    model = cast(FlexiGPTForCausalLM, empty_model(compact_config(text_config, plan, output_norm, base_scale)))
+    paths = sublayer_paths(source) if plan.sublayers else None
+    model = cast(FlexiGPTForCausalLM, empty_model(compact_config(text_config, plan, output_norm, base_scale, paths)))
+    shapes = {name: tensor.shape for name, tensor in all_tensors(source).items()}
     names = {f"{SOURCE_PREFIX}{name}": origin for name, origin in _names_of_blocks(source, origins).items()}
     taken = {}
-    for name in all_tensors(model):
+    for name, tensor in all_tensors(model).items():
         # A family's own norm that an output norm follows lies one level deeper in a replica.
         parent, _, last = name.rpartition(".")
         origin = names.get(f"{parent.removesuffix(INNER)}.{last}")
-        if origin is not None:
+        if origin is not None and tensor.shape == shapes[origin]:  # a sublayer with fewer units has tensors of its own
             taken[name] = origin
     return model, taken

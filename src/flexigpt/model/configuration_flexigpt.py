@@ -4,9 +4,9 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-# The newest that is read. Version 2 has base scales, version 3 ranks of single linears; the least that says it all is
-# written.
-FORMAT_VERSION = 3
+# The newest that is read. Version 2 has base scales, version 3 ranks of single linears, version 4 replicas of single
+# sublayers; the least that says it all is written.
+FORMAT_VERSION = 4
 
 
 class FlexiGPTConfig(PreTrainedConfig):
@@ -16,6 +16,9 @@ class FlexiGPTConfig(PreTrainedConfig):
         text_config: the source's configuration (for an extended model with the depth of the compact model).
         replicas: the plan's replicas, rows of `block`, `base` and `rank`, and, where linears have ranks of their own,
             `ranks` by path.
+        sublayers: the plan's replicas of single sublayers, rows of `block`, `sublayer`, `form`, and `units` or `rank`.
+        sublayer_paths: of `attention` and `mlp`, within the block: its `module`, the `inner` linears that compute its
+            units, and the `outer` one that takes them; only where there are such replicas.
         blocks: path of the list of blocks within the source model.
         linears: paths of a block's linears, within the block.
         output_norms: paths within the block of the modules whose output an output norm normalises: the last ones of
@@ -38,12 +41,16 @@ class FlexiGPTConfig(PreTrainedConfig):
     _own = frozenset(
         (
             *("text_config", "replicas", "blocks", "linears", "output_norms", "output_norm_eps", "base_scale"),
+            *("sublayers", "sublayer_paths"),
             *("format_version", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"),
             *("model_type", "name_or_path", "attn_implementation", "experts_implementation", "quantization_config"),
             *("chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "num_labels", "problem_type"),
         )
     )
     # What every configuration has from its class, so that `__getattr__` is never asked for it.
+    # Written only where there are such replicas: a checkpoint without them is what it was before there were any.
+    sublayers: tuple[dict[str, Any], ...] | list[dict[str, Any]] = ()
+    sublayer_paths: dict[str, dict[str, Any]] | None = None
     _in_every_class = frozenset(("output_hidden_states", "output_attentions", "return_dict", "rope_scaling"))
 
     def __init__(
@@ -56,10 +63,13 @@ class FlexiGPTConfig(PreTrainedConfig):
         output_norm_eps: float = 1e-6,
         base_scale: bool = False,
         format_version: int | None = None,
+        sublayers: list[dict[str, Any]] | None = None,
+        sublayer_paths: dict[str, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         if format_version is None:
             format_version = 3 if any("ranks" in row for row in replicas or ()) else 1 + base_scale
+            format_version = 4 if sublayers else format_version
         if format_version > FORMAT_VERSION:
             raise ValueError(
                 f"this compact model has format version {format_version}, this flexigpt reads versions up to "
@@ -78,6 +88,8 @@ class FlexiGPTConfig(PreTrainedConfig):
         self.output_norm_eps = output_norm_eps
         self.base_scale = base_scale
         self.format_version = format_version
+        if sublayers:
+            self.sublayers, self.sublayer_paths = list(sublayers), sublayer_paths
         self.text_config = text_config
         if kwargs.get("attn_implementation") is not None:
             self._attn_implementation = kwargs["attn_implementation"]  # again, for text_config

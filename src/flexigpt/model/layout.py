@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -51,7 +51,28 @@ def linear_tensors(
 def plan_of(config: PreTrainedConfig) -> Plan:
     """The plan of a compact model."""
     assert isinstance(config, FlexiGPTConfig)
-    return Plan.of_rows(config.num_hidden_layers, config.replicas)
+    return Plan.of_rows(config.num_hidden_layers, config.replicas, list(config.sublayers))
+
+
+def sublayer_paths(source: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """Where a source keeps attention and MLP, as a compact model's `sublayer_paths`; the meta device will do."""
+    layout, roles = layout_of(source), find_architecture(source.config).roles
+    heads = source.config.num_attention_heads
+    whole = {
+        "attention": getattr(source.config, "num_key_value_heads", None) or heads,
+        "mlp": linear_size(layout.blocks[0].get_submodule(roles.down))[1],
+    }
+    inner = {"attention": (roles.query, roles.key, roles.value), "mlp": (roles.gate, roles.up)}
+    outer = {"attention": roles.output, "mlp": roles.down}
+    return {
+        name: {
+            "module": outer[name].rpartition(".")[0],
+            "inner": [path for path in dict.fromkeys(inner[name]) if path is not None],
+            "outer": outer[name],
+            "units": units,
+        }
+        for name, units in whole.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +101,11 @@ class Layout:
     def kept(self) -> list[int]:
         """The blocks that have linears of their own."""
         return [block for block in range(len(self.blocks)) if block not in self.bases]
+
+    def linears_of(self, block: int) -> list[str]:
+        """Paths of a block's linears that are there: a sublayer that became another form has none."""
+        there = {path for path, _ in self.blocks[block].named_modules()}
+        return [path for path in self.linears if path in there]
 
     @property
     def groups(self) -> list[list[nn.Module]]:
@@ -139,11 +165,9 @@ def count_parts(model: PreTrainedModel) -> dict[str, int]:
             part = outside.get(id(parameter), "outside the blocks, other")
         else:
             block, _, path = name.removeprefix(f"{layout.prefix}.").partition(".")
-            if int(block) not in layout.bases:
-                part = "kept blocks, linears" if path in weights else "kept blocks, norms and biases"
-            else:
-                own = (part for end, part in REPLICA_PARTS.items() if path.endswith(end))
-                part = next(own, "replicas, norms and biases")
+            rest = "replicas, norms and biases" if int(block) in layout.bases else "kept blocks, norms and biases"
+            rest = "kept blocks, linears" if path in weights else rest
+            part = next((part for end, part in REPLICA_PARTS.items() if path.endswith(end)), rest)
         parts[part] = parts.get(part, 0) + parameter.numel()
     return parts
 

@@ -3,6 +3,9 @@
 A replica is a decoder layer of the source's own class: own layer index, cache slot, input norms and biases. Only its
 linears are exchanged: each computes with the base's weight, to which it adds its own adapter. The base is looked up
 when the layer runs and is not registered a second time, so every tensor exists once in the module tree and on disk.
+
+A replica of a single sublayer (an attention or an MLP) needs no base: it is the sublayer with fewer of its own units,
+a low-rank linear map, or nothing.
 """
 
 import inspect
@@ -91,6 +94,43 @@ class NormedOutput(nn.Module):
         return self.output_norm(y).to(y.dtype)
 
 
+class LinearSublayer(nn.Module):
+    """In the place of an attention or an MLP: y = (x A^T) B^T + b of each token.
+
+    Args:
+        hidden_size: of x and y.
+        rank: of B A; with 0 nothing is written, and nothing is stored.
+        is_attention: whether the block expects attention weights beside y. There are none, nor anything in the
+            key/value cache.
+    """
+
+    def __init__(self, hidden_size: int, rank: int, is_attention: bool) -> None:
+        super().__init__()
+        self._is_attention = is_attention
+        self.adapter_A: nn.Parameter | None = None
+        if rank:
+            self.adapter_A = nn.Parameter(torch.randn(rank, hidden_size) * hidden_size**-0.5)
+            self.adapter_B = nn.Parameter(torch.zeros(hidden_size, rank))
+            self.bias = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        """(..., hidden_size) -> (..., hidden_size)."""
+        if self.adapter_A is None:
+            y = torch.zeros_like(hidden_states)
+        else:
+            y = F.linear(F.linear(hidden_states, self.adapter_A), self.adapter_B, self.bias.to(hidden_states.dtype))
+        return (y, None) if self._is_attention else y
+
+
+def resized(linear: nn.Module, outputs: int, inputs: int) -> nn.Module:
+    """A new linear of the same class, (outputs, inputs) large, with a bias where this has one."""
+    weight: torch.Tensor = linear.weight
+    with torch.device(weight.device):
+        if isinstance(linear, Conv1D):
+            return Conv1D(outputs, inputs).to(weight.dtype)
+        return nn.Linear(inputs, outputs, bias=linear.bias is not None, dtype=weight.dtype)
+
+
 class FlexiGPTForCausalLM(PreTrainedModel, GenerationMixin):
     """The source's architecture, built by transformers from its own configuration, with replicas in it."""
 
@@ -113,7 +153,9 @@ class FlexiGPTForCausalLM(PreTrainedModel, GenerationMixin):
         self.__dict__["prepare_inputs_for_generation"] = self.language_model.prepare_inputs_for_generation
         for replica in config.replicas:
             self._share(**replica)
-        if config.replicas:
+        for row in config.sublayers:
+            self._shrink(**row)
+        if config.replicas or config.sublayers:
             self.language_model.save_pretrained = _refuse_to_save
         self.post_init()
 
@@ -134,6 +176,25 @@ class FlexiGPTForCausalLM(PreTrainedModel, GenerationMixin):
             parent, name = _parent(self.block_list[block], path)
             inner = getattr(parent, name)
             setattr(parent, name, NormedOutput(inner, self.config.text_config.hidden_size, self.config.output_norm_eps))
+
+    def _shrink(
+        self, block: int, sublayer: str, form: str, units: int | None = None, rank: int | None = None
+    ) -> None:
+        """Turns one sublayer into a replica of itself."""
+        paths, logical = self.config.sublayer_paths[sublayer], self.block_list[block]
+        if form != "units":
+            parent, name = _parent(logical, paths["module"])
+            hidden_size = self.config.text_config.hidden_size
+            setattr(parent, name, LinearSublayer(hidden_size, rank or 0, sublayer == "attention"))
+            return
+        for path in (*paths["inner"], paths["outer"]):
+            parent, name = _parent(logical, path)
+            outputs, inputs = linear_size(getattr(parent, name))
+            if path == paths["outer"]:
+                inputs = inputs * units // paths["units"]
+            else:
+                outputs = outputs * units // paths["units"]
+            setattr(parent, name, resized(getattr(parent, name), outputs, inputs))
 
     def forward(
         self,

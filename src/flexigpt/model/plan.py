@@ -1,15 +1,22 @@
-"""The plan (which logical block is a replica of which base, with which rank) and parameter accounting. No torch."""
+"""The plan (what stands in the place of what is pruned) and parameter accounting. No torch."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from flexigpt.runtime import InputError, unique_names
 
-# Of the file that `--plan-only` writes; a checkpoint's configuration has its own.
-PLAN_FORMAT_VERSION = 1
+# Of the file that `--plan-only` writes; a checkpoint's configuration has its own. Version 2 has sublayers; the least
+# that says it all is written.
+PLAN_FORMAT_VERSION = 2
+
+SublayerName = Literal["attention", "mlp"]
+
+# What a pruned sublayer becomes, and the number that says how large.
+FormName = Literal["units", "linear", "none"]
+_NUMBER_OF_FORM: Mapping[str, str | None] = {"units": "units", "linear": "rank", "none": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,23 +51,86 @@ class Replica:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SublayerReplica:
+    """What stands in the place of one pruned sublayer, the attention or the MLP of a block.
+
+    Attributes:
+        block: the logical block, from 0.
+        sublayer: attention or mlp.
+        form: units (the sublayer with fewer of its own units: an MLP's hidden units, an attention's key/value heads with
+            their queries), linear (y = B A x + b) or none (it writes nothing).
+        units: how many are left, for the form units.
+        rank: of B A, for the form linear.
+    """
+
+    block: int
+    sublayer: SublayerName
+    form: FormName
+    units: int | None = None
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        where = f"the plan's {self.sublayer} of block {self.block}"
+        for name, kind in (("sublayer", SublayerName), ("form", FormName)):
+            if getattr(self, name) not in get_args(kind):
+                given = getattr(self, name)
+                raise InputError(f"{where} has {name} {given!r}: expected {' or '.join(get_args(kind))}")
+        wanted = _NUMBER_OF_FORM[self.form]
+        for name in ("units", "rank"):
+            value = getattr(self, name)
+            if name == wanted and (type(value) is not int or value < 1):
+                raise InputError(f"{where} has {name} = {value!r}: the form {self.form} needs a whole number above 0")
+            if name != wanted and value is not None:
+                raise InputError(f"{where} has {name}, which the form {self.form} has no use for: leave it out")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A row of the plan, JSON-ready."""
+        row = {"block": self.block, "sublayer": self.sublayer, "form": self.form}
+        wanted = _NUMBER_OF_FORM[self.form]
+        return row if wanted is None else row | {wanted: getattr(self, wanted)}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All that pruning or extension decides. Blocks that are not a replica are kept.
+    """All that pruning or extension decides. What it does not name is kept as it is.
 
     Attributes:
         num_blocks: logical blocks of the compact model.
-        replicas: in order of their blocks.
+        replicas: of whole blocks, in order of their blocks.
+        sublayers: replicas of single sublayers, in order of their blocks, attention before MLP.
 
     Raises:
-        InputError: a block that does not exist, is named twice or is its own base; a base that is itself a replica;
-            a rank below 1.
+        InputError: a block that does not exist, is named twice or is its own base; a base that is itself a replica or
+            has a pruned sublayer; a rank below 1.
     """
 
     num_blocks: int
-    replicas: tuple[Replica, ...]
+    replicas: tuple[Replica, ...] = ()
+    sublayers: tuple[SublayerReplica, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "replicas", tuple(sorted(self.replicas, key=lambda replica: replica.block)))
+        object.__setattr__(self, "sublayers", tuple(sorted(self.sublayers, key=lambda one: (one.block, one.sublayer))))
+        self._check_replicas()
+        self._check_sublayers()
+
+    def _check_sublayers(self) -> None:
+        taken = {*self.pruned, *(replica.base for replica in self.replicas)}
+        seen: set[tuple[int, str]] = set()
+        for one in self.sublayers:
+            where = f"the plan's {one.sublayer} of block {one.block}"
+            if not 0 <= one.block < self.num_blocks:
+                raise InputError(
+                    f"the plan names block {one.block}, but the model has blocks 0 to {self.num_blocks - 1}: "
+                    "correct the plan"
+                )
+            if one.block in taken:
+                raise InputError(f"{where} is that of a replica or of its base: leave one of the two out")
+            if (one.block, one.sublayer) in seen:
+                raise InputError(f"{where} is named more than once: keep one of its rows")
+            seen.add((one.block, one.sublayer))
+
+    def _check_replicas(self) -> None:
         blocks = [replica.block for replica in self.replicas]
         for replica in self.replicas:
             for role, block in (("block", replica.block), ("base", replica.base)):
@@ -95,11 +165,12 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready data: what `--plan-only` writes and `--plan` reads."""
-        return {
-            "format_version": PLAN_FORMAT_VERSION,
+        data = {
+            "format_version": 2 if self.sublayers else 1,
             "num_blocks": self.num_blocks,
             "replicas": [replica.to_dict() for replica in self.replicas],
         }
+        return data | {"sublayers": [one.to_dict() for one in self.sublayers]} if self.sublayers else data
 
     @classmethod
     def from_dict(cls, data: Any) -> "Plan":
@@ -109,16 +180,18 @@ class Plan:
             InputError: keys that are missing or unknown, values that are not whole numbers, a newer format version,
                 or a broken invariant.
         """
-        _check_keys(data, {"format_version", "num_blocks", "replicas"}, "the plan")
-        if data["format_version"] != PLAN_FORMAT_VERSION:
+        version = data.get("format_version") if isinstance(data, dict) else None
+        known = {"format_version", "num_blocks", "replicas"} | ({"sublayers"} if version == 2 else set())
+        _check_keys(data, known, "the plan")
+        if not 1 <= data["format_version"] <= PLAN_FORMAT_VERSION:
             raise InputError(
-                f"the plan has format version {data['format_version']}, this flexigpt reads version "
+                f"the plan has format version {data['format_version']}, this flexigpt reads versions up to "
                 f"{PLAN_FORMAT_VERSION}: upgrade flexigpt or write the plan again with --plan-only"
             )
-        return cls.of_rows(data["num_blocks"], data["replicas"])
+        return cls.of_rows(data["num_blocks"], data["replicas"], data.get("sublayers", []))
 
     @classmethod
-    def of_rows(cls, num_blocks: int, rows: Any) -> "Plan":
+    def of_rows(cls, num_blocks: int, rows: Any, sublayers: Any = ()) -> "Plan":
         """The plan of rows as `to_dict` writes them; the configuration of a compact model holds such rows.
 
         Raises:
@@ -131,7 +204,8 @@ class Plan:
             _check_ranks(row, where)
             numbers = {key: row[key] for key in row if key != "ranks"} if isinstance(row, dict) else row
             _check_keys(numbers, {"block", "base", "rank"}, where)
-        return cls(num_blocks=num_blocks, replicas=tuple(Replica(**row) for row in rows))
+        replicas = tuple(Replica(**row) for row in rows)
+        return cls(num_blocks=num_blocks, replicas=replicas, sublayers=_sublayers_of(sublayers))
 
     @classmethod
     def read(cls, path: str | Path) -> "Plan":
@@ -159,8 +233,24 @@ def _check_keys(data: Any, expected: set[str], where: str) -> None:
         given = ", ".join(sorted(data)) if isinstance(data, dict) else type(data).__name__
         raise InputError(f"{where} has {given or 'nothing'}: expected exactly {', '.join(sorted(expected))}")
     for key, value in data.items():
-        if key != "replicas" and (not isinstance(value, int) or isinstance(value, bool)):
+        if key not in ("replicas", "sublayers") and (not isinstance(value, int) or isinstance(value, bool)):
             raise InputError(f"{where} has {key} = {value!r}: expected a whole number")
+
+
+def _sublayers_of(rows: Any) -> tuple[SublayerReplica, ...]:
+    if not isinstance(rows, list | tuple):
+        raise InputError("the plan's sublayers are no list: expected rows of block, sublayer, form and its number")
+    found = []
+    for number, row in enumerate(rows):
+        where = f"row {number} of the plan's sublayers"
+        least, most = {"block", "sublayer", "form"}, {"block", "sublayer", "form", "units", "rank"}
+        if not isinstance(row, dict) or not least <= set(row) <= most:
+            given = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+            raise InputError(f"{where} has {given or 'nothing'}: expected block, sublayer, form, and units or rank")
+        if type(row["block"]) is not int:
+            raise InputError(f"{where} has block = {row['block']!r}: expected a whole number")
+        found.append(SublayerReplica(**row))
+    return tuple(found)
 
 
 def _check_ranks(row: Any, where: str) -> None:
