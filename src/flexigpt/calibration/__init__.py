@@ -1,7 +1,7 @@
 """Text through the blocks of a model, one block at a time; statistics streamed out.
 
 In: a streamed model and windows of token ids. Out: hidden states, means over tokens, second moments. Read
-`options`, `hidden_states`, then `moments`.
+`options`, `hidden_states`, `moments`, then `sensitivity`.
 """
 
 from typing import TYPE_CHECKING
@@ -21,5 +21,6 @@ if TYPE_CHECKING:
     )
     from flexigpt.calibration.moments import RunningSum, input_moments, output_weights
     from flexigpt.calibration.options import TEXT_GROUP, CalibrationOptions
+    from flexigpt.calibration.sensitivity import Sensitivity, sensitivities
 else:
     lazy_door(__name__)

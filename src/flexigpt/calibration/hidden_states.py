@@ -120,21 +120,23 @@ class Stream:
             with torch.no_grad(), fast_half(self._model):
                 yield block_output(block(inputs, *args, **kwargs))
 
-    def gradients(self, block: nn.Module, index: int, paths: Sequence[str]) -> Iterator[list[torch.Tensor]]:
-        """J^T v for each of these modules, batch by batch: J is the derivative of a block's output by what one returns.
+    def backward(
+        self, block: nn.Module, index: int, gradients: "HiddenStates", paths: Sequence[str]
+    ) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+        """Takes gradients by what a block puts out to those by the hidden states, in place, batch by batch.
 
-        v is a random direction for each batch, normal, of variance one. One pass forward and one backward, of this
-        block alone.
+        Yields:
+            By path of each of these modules within the block: what it was given, and the gradient by what it returned.
         """
-        generator = torch.Generator().manual_seed(0)
-        for inputs in self.hidden:
+        for number, inputs in enumerate(self.hidden):
             args, kwargs = self._arguments[inputs.shape[:2]][index]
             with watched(block, paths) as seen, torch.enable_grad(), fast_half(self._model):
-                output = block_output(block(inputs.detach().requires_grad_(), *args, **kwargs))
-                direction = torch.randn(output.shape, generator=generator).to(output)
+                entering = inputs.detach().requires_grad_()
+                output = block_output(block(entering, *args, **kwargs))
                 returned = [seen[path][1] for path in paths]
-                gradients = torch.autograd.grad(output, returned, direction)
-            yield list(gradients)
+                first, *others = torch.autograd.grad(output, [entering, *returned], gradients[number])
+            gradients[number] = first
+            yield {path: (seen[path][0].detach(), other) for path, other in zip(paths, others, strict=True)}
 
     def advance(self, block: nn.Module, index: int) -> None:
         """The hidden states become what a block makes of them."""
@@ -167,7 +169,7 @@ def block_means(
         For each statistic a value for each block; not finite where the model overflows.
     """
     stream = Stream(source.model, calibration_batches(windows), spill)
-    saved = _Saved(stage, stream.hidden)
+    saved = SavedStates(stage, stream.hidden)
     done, means = saved.found() or (0, {name: [] for name in statistics})
     for index in track(range(len(source)), "calibrating", len(source)):
         if index < done:
@@ -200,7 +202,7 @@ def overflow(what: str) -> InputError:
     )
 
 
-class _Saved:
+class SavedStates:
     """What a calibration leaves in its stage, where there is one, to go on from."""
 
     def __init__(self, stage: CachedStage | None, hidden: HiddenStates) -> None:
@@ -250,14 +252,14 @@ def run_through(
         model.expect(index + 1)
         with model.block(index) as block:
             stream.advance(block, index)
-    with finished_blocks(model, stream):
+    with finished_blocks(model, stream.hidden):
         yield
 
 
 @contextmanager
-def finished_blocks(model: StreamedModel, stream: Stream) -> Iterator[None]:
-    """Within it the model, called with the batches of a stream in order, gives what it makes of the hidden states."""
-    finished = iter(stream.hidden)
+def finished_blocks(model: StreamedModel, hidden: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Within it the model, called with the batches of a text in order, gives what it makes of these hidden states."""
+    finished = iter(hidden)
     returns_tuple = model.layout.returns_tuple
 
     def forward_of(index: int, _: Callable[..., Any]) -> Callable[..., Any]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         model_shape,
         plan_of,
         stored_bytes,
+        sublayer_paths,
     )
     from flexigpt.model.modeling_flexigpt import (
         CACHE_NAMES,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
         cache_name,
         linear_size,
     )
-    from flexigpt.model.plan import ModelShape, Plan, Replica, default_rank, plan_in_words
+    from flexigpt.model.plan import ModelShape, Plan, Replica, SublayerReplica, default_rank, plan_in_words
     from flexigpt.model.run import Seen, block_output, fast_half, replaced_forwards, watched
 else:
     lazy_door(__name__)

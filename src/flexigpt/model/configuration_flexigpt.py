@@ -16,9 +16,10 @@ class FlexiGPTConfig(PreTrainedConfig):
         text_config: the source's configuration (for an extended model with the depth of the compact model).
         replicas: the plan's replicas, rows of `block`, `base` and `rank`, and, where linears have ranks of their own,
             `ranks` by path.
-        sublayers: the plan's replicas of single sublayers, rows of `block`, `sublayer`, `form`, and `units` or `rank`.
-        sublayer_paths: of `attention` and `mlp`, within the block: its `module`, the `inner` linears that compute its
-            units, and the `outer` one that takes them; only where there are such replicas.
+        sublayers: the plan's replicas of single sublayers, rows of `block`, `sublayer`, `form` and `units`.
+        sublayer_paths: of `attention` and `mlp`, within the block: its `module`, empty where there is none; of the MLP
+            also the `inner` linears that compute its hidden units, the `outer` one that takes them, and how many
+            `units` the source has. Only where there are such replicas.
         blocks: path of the list of blocks within the source model.
         linears: paths of a block's linears, within the block.
         output_norms: paths within the block of the modules whose output an output norm normalises: the last ones of

@@ -56,22 +56,15 @@ def plan_of(config: PreTrainedConfig) -> Plan:
 
 def sublayer_paths(source: PreTrainedModel) -> dict[str, dict[str, Any]]:
     """Where a source keeps attention and MLP, as a compact model's `sublayer_paths`; the meta device will do."""
-    layout, roles = layout_of(source), find_architecture(source.config).roles
-    heads = source.config.num_attention_heads
-    whole = {
-        "attention": getattr(source.config, "num_key_value_heads", None) or heads,
-        "mlp": linear_size(layout.blocks[0].get_submodule(roles.down))[1],
-    }
-    inner = {"attention": (roles.query, roles.key, roles.value), "mlp": (roles.gate, roles.up)}
-    outer = {"attention": roles.output, "mlp": roles.down}
+    block, roles = layout_of(source).blocks[0], find_architecture(source.config).roles
     return {
-        name: {
-            "module": outer[name].rpartition(".")[0],
-            "inner": [path for path in dict.fromkeys(inner[name]) if path is not None],
-            "outer": outer[name],
-            "units": units,
-        }
-        for name, units in whole.items()
+        "attention": {"module": roles.output.rpartition(".")[0]},
+        "mlp": {
+            "module": roles.down.rpartition(".")[0],
+            "inner": [path for path in dict.fromkeys((roles.gate, roles.up)) if path is not None],
+            "outer": roles.down,
+            "units": linear_size(block.get_submodule(roles.down))[1],
+        },
     }
 
 
@@ -104,8 +97,8 @@ class Layout:
 
     def linears_of(self, block: int) -> list[str]:
         """Paths of a block's linears that are there: a sublayer that became another form has none."""
-        there = {path for path, _ in self.blocks[block].named_modules()}
-        return [path for path in self.linears if path in there]
+        modules = dict(self.blocks[block].named_modules())
+        return [path for path in self.linears if hasattr(modules.get(path), "weight")]
 
     @property
     def groups(self) -> list[list[nn.Module]]:

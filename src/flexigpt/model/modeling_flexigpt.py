@@ -4,8 +4,8 @@ A replica is a decoder layer of the source's own class: own layer index, cache s
 linears are exchanged: each computes with the base's weight, to which it adds its own adapter. The base is looked up
 when the layer runs and is not registered a second time, so every tensor exists once in the module tree and on disk.
 
-A replica of a single sublayer (an attention or an MLP) needs no base: it is the sublayer with fewer of its own units,
-a low-rank linear map, or nothing.
+A replica of a single sublayer (an attention or an MLP) needs no base: it is the MLP with fewer of its own hidden units,
+or nothing.
 """
 
 import inspect
@@ -94,32 +94,22 @@ class NormedOutput(nn.Module):
         return self.output_norm(y).to(y.dtype)
 
 
-class LinearSublayer(nn.Module):
-    """In the place of an attention or an MLP: y = (x A^T) B^T + b of each token.
+class NoSublayer(nn.Module):
+    """In the place of an attention or an MLP that is gone: it writes nothing to the residual stream.
 
     Args:
-        hidden_size: of x and y.
-        rank: of B A; with 0 nothing is written, and nothing is stored.
-        is_attention: whether the block expects attention weights beside y. There are none, nor anything in the
-            key/value cache.
+        is_attention: whether the block expects attention weights beside the output. There are none, nor anything in
+            the key/value cache.
     """
 
-    def __init__(self, hidden_size: int, rank: int, is_attention: bool) -> None:
+    def __init__(self, is_attention: bool) -> None:
         super().__init__()
         self._is_attention = is_attention
-        self.adapter_A: nn.Parameter | None = None
-        if rank:
-            self.adapter_A = nn.Parameter(torch.randn(rank, hidden_size) * hidden_size**-0.5)
-            self.adapter_B = nn.Parameter(torch.zeros(hidden_size, rank))
-            self.bias = nn.Parameter(torch.zeros(hidden_size))
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
-        """(..., hidden_size) -> (..., hidden_size)."""
-        if self.adapter_A is None:
-            y = torch.zeros_like(hidden_states)
-        else:
-            y = F.linear(F.linear(hidden_states, self.adapter_A), self.adapter_B, self.bias.to(hidden_states.dtype))
-        return (y, None) if self._is_attention else y
+        """(..., hidden_size) -> zeros of that shape."""
+        nothing = torch.zeros_like(hidden_states)
+        return (nothing, None) if self._is_attention else nothing
 
 
 def resized(linear: nn.Module, outputs: int, inputs: int) -> nn.Module:
@@ -177,23 +167,23 @@ class FlexiGPTForCausalLM(PreTrainedModel, GenerationMixin):
             inner = getattr(parent, name)
             setattr(parent, name, NormedOutput(inner, self.config.text_config.hidden_size, self.config.output_norm_eps))
 
-    def _shrink(
-        self, block: int, sublayer: str, form: str, units: int | None = None, rank: int | None = None
-    ) -> None:
+    def _shrink(self, block: int, sublayer: str, form: str, units: int = 0) -> None:
         """Turns one sublayer into a replica of itself."""
         paths, logical = self.config.sublayer_paths[sublayer], self.block_list[block]
-        if form != "units":
-            parent, name = _parent(logical, paths["module"])
-            hidden_size = self.config.text_config.hidden_size
-            setattr(parent, name, LinearSublayer(hidden_size, rank or 0, sublayer == "attention"))
+        if form == "none":
+            # Where a family has no module for the MLP (OPT), its last linear takes what the first was given.
+            others = [] if paths["module"] else paths["inner"]
+            for path in (*others, paths["module"] or paths["outer"]):
+                parent, name = _parent(logical, path)
+                setattr(parent, name, nn.Identity() if path in others else NoSublayer(sublayer == "attention"))
             return
         for path in (*paths["inner"], paths["outer"]):
             parent, name = _parent(logical, path)
             outputs, inputs = linear_size(getattr(parent, name))
             if path == paths["outer"]:
-                inputs = inputs * units // paths["units"]
+                inputs = units
             else:
-                outputs = outputs * units // paths["units"]
+                outputs = outputs // paths["units"] * units
             setattr(parent, name, resized(getattr(parent, name), outputs, inputs))
 
     def forward(

@@ -14,9 +14,8 @@ PLAN_FORMAT_VERSION = 2
 
 SublayerName = Literal["attention", "mlp"]
 
-# What a pruned sublayer becomes, and the number that says how large.
-FormName = Literal["units", "linear", "none"]
-_NUMBER_OF_FORM: Mapping[str, str | None] = {"units": "units", "linear": "rank", "none": None}
+# What a pruned sublayer becomes.
+FormName = Literal["units", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +56,14 @@ class SublayerReplica:
     Attributes:
         block: the logical block, from 0.
         sublayer: attention or mlp.
-        form: units (the sublayer with fewer of its own units: an MLP's hidden units, an attention's key/value heads with
-            their queries), linear (y = B A x + b) or none (it writes nothing).
+        form: units (an MLP with fewer of its own hidden units) or none (the sublayer writes nothing).
         units: how many are left, for the form units.
-        rank: of B A, for the form linear.
     """
 
     block: int
     sublayer: SublayerName
     form: FormName
     units: int | None = None
-    rank: int | None = None
 
     def __post_init__(self) -> None:
         where = f"the plan's {self.sublayer} of block {self.block}"
@@ -75,19 +71,17 @@ class SublayerReplica:
             if getattr(self, name) not in get_args(kind):
                 given = getattr(self, name)
                 raise InputError(f"{where} has {name} {given!r}: expected {' or '.join(get_args(kind))}")
-        wanted = _NUMBER_OF_FORM[self.form]
-        for name in ("units", "rank"):
-            value = getattr(self, name)
-            if name == wanted and (type(value) is not int or value < 1):
-                raise InputError(f"{where} has {name} = {value!r}: the form {self.form} needs a whole number above 0")
-            if name != wanted and value is not None:
-                raise InputError(f"{where} has {name}, which the form {self.form} has no use for: leave it out")
+        if self.form == "units" and self.sublayer == "attention":
+            raise InputError(f"{where} has the form units, which is for an mlp: give it the form none")
+        if self.form == "units" and (type(self.units) is not int or self.units < 1):
+            raise InputError(f"{where} has units = {self.units!r}: the form units needs a whole number above 0")
+        if self.form == "none" and self.units is not None:
+            raise InputError(f"{where} has units, which the form none has no use for: leave them out")
 
     def to_dict(self) -> dict[str, Any]:
         """A row of the plan, JSON-ready."""
         row = {"block": self.block, "sublayer": self.sublayer, "form": self.form}
-        wanted = _NUMBER_OF_FORM[self.form]
-        return row if wanted is None else row | {wanted: getattr(self, wanted)}
+        return row if self.units is None else row | {"units": self.units}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,10 +237,10 @@ def _sublayers_of(rows: Any) -> tuple[SublayerReplica, ...]:
     found = []
     for number, row in enumerate(rows):
         where = f"row {number} of the plan's sublayers"
-        least, most = {"block", "sublayer", "form"}, {"block", "sublayer", "form", "units", "rank"}
+        least, most = {"block", "sublayer", "form"}, {"block", "sublayer", "form", "units"}
         if not isinstance(row, dict) or not least <= set(row) <= most:
             given = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-            raise InputError(f"{where} has {given or 'nothing'}: expected block, sublayer, form, and units or rank")
+            raise InputError(f"{where} has {given or 'nothing'}: expected block, sublayer, form, and units of them")
         if type(row["block"]) is not int:
             raise InputError(f"{where} has block = {row['block']!r}: expected a whole number")
         found.append(SublayerReplica(**row))

@@ -224,7 +224,7 @@ class ByRemoval(_Greedy):
             yield
         found = {}
         for index, stream in without.items():
-            with finished_blocks(source, stream):
+            with finished_blocks(source, stream.hidden):
                 found[str(index)] = windows_perplexity(source.model, batches)
         stage.finish(found)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
+    from flexigpt.replicas.elimination import Elimination, eliminate, tensors_of_units
     from flexigpt.replicas.fitting import HIDDEN_COPIES, Fits, fit_blocks
     from flexigpt.replicas.initialization import adapter_spectra, fill, init_of, replica_tensors, source_of_replicas
     from flexigpt.replicas.least_squares import damped_root

@@ -1,0 +1,114 @@
+"""What errors of a block's linears cost: second moments of the loss's gradient, one block in memory at a time."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from flexigpt.calibration.hidden_states import HiddenStates, SavedStates, Stream, calibration_batches, finished_blocks
+from flexigpt.calibration.moments import RunningSum
+from flexigpt.runtime import CachedStage, Track, silent
+from flexigpt.text import batch_size_for
+from flexigpt.weights import StreamedModel
+
+# Numbers in the logits that are held at a time.
+_LOGITS = 2**24
+
+
+class Sensitivity(NamedTuple):
+    """Of one linear, over the tokens of a text, float64.
+
+    Attributes:
+        inputs: E[x x^T] of what it is given, (inputs, inputs).
+        errors: E[g g^T] of the gradient g of the loss in nats by what it returns, (outputs, outputs).
+    """
+
+    inputs: torch.Tensor
+    errors: torch.Tensor
+
+
+def sensitivities(
+    source: StreamedModel,
+    windows: torch.Tensor,
+    linears: Sequence[str],
+    *,
+    spill: Path | None = None,
+    stage: CachedStage | None = None,
+    track: Track = silent,
+) -> Iterator[tuple[int, dict[str, Sensitivity]]]:
+    """The sensitivities of these linears of each block, from the last block to the first.
+
+    The text goes through the blocks once forward, where the hidden states that enter each block are kept, and once
+    back, where each block runs again for its gradients.
+
+    Args:
+        source: a source model.
+        windows: (windows, tokens) ids.
+        linears: paths within a block.
+        spill: folder for files that hold the hidden states; None: memory does, as many copies as there are blocks.
+        stage: where the run leaves what it needs to go on after it was killed; blocks that were done are left out.
+        track: reports each block, forward and back.
+    """
+    batches, depth = calibration_batches(windows), len(source)
+    stream = Stream(source.model, batches, spill)
+    entering: list[HiddenStates] = []
+
+    def steps() -> Iterator[tuple[int, dict[str, Sensitivity]] | None]:
+        nonlocal stream
+        for index in range(depth):
+            source.expect(index + 1)
+            entering.append(stream.hidden)
+            with source.block(index) as block:
+                stream = stream.at(stream.outputs(block, index))
+            yield None
+        saved = SavedStates(stage, stream.hidden)
+        found = saved.found()
+        done = 0 if found is None else found[0]
+        if found is None:
+            for number, gradient in enumerate(_loss_gradients(source, batches, stream.hidden)):
+                stream.hidden[number] = gradient
+        for index in reversed(range(depth)):
+            if depth - index <= done:
+                yield None
+                continue
+            with source.block(index) as block:
+                sums = {path: (RunningSum(), RunningSum()) for path in linears}
+                before = stream.at(())
+                before.hidden = entering[index]
+                for seen in before.backward(block, index, stream.hidden, linears):
+                    for path, (given, gradient) in seen.items():
+                        for running, values in zip(sums[path], (given, gradient), strict=True):
+                            rows = values.flatten(0, -2).float()
+                            running.add(rows.T @ rows)
+            tokens = windows.numel()
+            yield index, {p: Sensitivity(*(running.total / tokens for running in pair)) for p, pair in sums.items()}
+            entering.pop()
+            saved.save(depth - index, {})
+
+    for step in track(steps(), "measuring sensitivities", 2 * depth):
+        if step is not None:
+            yield step
+
+
+def _loss_gradients(
+    source: StreamedModel, batches: Sequence[torch.Tensor], leaving: HiddenStates
+) -> Iterator[torch.Tensor]:
+    """The gradient of the summed loss by the hidden states that leave the last block, one tensor a batch.
+
+    A few windows at a time, since logits are large. Each token's share of the gradient is its own: second moments over
+    tokens are those of an empirical Fisher matrix.
+    """
+    vocabulary = source.model.config.get_text_config().vocab_size
+    for batch, hidden in zip(batches, leaving, strict=True):
+        few = batch_size_for(batch.shape[1], vocabulary, _LOGITS)
+        parts = []
+        for ids, states in zip(batch.split(few), hidden.split(few), strict=True):
+            states = states.detach().requires_grad_()
+            ids = ids.to(states.device)
+            with torch.enable_grad(), finished_blocks(source, [states]):
+                logits = source.model(input_ids=ids, use_cache=False).logits[:, :-1]
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+                parts.append(*torch.autograd.grad(loss, states))
+        yield torch.cat(parts)

@@ -1,0 +1,187 @@
+"""Where bytes are spent: how many of its own units each MLP keeps, and which sublayers go."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedConfig
+
+from flexigpt.calibration import Sensitivity, overflow, sensitivities
+from flexigpt.model import Plan, SublayerReplica, find_architecture, model_shape
+from flexigpt.pruning.options import PruneOptions
+from flexigpt.pruning.source import Workspace
+from flexigpt.replicas import Elimination, eliminate
+from flexigpt.runtime import CachedStage, InputError, digest
+
+
+class Form(NamedTuple):
+    """One of the forms that a sublayer can have.
+
+    Attributes:
+        parameters: that it stores.
+        cost: of the loss, by the second-order estimate.
+        row: of the plan; None: the sublayer is kept.
+    """
+
+    parameters: int
+    cost: float
+    row: SublayerReplica | None
+
+
+class Measured(NamedTuple):
+    """What is known of a source's sublayers.
+
+    Attributes:
+        mlps: by block, in which order units go and what that costs.
+        attentions: by block, what it costs to leave the attention out.
+    """
+
+    mlps: Sequence[Elimination]
+    attentions: Sequence[float]
+
+
+def measure_sublayers(workspace: Workspace[PruneOptions]) -> Measured:
+    """Measures all sublayers on the calibration windows, or finds what was measured; a killed run goes on."""
+    with workspace.cache.stage("sublayers", windows=digest(workspace.windows)) as stage:
+        if stage.result is None:
+            stage.finish(_measure(workspace, stage))
+        found = stage.result
+    mlps = [
+        Elimination(
+            torch.tensor(row["order"]), torch.tensor(row["left"]), torch.tensor(row["costs"], dtype=torch.float64)
+        )
+        for row in found["mlps"]
+    ]
+    return Measured(mlps, found["attentions"])
+
+
+def _measure(workspace: Workspace[PruneOptions], stage: CachedStage) -> dict[str, list[Any]]:
+    source, windows = workspace.source, workspace.windows
+    roles = find_architecture(source.model.config).roles
+    spill = workspace.hidden_in(len(source) + 1)
+    walk = sensitivities(source, windows, (roles.output, roles.down), spill=spill, stage=stage, track=workspace.track)
+    for block, of_linears in walk:
+
+        def make(block: int = block, of_linears: Mapping[str, Sensitivity] = of_linears) -> dict[str, torch.Tensor]:
+            written, errors = of_linears[roles.output]
+            weight = source.weight_matrix(block, roles.output).double()
+            attention = ((errors @ weight) * (weight @ written)).sum().view(1)
+            down = source.weight_matrix(block, roles.down)
+            return {"attention": attention, **eliminate(down, *of_linears[roles.down], down.shape[1])._asdict()}
+
+        stage.tensors(f"block-{block}", make)
+    found: dict[str, list[Any]] = {"mlps": [], "attentions": []}
+    for block in range(len(source)):
+        # What is missing here was damaged since: the walk left it out as done.
+        kept = stage.tensors(f"block-{block}", _missing)
+        if not all(values.isfinite().all() for values in kept.values()):
+            raise overflow(f"the sensitivities of block {block}")
+        found["attentions"].append(kept.pop("attention").item())
+        found["mlps"].append({name: values.tolist() for name, values in kept.items()})
+    return found
+
+
+def _missing() -> dict[str, torch.Tensor]:
+    raise InputError("what an earlier run left in the cache is damaged: start again")
+
+
+def budget_of(workspace: Workspace[PruneOptions], stored: int) -> int:
+    """What all sublayers together may store in a model of so many stored parameters."""
+    return stored - workspace.shape.parameters + workspace.depth * workspace.shape.linear_parameters
+
+
+def forms_of(workspace: Workspace[PruneOptions], measured: Measured) -> list[list[Form]]:
+    """The forms of each sublayer, attention and MLP of the first block first."""
+    source = workspace.source.model
+    sizes, roles = model_shape(source).linears, find_architecture(source.config).roles
+    parameters = {path: outputs * inputs for path, (outputs, inputs) in sizes.items()}
+    of_mlp = {path for path in (roles.gate, roles.up, roles.down) if path is not None}
+    mlp = sum(parameters[path] for path in of_mlp)
+    attention = sum(parameters.values()) - mlp
+    units = sizes[roles.down][1]
+    needed = anchors(source.config)
+    forms: list[list[Form]] = []
+    for block in range(workspace.depth):
+        gone = SublayerReplica(block=block, sublayer="attention", form="none")
+        removed = [] if block in needed else [Form(0, measured.attentions[block], gone)]
+        forms.append([Form(attention, 0.0, None), *removed])
+        elimination = measured.mlps[block]
+        points = zip(elimination.left.tolist(), elimination.costs.tolist(), strict=True)
+        forms.append([Form(mlp // units * left, cost, _mlp_with(block, left, units)) for left, cost in points])
+    return forms
+
+
+def _mlp_with(block: int, left: int, units: int) -> SublayerReplica | None:
+    if left == units:
+        return None
+    if left == 0:
+        return SublayerReplica(block=block, sublayer="mlp", form="none")
+    return SublayerReplica(block=block, sublayer="mlp", form="units", units=left)
+
+
+def anchors(config: PreTrainedConfig) -> set[int]:
+    """Blocks whose attention stays: transformers reads the length of its key/value cache off the first of each kind."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    return {kinds.index(kind) for kind in kinds}
+
+
+def allocate(forms: Sequence[Sequence[Form]], budget: int) -> list[SublayerReplica]:
+    """The forms of least total cost within a budget of parameters, by Lagrange multipliers (Everett, 1963).
+
+    Of each sublayer the forms on the lower convex hull of cost by parameters count; the budget goes where it mends most
+    for each parameter, until nothing more fits.
+
+    Args:
+        forms: of each sublayer.
+        budget: parameters of all sublayers together.
+
+    Returns:
+        The rows of those that are not kept.
+
+    Raises:
+        InputError: a budget below what the smallest forms store.
+    """
+    chosen = []
+    steps: list[tuple[float, int, Form, int]] = []
+    for index, of_one in enumerate(forms):
+        hull = _hull(of_one)
+        chosen.append(hull[0])
+        for before, after in itertools.pairwise(hull):
+            more = after.parameters - before.parameters
+            steps.append(((before.cost - after.cost) / more, index, after, more))
+    left = budget - sum(form.parameters for form in chosen)
+    if left < 0:
+        raise InputError(
+            f"so small a model is out of reach: the sublayers that have to stay store {budget - left:,} parameters, "
+            f"where {max(budget, 0):,} are left for them; give a smaller --ratio or a larger --target-size"
+        )
+    full: set[int] = set()
+    for _, index, form, more in sorted(steps, key=lambda step: (-step[0], step[1], step[2].parameters)):
+        if more > left:
+            full.add(index)  # a hull is climbed without gaps
+        if index not in full:
+            chosen[index], left = form, left - more
+    return [form.row for form in chosen if form.row is not None]
+
+
+def _hull(forms: Sequence[Form]) -> list[Form]:
+    """Those on the lower convex hull, fewest parameters first."""
+    hull: list[Form] = []
+    for form in sorted(forms, key=lambda form: (form.parameters, form.cost)):
+        if hull and form.cost >= hull[-1].cost:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], form):
+            hull.pop()
+        hull.append(form)
+    return hull
+
+
+def _slope(before: Form, after: Form) -> float:
+    return (after.cost - before.cost) / (after.parameters - before.parameters)
+
+
+def allocated(workspace: Workspace[PruneOptions], measured: Measured, stored: int) -> Plan:
+    """The plan of least cost whose model stores so many parameters, or a few less."""
+    rows = allocate(forms_of(workspace, measured), budget_of(workspace, stored))
+    return Plan(num_blocks=workspace.depth, sublayers=tuple(rows))

@@ -1,0 +1,110 @@
+"""Which units of a sublayer to keep: the optimal brain surgeon (Hassibi and Stork, 1993) for whole units.
+
+An MLP writes y = W h, h its hidden units. Without some of them, and with W refitted to the rest, y changes by an error
+whose cost is e^T G e, G the second moment of the loss's gradient by y (LLM Surgeon, van der Ouderaa et al., 2024). What
+each unit costs is known in closed form; the cheapest go, the others are refitted, and so on until none is left.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from flexigpt.replicas.least_squares import damped
+from flexigpt.weights import StreamedModel
+
+# Of the mean eigenvalue of what units give, and of what errors weigh, what is added to all.
+_DAMPING = 1e-3
+
+# A sublayer loses its units in so many steps.
+_STEPS = 64
+
+
+class Elimination(NamedTuple):
+    """In which order units go, and what that costs.
+
+    Attributes:
+        order: (units,) the first to go first.
+        left: (steps + 1,) how many units are left, from all of them to none.
+        costs: (steps + 1,) float64, of the loss in nats a token by the second-order estimate, up to a factor that is
+            the same for all sublayers of a model.
+    """
+
+    order: torch.Tensor
+    left: torch.Tensor
+    costs: torch.Tensor
+
+    def kept(self, units: int) -> torch.Tensor:
+        """The units that stay where so many do, ascending."""
+        return self.order[len(self.order) - units :].sort().values
+
+
+def step_of(units: int) -> int:
+    """How many units go at once: a 64th of them, a multiple of 8 where they are many, as matrix units like it."""
+    step = max(1, units // _STEPS)
+    return step // 8 * 8 if step >= 8 else step
+
+
+@torch.no_grad()
+def eliminate(weight: torch.Tensor, inputs: torch.Tensor, errors: torch.Tensor, units: int) -> Elimination:
+    """Takes all units away, step by step.
+
+    Args:
+        weight: W, (outputs, inputs), any dtype; each unit has as many inputs, side by side.
+        inputs: E[h h^T], (inputs, inputs), float64.
+        errors: G = E[g g^T] of the gradient g of the loss by y, (outputs, outputs), float64.
+        units: how many there are.
+    """
+    size, step = weight.shape[1] // units, step_of(units)
+    inverse = torch.cholesky_inverse(damped(inputs, _DAMPING)[0])
+    weighed = damped(errors, _DAMPING)[0].T @ weight.double()
+    alive = torch.arange(units, device=weight.device)
+    order, left, costs = [], [units], [0.0]
+    while len(alive):
+        own = inverse.view(len(alive), size, len(alive), size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        written = weighed.T.view(len(alive), size, -1)
+        prices = (written * torch.linalg.solve(own, written)).sum((1, 2))
+        # The first step leaves a multiple of the step's size.
+        count = len(alive) % step or step
+        going = prices.topk(min(count, len(alive)), largest=False).indices
+        mask = torch.ones(len(alive), dtype=torch.bool, device=weight.device).index_fill(0, going, False)
+        gone, stay = (which.repeat_interleave(size) for which in (~mask, mask))
+        root = torch.linalg.cholesky(inverse[gone][:, gone])
+        of_gone = torch.linalg.solve_triangular(root, weighed[:, gone].T, upper=False)
+        across = torch.linalg.solve_triangular(root, inverse[gone][:, stay], upper=False)
+        costs.append(costs[-1] + of_gone.square().sum().item())
+        order.append(alive[~mask])
+        weighed = weighed[:, stay] - of_gone.T @ across
+        inverse = inverse[stay][:, stay].addmm_(across.T, across, alpha=-1)
+        alive = alive[mask]
+        left.append(len(alive))
+    return Elimination(torch.cat(order).cpu(), torch.tensor(left), torch.tensor(costs, dtype=torch.float64))
+
+
+@torch.no_grad()
+def tensors_of_units(
+    source: StreamedModel, block: int, paths: Mapping[str, Any], kept: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The MLP of a source's block with these of its hidden units alone, by path within the block.
+
+    Args:
+        source: the source.
+        block: its number.
+        paths: of the MLP, as `sublayer_paths` gives them.
+        kept: the units, ascending.
+    """
+    there = {path for path, _ in source.blocks[block].named_parameters()}
+    found: dict[str, torch.Tensor] = {}
+    for linear in (*paths["inner"], paths["outer"]):
+        transposed = isinstance(source.blocks[block].get_submodule(linear), Conv1D)
+        inner = linear != paths["outer"]
+        for name in ("weight", "bias"):
+            path = f"{linear}.{name}"
+            if path in there and (inner or name == "weight"):
+                values = source.parameter(block, path)
+                along = int((name == "weight") and (transposed == inner))
+                # A linear that computes gates and units computes them one after the other.
+                parts = values.split(paths["units"], dim=along)
+                found[path] = torch.cat([part.index_select(along, kept.to(values.device)) for part in parts], dim=along)
+    return found
