@@ -12,9 +12,9 @@ import random
 import sys
 import sysconfig
 from pathlib import Path
+from pydoc_data import topics
 
 import pyarrow.parquet
-from pydoc_data import topics
 
 NOVELS = Path(__file__).parents[1] / "novel16"
 PIECE = 4000  # characters
