@@ -12,7 +12,7 @@ from flexigpt.pruning.replacement import filled
 from flexigpt.pruning.scores import pruned_or_count, scored
 from flexigpt.pruning.source import CheckedSource, Workspace
 from flexigpt.record import Record
-from flexigpt.replicas import FITTED_INITS, adapter_spectra, source_of_replicas, spread_ranks
+from flexigpt.replicas import FITTED_INITS, adapter_spectra, spread_ranks
 from flexigpt.runtime import InputError, Track, digest, silent
 from flexigpt.weights import Assembly
 
@@ -56,11 +56,11 @@ def assemble_pruned(
         InputError: as `prune`.
     """
     workspace, plan, record = _planned(source, options, track, announce)
-    with filled(workspace, plan, "replicas") as (assembly, replaced, mended):
+    with filled(workspace, plan, "replicas") as (assembly, mended):
         if mended:
             record["mended_outputs"] = mended
         if not record["fitted"]:  # else nothing was asked to be near the weights
-            record["adapter_spectra"] = adapter_spectra(assembly, replaced, plan)
+            record["adapter_spectra"] = adapter_spectra(assembly, workspace.source, plan)
         record["plain_removal"] = {"parameters": workspace.shape.removed_parameters(len(plan.replicas))}
         yield assembly, plan, record | workspace.compared("compact", assembly)
 
@@ -114,7 +114,7 @@ def _planned(
 def _spread(workspace: Workspace[PruneOptions], plan: Plan) -> Plan:
     """The plan with a rank for each adapter."""
     options, windows = workspace.options, workspace.windows
-    settings = {name: getattr(options, name) for name in ("align", "base_scale")}
+    settings = {"base_scale": options.base_scale}
     with workspace.cache.stage("ranks", plan=plan.to_dict(), windows=digest(windows), **settings) as stage:
-        source, spill = source_of_replicas(workspace.source, plan, options, stage), workspace.hidden_in(1)
-        return spread_ranks(source, plan, windows, workspace.shape, stage, spill=spill, track=workspace.track)
+        spill = workspace.hidden_in(1)
+        return spread_ranks(workspace.source, plan, windows, workspace.shape, stage, spill=spill, track=workspace.track)

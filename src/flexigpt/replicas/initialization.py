@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from flexigpt.model import INNER, OUTPUT_NORM, NormedOutput, Plan, Replica, SharedLinear, linear_tensors, plan_of
-from flexigpt.replicas.alignment import AlignedSource
 from flexigpt.replicas.fitting import AdapterFit, Fits, fit_blocks
 from flexigpt.replicas.least_squares import least_squares_scale, low_rank_fit
 from flexigpt.replicas.options import ReplicaOptions
@@ -151,13 +150,8 @@ def _like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def init_of(options: ReplicaOptions) -> dict[str, Any]:
     """What decides the replicas' own tensors, besides plan, source and text."""
-    names = ("align", "adapter_init", "output_norm", "base_scale", "refit_kept", "seed")
+    names = ("adapter_init", "output_norm", "base_scale", "refit_kept", "seed")
     return {name: getattr(options, name) for name in names}
-
-
-def source_of_replicas(source: StreamedModel, plan: Plan, options: ReplicaOptions, stage: CachedStage) -> StreamedModel:
-    """The source itself, or with its pruned blocks aligned to their bases; the stage keeps those."""
-    return AlignedSource(source, plan, stage) if options.align else source
 
 
 def fill(
@@ -174,7 +168,7 @@ def fill(
 
     Args:
         assembly: the compact model.
-        source: whose blocks they replace, as `source_of_replicas` gives it.
+        source: whose blocks they replace.
         windows: calibration windows, (windows, tokens) ids; none where nothing is fitted.
         options: how replicas are made.
         stage: keeps what is done, which a run that was killed finds again.

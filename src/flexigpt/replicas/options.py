@@ -65,8 +65,6 @@ class ReplicaOptions:
             of each replica then gets a rank of its own.
         base_scale: whether each linear of a replica scales its base's output by a number of its own, which starts at
             the least-squares value; with adapters that start at zero, at 1.
-        align: whether a pruned block's weights are first brought near its base's, by what changes nothing that the
-            block computes: places of units and heads, turns of values and keys.
         seed: draws random adapters.
     """
 
@@ -76,7 +74,6 @@ class ReplicaOptions:
     refit_kept: bool = option(True, group=REPLICA_GROUP)
     spread_rank: bool = option(True, group=REPLICA_GROUP, command=False)
     base_scale: bool = option(True, group=REPLICA_GROUP, command=False)
-    align: bool = option(False, group=REPLICA_GROUP, command=False)
     seed: int = option(0)
 
     def __post_init__(self) -> None:
