@@ -24,9 +24,6 @@ _FACTOR_BYTES = 28
 # backward pass multiplies a block's activations.
 _FIT_MOMENTS, _FIT_LINEARS, _BACKWARD = 3, 6, 3
 
-# Of the eigendecomposition of an n x n matrix in float64, beside it, in bytes a number.
-_EIGEN_BYTES = 40
-
 # Float32 tensors of the MLP's width that a block holds while it runs, in bytes a number; tokens of a batch in
 # calibration.
 _ACTIVATIONS, _BATCH_TOKENS = 6 * 4, 2048
@@ -93,7 +90,6 @@ def _estimate(checked: CheckedSource[Asked], texts: Texts, written: int, ranks: 
     scratch, factors = 0, bool(ranks)
     if isinstance(options, PruneOptions):
         chooses = options.plan is None and not options.remove
-        distance = BASE_DISTANCES[options.base_distance]
         if options.calibrates:
             copies = HIDDEN_COPIES if options.fits else 1
             tokens = copies * texts.windows.numel()
@@ -102,10 +98,7 @@ def _estimate(checked: CheckedSource[Asked], texts: Texts, written: int, ranks: 
         if options.fits or (chooses and options.spread_rank):
             running += 8 * (_FIT_MOMENTS * max(inputs) ** 2 + _FIT_LINEARS * largest)
             running += (_BACKWARD - 1) * activations
-        if chooses and distance.calibrated:
-            squares = [n * n for n in inputs]
-            running += 8 * sum(squares) + max(_EIGEN_BYTES * max(squares), _FACTOR_BYTES * largest)
-        if chooses and distance.prepare is not None:
+        if chooses and BASE_DISTANCES[options.base_distance].prepare is not None:
             factors = True
             pairs = checked.depth * checked.rank * 8
             scratch = max(scratch, max(pairs * sum(size) for size in shape.linears.values()))

@@ -14,7 +14,7 @@ _WHAT = "What to prune"
 
 BlockScoreName = Literal["influence", "angular", "relative-magnitude", "removal-perplexity", "replacement-perplexity"]
 
-BaseDistanceName = Literal["low-rank", "full-rank", "frobenius", "activation"]
+BaseDistanceName = Literal["low-rank", "full-rank", "frobenius"]
 
 PatternName = Literal["block", "sequential"]
 
@@ -109,8 +109,7 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
         """Whether calibration text is read."""
         if self.fits or self.plan is not None:
             return self.fits
-        measures = not self.remove and (self.spread_rank or self.base_distance == "activation")
-        return measures or self.blocks is None
+        return self.blocks is None or (self.spread_rank and not self.remove)
 
 
 @dataclass(frozen=True, kw_only=True)
