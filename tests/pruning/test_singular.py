@@ -79,15 +79,6 @@ def test_singular_blocks_are_pruned(tiny_source: Path, text: Path, tmp_path: Pat
         torch.testing.assert_close(left, given, atol=1e-6, rtol=0)
 
 
-def test_a_block_that_writes_nothing_takes_no_rank_from_others(tiny_source: Path, text: Path, tmp_path: Path) -> None:
-    source = source_with(tmp_path / "source", tiny_source, write_nothing)
-    asked = {"rank": 4, "calibration": str(text), "windows": 4, "window_length": 64}
-    _, plan, _ = prune(source, PruneOptions(blocks=(2, 4), **asked))
-    zeros, others = (set(replica.ranks.values()) for replica in plan.replicas)
-    assert zeros == {1}
-    assert max(others) > 4
-
-
 def test_numbers_that_overflow_are_one_clear_line(tiny_source: Path, text: Path, tmp_path: Path) -> None:
     def vast(block: nn.Module) -> None:
         for parameter in block.parameters():

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         finished_blocks,
         run_through,
     )
-    from flexigpt.calibration.moments import RunningSum, input_moments, output_weights
+    from flexigpt.calibration.moments import RunningSum, output_weights
     from flexigpt.calibration.options import TEXT_GROUP, CalibrationOptions
 else:
     lazy_door(__name__)

@@ -6,38 +6,7 @@ import torch
 from torch import nn
 
 from flexigpt.calibration.hidden_states import Stream, overflow
-from flexigpt.model import linear_size, watched
-
-
-def input_moments(
-    text: Stream, block: nn.Module, index: int, linears: Sequence[str]
-) -> tuple[dict[str, torch.Tensor], dict[str, str], torch.Tensor]:
-    """Takes a text through a block; what its linears are given on the way, and what the block adds to it.
-
-    Args:
-        text: what the block is given; afterwards what it makes of that.
-        block: of the text's model.
-        index: its place in the model.
-        linears: paths in the block.
-
-    Returns:
-        Summed over tokens, float64: X^T X (inputs, inputs) by path, of one linear for all that are given the same; that
-        linear by path of each; and the squared length of the block's output less its input, a scalar.
-    """
-    sums: dict[str, RunningSum] = {}
-    first_of: dict[str, str] = {}
-    added = RunningSum()
-    with watched(block, linears) as seen:
-        for number, output in enumerate(text.outputs(block, index)):
-            for path in linears:
-                same = next((p for p in sums if seen[p][0] is seen[path][0]), path)
-                sums.setdefault(first_of.setdefault(path, same), RunningSum())
-            for path, moment in sums.items():
-                given = seen[path][0].flatten(0, -2).float()
-                moment.add(given.T @ given)
-            added.add((output.float() - text.hidden[number].float()).square().sum())
-            text.hidden[number] = output
-    return {path: moment.total for path, moment in sums.items()}, first_of, added.total
+from flexigpt.model import linear_size
 
 
 def output_weights(text: Stream, block: nn.Module, index: int, paths: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -95,7 +95,7 @@ def _estimate(checked: CheckedSource[Asked], texts: Texts, written: int, ranks: 
             tokens = copies * texts.windows.numel()
             hidden = tokens * shape.hidden_size * itemsize
             scratch, running = (hidden, running) if checked.needs_file(tokens) else (0, running + hidden)
-        if options.fits or (chooses and options.spread_rank):
+        if options.fits:
             running += 8 * (_FIT_MOMENTS * max(inputs) ** 2 + _FIT_LINEARS * largest)
             running += (_BACKWARD - 1) * activations
         if chooses and BASE_DISTANCES[options.base_distance].prepare is not None:

@@ -25,7 +25,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "thorough": {"block_score": "replacement-perplexity"},
     "paper": {
         "adapter_init": "svd",
-        "spread_rank": False,
         "output_norm": 0.05,
         "base_scale": False,
         "refit_kept": False,
@@ -109,7 +108,7 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
         """Whether calibration text is read."""
         if self.fits or self.plan is not None:
             return self.fits
-        return self.blocks is None or (self.spread_rank and not self.remove)
+        return self.blocks is None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from flexigpt.pruning.replacement import filled
 from flexigpt.pruning.scores import pruned_or_count, scored
 from flexigpt.pruning.source import CheckedSource, Workspace
 from flexigpt.record import Record
-from flexigpt.replicas import FITTED_INITS, adapter_spectra, spread_ranks
-from flexigpt.runtime import InputError, Track, digest, silent
+from flexigpt.replicas import FITTED_INITS, adapter_spectra
+from flexigpt.runtime import InputError, Track, silent
 from flexigpt.weights import Assembly
 
 
@@ -107,14 +107,4 @@ def _planned(
         return workspace, given, record
     record["base_distance"] = options.base_distance
     record["distances"] = measure_distances(workspace, blocks)
-    plan = choose_bases(record["distances"], checked.rank, checked.depth)
-    return workspace, _spread(workspace, plan) if options.spread_rank else plan, record
-
-
-def _spread(workspace: Workspace[PruneOptions], plan: Plan) -> Plan:
-    """The plan with a rank for each adapter."""
-    options, windows = workspace.options, workspace.windows
-    settings = {"base_scale": options.base_scale}
-    with workspace.cache.stage("ranks", plan=plan.to_dict(), windows=digest(windows), **settings) as stage:
-        spill = workspace.hidden_in(1)
-        return spread_ranks(workspace.source, plan, windows, workspace.shape, stage, spill=spill, track=workspace.track)
+    return workspace, choose_bases(record["distances"], checked.rank, checked.depth), record

@@ -1,7 +1,7 @@
-"""What is a replica's own: adapters, ranks, scales, output norms; started, then fitted to text.
+"""What is a replica's own: adapters, scales, output norms; started, then fitted to text.
 
 In: a plan, the source, calibration windows. Out: the tensors of each replica. Read `options`, `svd`, `initialization`,
-`least_squares`, `fitting`, then `ranks`.
+`least_squares`, then `fitting`.
 """
 
 from typing import TYPE_CHECKING
@@ -11,9 +11,7 @@ from flexigpt.runtime.doors import lazy_door
 if TYPE_CHECKING:
     from flexigpt.replicas.fitting import HIDDEN_COPIES, Fits, fit_blocks
     from flexigpt.replicas.initialization import adapter_spectra, fill, init_of, replica_tensors
-    from flexigpt.replicas.least_squares import damped_root
     from flexigpt.replicas.options import FITTED_INITS, MOST_GAMMA, REPLICA_GROUP, ReplicaOptions
-    from flexigpt.replicas.ranks import spread_ranks
     from flexigpt.replicas.svd import LowRank, tail_norm, truncated_svd, unmended
 else:
     lazy_door(__name__)

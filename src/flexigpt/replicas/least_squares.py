@@ -52,18 +52,6 @@ def damped(moments: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Ten
     return root, damping
 
 
-def damped_root(inputs: torch.Tensor) -> torch.Tensor:
-    """R with R R^T = C', the damped second moment that `low_rank_fit` fits to; exists where C is singular.
-
-    `low_rank_fit` minimises |(W_i - W_j - B A) R|_F^2 for y = W_i x: what it leaves is the tail of (W_i - W_j) R beyond
-    the r leading singular values.
-
-    Args:
-        inputs: C, (inputs, inputs), float64; its scale is that of R^2.
-    """
-    return damped(inputs, _DAMPING)[0]
-
-
 def output_root(weights: torch.Tensor | None) -> torch.Tensor | None:
     """K with K^T K = G', the damped weights of a linear's outputs: |K E|_F^2 is what errors E weigh.
 

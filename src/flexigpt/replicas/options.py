@@ -61,8 +61,6 @@ class ReplicaOptions:
         output_norm: whether replicas have output norms, and where their gamma starts: none, a constant, or fitted.
         refit_kept: whether the kept blocks are refitted to the source on calibration text, in closed form; nothing more
             is stored. Families that normalise what attention and MLP write (Gemma, OLMo 2) have nothing to refit.
-        spread_rank: whether the parameters that adapters of that rank have are spent where they mend most: each linear
-            of each replica then gets a rank of its own.
         base_scale: whether each linear of a replica scales its base's output by a number of its own, which starts at
             the least-squares value; with adapters that start at zero, at 1.
         seed: draws random adapters.
@@ -72,7 +70,6 @@ class ReplicaOptions:
     adapter_init: AdapterInit = option("block-output", group=REPLICA_GROUP)
     output_norm: float | str = option("none", group=REPLICA_GROUP, metavar="none|0.05|fitted", parse=parse_output_norm)
     refit_kept: bool = option(True, group=REPLICA_GROUP)
-    spread_rank: bool = option(True, group=REPLICA_GROUP, command=False)
     base_scale: bool = option(True, group=REPLICA_GROUP, command=False)
     seed: int = option(0)
 
