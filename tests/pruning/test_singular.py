@@ -63,7 +63,7 @@ def source_with(folder: Path, like: Path, edit: Edit) -> str:
 def test_singular_blocks_are_pruned(tiny_source: Path, text: Path, tmp_path: Path, edit: Edit, preset: str) -> None:
     """On 32 tokens, fewer than a linear has inputs."""
     source = source_with(tmp_path / "source", tiny_source, edit)
-    which = {"blocks": (2,)} if preset == "fitted" else {"ratio": 0.2, "output_norm": "fitted"}
+    which = {"blocks": (2,)} if preset == "fitted" else {"ratio": 0.2}
     asked = {"rank": 4, "calibration": str(text), "windows": 4, "window_length": 8}
     made, plan, record = prune(source, getattr(PruneOptions, preset)(**which, **asked))
     assert all(values.isfinite().all() for values in made.state_dict().values())

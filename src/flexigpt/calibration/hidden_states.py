@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flexigpt.model import block_output, fast_half, layout_of, replaced_forwards, watched
+from flexigpt.model import block_output, fast_half, layout_of, replaced_forwards
 from flexigpt.runtime import CachedStage, InputError, Track, silent
 from flexigpt.text import batch_size_for
 from flexigpt.weights import StreamedModel
@@ -119,22 +119,6 @@ class Stream:
             args, kwargs = self._arguments[inputs.shape[:2]][index]
             with torch.no_grad(), fast_half(self._model):
                 yield block_output(block(inputs, *args, **kwargs))
-
-    def gradients(self, block: nn.Module, index: int, paths: Sequence[str]) -> Iterator[list[torch.Tensor]]:
-        """J^T v for each of these modules, batch by batch: J is the derivative of a block's output by what one returns.
-
-        v is a random direction for each batch, normal, of variance one. One pass forward and one backward, of this
-        block alone.
-        """
-        generator = torch.Generator().manual_seed(0)
-        for inputs in self.hidden:
-            args, kwargs = self._arguments[inputs.shape[:2]][index]
-            with watched(block, paths) as seen, torch.enable_grad(), fast_half(self._model):
-                output = block_output(block(inputs.detach().requires_grad_(), *args, **kwargs))
-                direction = torch.randn(output.shape, generator=generator).to(output)
-                returned = [seen[path][1] for path in paths]
-                gradients = torch.autograd.grad(output, returned, direction)
-            yield list(gradients)
 
     def advance(self, block: nn.Module, index: int) -> None:
         """The hidden states become what a block makes of them."""

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
         REPLICA_PARTS,
         count_parts,
         layout_of,
-        linear_tensors,
         model_shape,
         plan_of,
         stored_bytes,
@@ -41,6 +40,6 @@ if TYPE_CHECKING:
         linear_size,
     )
     from flexigpt.model.plan import ModelShape, Plan, Replica, default_rank, plan_in_words
-    from flexigpt.model.run import Seen, block_output, fast_half, replaced_forwards, watched
+    from flexigpt.model.run import block_output, fast_half, replaced_forwards, watched
 else:
     lazy_door(__name__)

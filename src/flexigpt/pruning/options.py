@@ -23,12 +23,7 @@ PatternName = Literal["block", "sequential"]
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fitted": {},
     "thorough": {"block_score": "replacement-perplexity"},
-    "paper": {
-        "adapter_init": "svd",
-        "output_norm": 0.05,
-        "base_scale": False,
-        "refit_kept": False,
-    },
+    "paper": {"refit_kept": False},
 }
 
 
@@ -99,16 +94,9 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
         return cls(**{**PRESETS["paper"], **given})
 
     @property
-    def fits(self) -> bool:
-        """Whether anything is fitted to calibration text."""
-        return self.refit_kept if self.remove else super().fits
-
-    @property
     def calibrates(self) -> bool:
         """Whether calibration text is read."""
-        if self.fits or self.plan is not None:
-            return self.fits
-        return self.blocks is None
+        return self.refit_kept or (self.plan is None and self.blocks is None)
 
 
 @dataclass(frozen=True, kw_only=True)

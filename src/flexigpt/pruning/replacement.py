@@ -12,19 +12,18 @@ from flexigpt.weights import Assembly
 
 
 @contextmanager
-def filled(
-    workspace: Workspace[PruneOptions], plan: Plan, stage_name: str
-) -> Iterator[tuple[Assembly, dict[int, float]]]:
-    """The compact model of a plan, and what `fill` says of it.
+def filled(workspace: Workspace[PruneOptions], plan: Plan, stage_name: str) -> Iterator[Assembly]:
+    """The compact model of a plan.
 
     What the stage keeps of the replicas goes when the block ends, and stays where it is killed or fails.
     """
     options, source = workspace.options, workspace.source
-    empty, taken = empty_compact(source.model, plan, options.has_norms, base_scale=options.base_scale)
+    empty, taken = empty_compact(source.model, plan, options.has_norms)
     assembly = Assembly(empty, source, taken)
     depends = {"plan": plan.to_dict(), "init": init_of(options), "windows": digest(workspace.windows)}
     with workspace.cache.stage(stage_name, **depends) as stage:
         spill = workspace.hidden_in(HIDDEN_COPIES)
         track, windows = workspace.track, workspace.windows
-        yield assembly, fill(assembly, source, windows, options, stage=stage, spill=spill, track=track)
+        fill(assembly, source, windows, options, stage=stage, spill=spill, track=track)
+        yield assembly
         stage.discard()

@@ -271,7 +271,7 @@ def _perplexity_with_replicas(workspace: Workspace[PruneOptions], held: torch.Te
     plan = choose_bases(measure_distances(workspace, pruned), workspace.rank, workspace.depth)
     batches = calibration_batches(held)
     with (
-        filled(workspace, plan, "candidate") as (assembly, *_),
+        filled(workspace, plan, "candidate") as assembly,
         run_through(assembly, batches, "judging", workspace.hidden_in(1, held)),
     ):
         return windows_perplexity(assembly.model, batches)
