@@ -205,8 +205,8 @@ def table(known: dict[str, Found], seeds: int) -> str:
     lines = [
         "# The race on SmolLM2-135M at equal stored bytes",
         "",
-        f"`python benchmarks/real.py`, float32, {platform.machine()}, torch {torch.__version__}. 64 calibration windows "
-        "of 256 tokens,",
+        f"`python benchmarks/real.py`, float32, {platform.machine()}, torch {torch.__version__}. 64 windows "
+        "of 256 tokens to calibrate,",
         "novels and technical text mixed; perplexity on held-out text of both kinds. Excess: perplexity minus the",
         "source's, as a share of that of plain removal with kept blocks refitted, the honest rival.",
         "",

@@ -185,13 +185,12 @@ def compact_of(
     plan: Plan,
     output_norm: bool = True,
     source_blocks: Sequence[int] | None = None,
-    base_scale: bool = False,
 ) -> FlexiGPTForCausalLM:
     """The compact model that shares the tensors of a source in memory; what is the replicas' own is on the meta device.
 
     Arguments are those of `empty_compact`.
     """
-    model, taken = empty_compact(source, plan, output_norm, source_blocks, base_scale)
+    model, taken = empty_compact(source, plan, output_norm, source_blocks)
     there = all_tensors(source)
     tensors: dict[str, torch.Tensor] = {}
     used: set[str] = set()
@@ -215,7 +214,7 @@ def initialize_replicas(
     seed: int,
     source_blocks: Sequence[int] | None = None,
 ) -> None:
-    """Fills what is the replicas' own in a compact model in memory, as pruning does before anything is fitted."""
+    """Fills what is the replicas' own in a compact model in memory, as pruning does before kept blocks are refitted."""
     streamed = StreamedModel(source)
     start = ReplicaOptions(adapter_init=adapter_init, output_norm=norm_init, seed=seed)
     for replica in plan.replicas:

@@ -26,7 +26,7 @@ def workspace_of(
         name="",
         options=options,
         empty=streamed.model,
-        shape=model_shape(streamed.model, options.has_norms, options.base_scale),
+        shape=model_shape(streamed.model, options.has_norms),
         memory=memory,
         tokenizer=None,
         source=streamed,

@@ -9,7 +9,7 @@ used. The rooms of the code; imports go down this table only:
     decoding     generates, drafts and verifies, times both
     report       records -> figures and a page
     record       what a flow was asked and measured: made, written, read back, as tables
-    replicas     what is a replica's own: adapters, ranks, scales, norms; started and fitted
+    replicas     what is a replica's own: adapters and norms, started; kept blocks, refitted
     evaluation   perplexity, tasks, nearness to the source
     calibration  text through the blocks, one block at a time; moments
     weights      models on disk: opened, read block by block, written

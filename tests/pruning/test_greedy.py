@@ -139,7 +139,7 @@ def test_presets_set_what_is_not_given(run: Run, tiny_source: Path, text: Path, 
             write_checkpoint(tmp_path / name, assembly, record)
         return (tmp_path / name / "model.safetensors").read_bytes()
 
-    spelled_out = {"adapter_init": "block-output", "spread_rank": True, "output_norm": "none", "base_scale": True}
+    spelled_out = {"adapter_init": "block-output", "output_norm": "none", "base_scale": True}
     thorough, record = commanded("thorough", "--ratio", 0.4, "--preset", "thorough")
     assert record["block_score"] == "replacement-perplexity"
     by_name = {"block_score": "replacement-perplexity", "refit_kept": True, **spelled_out, **calibrated}

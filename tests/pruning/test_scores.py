@@ -15,8 +15,6 @@ from textbook import naive_truncated, naive_unmended
 from workspaces import workspace_of
 
 RANK = 4
-# Those of weights alone; test_distances.py has the other.
-BY_WEIGHTS = [name for name, distance in BASE_DISTANCES.items() if not distance.calibrated]
 
 
 def naive_distance(name: str, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -29,7 +27,7 @@ def naive_distance(name: str, first: torch.Tensor, second: torch.Tensor) -> torc
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "gpt2"])
-@pytest.mark.parametrize("name", BY_WEIGHTS)
+@pytest.mark.parametrize("name", BASE_DISTANCES)
 def test_distances_equal_full_svds_summed_over_linears(family: str, name: str, tmp_path: Path) -> None:
     source = tiny_model(family)
     pruned = (1, 4)
@@ -61,7 +59,7 @@ def test_a_copy_of_a_pruned_block_is_its_base(tmp_path: Path) -> None:
     source = tiny_model("llama-gqa")
     blocks = block_list(source)
     blocks[5].load_state_dict(blocks[2].state_dict())
-    for name in BY_WEIGHTS:
+    for name in BASE_DISTANCES:
         workspace = workspace_of(source, tmp_path, token_ids(), rank=RANK, base_distance=name)
         distances = measure_distances(workspace, (2,))
         assert choose_bases(distances, RANK, NUM_BLOCKS).replicas[0].base == 5

@@ -213,7 +213,7 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(
 ) -> None:
     monkeypatch.setattr(calibration_module, "_SAVE_SECONDS", 0.0)
     monkeypatch.setattr(calibration_module, "_SAVE_SHARE", 0)
-    settings = {"ratio": 0.4, "rank": 3, "adapter_init": "activation", "refit_kept": True} | calibrated
+    settings = {"ratio": 0.4, "rank": 3, "refit_kept": True} | calibrated
 
     def written(name: str, track: KillingTrack, cache: Path) -> bytes:
         monkeypatch.setenv(CACHE_VARIABLE, str(cache))
@@ -330,7 +330,7 @@ def test_a_source_that_changes_during_the_run_is_refused(tiny_source: Path, tmp_
 def test_processes_killed_in_every_stage_end_with_the_same_bytes(example: Path, tmp_path: Path) -> None:
     """SIGKILL as soon as a stage has left something, again and again, until a run may get through."""
     options = ["--ratio", "0.3", "--calibration", str(example / "calibration.jsonl"), "--window-length", "256"]
-    options += ["--windows", "16", "--dtype", "float32", "--adapter-init", "activation"]
+    options += ["--windows", "16", "--dtype", "float32"]
 
     def start(out: str, cache: str) -> subprocess.Popen[bytes]:
         environment = os.environ | {CACHE_VARIABLE: str(tmp_path / cache)}
@@ -339,7 +339,7 @@ def test_processes_killed_in_every_stage_end_with_the_same_bytes(example: Path, 
 
     assert start("expected", "whole").wait() == 0
     left = ["finite-*.json", "scores-*.json", "distances-*/*.safetensors", "distances-*.json"]
-    left += ["replicas-*/replica-*.safetensors", "replicas-*/fitted-6.safetensors"]
+    left += ["replicas-*/replica-*.safetensors", "replicas-*/fitted-7.safetensors"]
     for pattern in left:
         process = start("out", "killed")
         while not list((tmp_path / "killed").glob(pattern)):

@@ -1,6 +1,6 @@
 """Text through the blocks of a model, one block at a time; statistics streamed out.
 
-In: a streamed model and windows of token ids. Out: hidden states, means over tokens, second moments. Read
+In: a streamed model and windows of token ids. Out: hidden states, means over tokens, sums. Read
 `options`, `hidden_states`, `moments`, then `sensitivity`.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         finished_blocks,
         run_through,
     )
-    from flexigpt.calibration.moments import RunningSum, input_moments, output_weights
+    from flexigpt.calibration.moments import RunningSum
     from flexigpt.calibration.options import TEXT_GROUP, CalibrationOptions
     from flexigpt.calibration.sensitivity import Sensitivity, sensitivities
 else:

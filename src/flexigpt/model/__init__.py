@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
-    from flexigpt.model.architecture import ARCHITECTURES, Roles, find_architecture, num_blocks, weight_matrix
+    from flexigpt.model.architecture import ARCHITECTURES, find_architecture, num_blocks, weight_matrix
     from flexigpt.model.build import (
         all_tensors,
         check_depth,
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
         REPLICA_PARTS,
         count_parts,
         layout_of,
-        linear_tensors,
         model_shape,
         plan_of,
         stored_bytes,
@@ -42,6 +41,6 @@ if TYPE_CHECKING:
         linear_size,
     )
     from flexigpt.model.plan import ModelShape, Plan, Replica, SublayerReplica, default_rank, plan_in_words
-    from flexigpt.model.run import Seen, block_output, fast_half, replaced_forwards, watched
+    from flexigpt.model.run import block_output, fast_half, replaced_forwards, watched
 else:
     lazy_door(__name__)

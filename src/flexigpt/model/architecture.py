@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ def _gather_attention_types(settings: dict[str, Any], source_blocks: Sequence[in
 
 @dataclass(frozen=True, kw_only=True)
 class Roles:
-    """What the linears of a block compute and what lies between them: which changes of them leave the block as it is.
+    """What the linears of a block compute.
 
     Attributes:
         query: path within the block of the linear that computes the queries. A linear that computes several roles is
@@ -37,10 +37,6 @@ class Roles:
         gate: the linear whose outputs the activation is applied to, where `up` is multiplied by them; None without.
         up: the linear that computes the MLP's units (times the gate, or before the activation).
         down: the linear that takes the units.
-        by_head: queries, keys and values of one linear lie head by head (GPT-NeoX).
-        transposed: weights are stored as (inputs, outputs) (GPT-2).
-        rotary: positions turn queries and keys, dimension i of a head with dimension i + half of the turned ones.
-        query_key_norm: whether queries and keys are normalised, each head alone or all heads in one.
     """
 
     query: str
@@ -50,10 +46,6 @@ class Roles:
     gate: str | None = None
     up: str
     down: str
-    by_head: bool = False
-    transposed: bool = False
-    rotary: bool = True
-    query_key_norm: Literal["none", "head", "all"] = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +54,7 @@ class Architecture:
 
     Attributes:
         blocks: path of the list of blocks within the causal language model.
-        roles: paths of a block's linears within the block, and what they compute.
+        roles: paths of a block's linears within the block, by what they compute.
         sublayer_norms: paths within the block of the norms of what attention and MLP put out, where the family has such
             (Gemma, OLMo 2).
         gather: makes the per-block lists of a configuration those of the given blocks, in place.
@@ -91,9 +83,9 @@ class Architecture:
         return tuple(dict.fromkeys(path for path in paths if path is not None))
 
 
-def _fused(qkv: str, output: str, up: str, down: str, **more: Any) -> Roles:
+def _fused(qkv: str, output: str, up: str, down: str, gate: str | None = None) -> Roles:
     """Where one linear computes queries, keys and values."""
-    return Roles(query=qkv, key=qkv, value=qkv, output=output, up=up, down=down, **more)
+    return Roles(query=qkv, key=qkv, value=qkv, output=output, gate=gate, up=up, down=down)
 
 
 _LLAMA_ROLES = Roles(
@@ -112,22 +104,22 @@ _SANDWICH = replace(_LLAMA, sublayer_norms=("post_attention_layernorm", "post_fe
 
 _PHI3 = _fused("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj", gate="mlp.gate_up_proj")
 
-_NEOX = _fused("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", by_head=True)
+_NEOX = _fused("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 
 # By the model type in the source's config.json.
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
-    "qwen3": replace(_LLAMA, roles=replace(_LLAMA_ROLES, query_key_norm="head")),
+    "qwen3": _LLAMA,
     "granite": _LLAMA,
     "gemma2": _SANDWICH,
-    "gemma3_text": replace(_SANDWICH, roles=replace(_LLAMA_ROLES, query_key_norm="head")),
-    "olmo2": replace(_SANDWICH, roles=replace(_LLAMA_ROLES, query_key_norm="all")),
+    "gemma3_text": _SANDWICH,
+    "olmo2": _SANDWICH,
     "phi3": Architecture(blocks="model.layers", roles=_PHI3),
     "opt": Architecture(
         blocks="model.decoder.layers",
-        roles=replace(_LLAMA_ROLES, output="self_attn.out_proj", gate=None, up="fc1", down="fc2", rotary=False),
+        roles=replace(_LLAMA_ROLES, output="self_attn.out_proj", gate=None, up="fc1", down="fc2"),
     ),
     "gpt_neox": Architecture(blocks="gpt_neox.layers", roles=_NEOX),
     "gpt_neo": Architecture(
@@ -139,14 +131,13 @@ ARCHITECTURES: dict[str, Architecture] = {
             output="attn.attention.out_proj",
             up="mlp.c_fc",
             down="mlp.c_proj",
-            rotary=False,
         ),
         gather=_gather_attention_types,
         block_returns_tuple=True,
     ),
     "gpt2": Architecture(
         blocks="transformer.h",
-        roles=_fused("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", transposed=True, rotary=False),
+        roles=_fused("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
     ),
 }
 

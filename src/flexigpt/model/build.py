@@ -139,7 +139,6 @@ def compact_config(
     config: PreTrainedConfig,
     plan: Plan,
     output_norm: bool = True,
-    base_scale: bool = False,
     sublayer_paths: dict[str, dict[str, Any]] | None = None,
 ) -> FlexiGPTConfig:
     """The configuration of the compact model that a plan makes of a source.
@@ -155,7 +154,6 @@ def compact_config(
         blocks=architecture.blocks,
         linears=list(architecture.linears),
         output_norms=list(architecture.output_norms) if output_norm else [],
-        base_scale=base_scale,
         sublayers=[one.to_dict() for one in plan.sublayers],
         sublayer_paths=sublayer_paths,
         dtype=config.dtype,
@@ -225,7 +223,6 @@ def empty_compact(
     plan: Plan,
     output_norm: bool = True,
     source_blocks: Sequence[int] | None = None,
-    base_scale: bool = False,
 ) -> tuple[FlexiGPTForCausalLM, dict[str, str]]:
     """The compact model of a source, its parameters on the meta device, and which of the source's tensors it takes.
 
@@ -234,7 +231,6 @@ def empty_compact(
         plan: the plan of the compact model.
         output_norm: whether its replicas have output norms.
         source_blocks: the source's block behind each logical block; None: the same numbering.
-        base_scale: whether each linear of a replica scales its base's output.
 
     Returns:
         The model, and name in it -> name in the source, buffers included; what is missing is the replicas' own.
@@ -244,7 +240,7 @@ def empty_compact(
     text_config._name_or_path = ""  # where the source lay when it was pruned; the record says so
     text_config.dtype = source.dtype
     paths = sublayer_paths(source) if plan.sublayers else None
-    model = cast(FlexiGPTForCausalLM, empty_model(compact_config(text_config, plan, output_norm, base_scale, paths)))
+    model = cast(FlexiGPTForCausalLM, empty_model(compact_config(text_config, plan, output_norm, paths)))
     shapes = {name: tensor.shape for name, tensor in all_tensors(source).items()}
     names = {f"{SOURCE_PREFIX}{name}": origin for name, origin in _names_of_blocks(source, origins).items()}
     taken = {}

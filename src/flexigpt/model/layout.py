@@ -1,10 +1,8 @@
 """Where a model, source or compact, keeps its parts, and what it stores: every tensor counted once."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -26,26 +24,6 @@ REPLICA_PARTS = {
 
 # Path of the source's own architecture within a compact model.
 SOURCE_PREFIX = "language_model."
-
-
-def linear_tensors(
-    path: str, adapter: tuple[torch.Tensor, torch.Tensor], scale: torch.Tensor | None, biases: Sequence[torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """What a replica's linear stores, by path within the block.
-
-    Args:
-        path: of the linear.
-        adapter: A, (rank, inputs), and B, (outputs, rank).
-        scale: of the base's output, (1,); None: the linear has none, and it is 1.
-        biases: of the pruned linear and of its base; empty: they have none, or the difference stays as it is.
-    """
-    found = {"adapter_A": adapter[0], "adapter_B": adapter[1]}
-    if scale is not None:
-        found["base_scale"] = scale
-    if biases:
-        own, base = biases
-        found["bias_difference"] = own - (base if scale is None else scale.to(base) * base)
-    return {f"{path}.{name}": values for name, values in found.items()}
 
 
 def plan_of(config: PreTrainedConfig) -> Plan:
@@ -131,7 +109,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
     )
 
 
-def model_shape(model: PreTrainedModel, output_norm: bool = True, base_scale: bool = False) -> ModelShape:
+def model_shape(model: PreTrainedModel, output_norm: bool = True) -> ModelShape:
     """The sizes that accounting needs, read off a source model; the meta device will do."""
     layout = layout_of(model)
     block = layout.blocks[0]
@@ -141,7 +119,6 @@ def model_shape(model: PreTrainedModel, output_norm: bool = True, base_scale: bo
         linears={path: linear_size(block.get_submodule(path)) for path in layout.linears},
         hidden_size=model.config.hidden_size,
         num_output_norms=2 if output_norm else 0,
-        base_scale=base_scale,
     )
 
 

@@ -263,7 +263,6 @@ class ModelShape:
         linears: name -> (outputs, inputs) of each linear of a block.
         hidden_size: width of the residual stream, hence of an output norm.
         num_output_norms: output norms of one replica; 0 where they are switched off.
-        base_scale: whether each linear of a replica stores a scale.
     """
 
     parameters: int
@@ -271,7 +270,6 @@ class ModelShape:
     linears: Mapping[str, tuple[int, int]]
     hidden_size: int
     num_output_norms: int
-    base_scale: bool = False
 
     @property
     def linear_parameters(self) -> int:
@@ -289,9 +287,8 @@ class ModelShape:
         return sum(r * sum(size) for r, size in zip(ranks, self.linears.values(), strict=True))
 
     def replica_parameters(self, rank: int | Replica) -> int:
-        """Adapters, output norms and scales of one replica: what it adds to plain removal, but for biases and norms."""
-        adapters = self.adapter_parameters(rank)
-        return adapters + self.num_output_norms * self.hidden_size + self.base_scale * len(self.linears)
+        """Adapters and output norms of one replica: what it adds to plain removal, but for biases and norms."""
+        return self.adapter_parameters(rank) + self.num_output_norms * self.hidden_size
 
     def removed_parameters(self, num_pruned: int) -> int:
         """Stored parameters after plain removal of `num_pruned` blocks."""

@@ -9,20 +9,16 @@ from typing import Any
 
 import torch
 
-from flexigpt.calibration import Stream, calibration_batches, input_moments
 from flexigpt.model import Plan, Replica
 from flexigpt.pruning.options import PruneOptions
 from flexigpt.pruning.source import Workspace
-from flexigpt.replicas import LowRank, damped_root, tail_norm, truncated_svd, unmended
-from flexigpt.runtime import CachedStage, digest, in_parallel, workers_of
+from flexigpt.replicas import LowRank, tail_norm, truncated_svd, unmended
+from flexigpt.runtime import CachedStage, in_parallel, workers_of
 
 # Of each pruned block to each kept one.
 Distances = dict[int, dict[int, float]]
 
 _Pair = tuple[int, int]
-
-# Stands in for the length of an output that is zero: candidates still differ by what they leave of it.
-_LEAST_OUTPUT = 1e-100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +27,12 @@ class BaseDistance:
 
     Attributes:
         between: (one, other, rank) -> the distance, a scalar; of weights (outputs, inputs), or, where there is
-            `prepare`, of what it made of them; `one` is the pruned block's where the distance is `calibrated`.
+            `prepare`, of what it made of them.
         prepare: (weight, rank) -> factors, made once for each weight; None: weights are compared.
-        calibrated: whether weights are first multiplied by a root of the second moment of what the pruned block's
-            linear is given on calibration text (`damped_root`), so that norms are those of outputs.
     """
 
     between: Callable[[Any, Any, int], torch.Tensor]
     prepare: Callable[[torch.Tensor, int], LowRank] | None = None
-    calibrated: bool = False
 
 
 BASE_DISTANCES: Mapping[str, BaseDistance] = {
@@ -56,11 +49,6 @@ BASE_DISTANCES: Mapping[str, BaseDistance] = {
     "frobenius": BaseDistance(
         between=lambda one, other, rank: (one.double() - other.double()).norm(),
     ),
-    # Ours: what an adapter fitted to calibration text cannot mend of a linear's output, by the output itself.
-    "activation": BaseDistance(
-        between=lambda one, other, rank: tail_norm(one - other, rank) / one.norm().clamp(min=_LEAST_OUTPUT),
-        calibrated=True,
-    ),
 }
 
 
@@ -70,12 +58,9 @@ def measure_distances(workspace: Workspace[PruneOptions], pruned: Sequence[int])
 
     Where weights are factored, all pairs of blocks are measured, so that pruning others later costs nothing; elsewhere
     the pairs that are asked for. Memory holds two weights, or one for each core that factors, or as many pairs of
-    blocks' factors of one linear; on text, a block, the hidden states, and the second moments of one block's inputs.
-    What was measured is kept, and what a run that was killed needs to go on.
+    blocks' factors of one linear. What was measured is kept, and what a run that was killed needs to go on.
     """
     kept = [block for block in range(workspace.depth) if block not in pruned]
-    if BASE_DISTANCES[workspace.options.base_distance].calibrated:
-        return _OnText(workspace, pruned, kept).distances()
     return _OfWeights(workspace).distances(pruned, kept)
 
 
@@ -154,72 +139,3 @@ class _OfWeights:
 
 def _pair(i: int, j: int) -> _Pair:
     return (i, j) if i < j else (j, i)
-
-
-class _OnText:
-    """Outputs compared: text goes through the blocks once, up to the last pruned one."""
-
-    def __init__(self, workspace: Workspace[PruneOptions], pruned: Sequence[int], kept: Sequence[int]) -> None:
-        self._workspace, self._source = workspace, workspace.source
-        self._pruned, self._kept = pruned, kept
-        self._linears = tuple(workspace.shape.linears)
-        self._found: dict[tuple[int, str], dict[str, float]] = {}
-
-    def distances(self) -> Distances:
-        """Of the pruned blocks to the kept ones."""
-        unfinished = [i for i in self._pruned if not self._is_finished(i)]
-        depth = max(unfinished, default=-1) + 1
-
-        def steps() -> Iterator[None]:
-            if unfinished:
-                batches = calibration_batches(self._workspace.windows)
-                text = Stream(self._source.model, batches, self._workspace.hidden_in(1))
-                for index in range(depth):
-                    roots = self._advance(text, index, self._linears if index in unfinished else ())
-                    yield
-                    if index in unfinished:
-                        yield from self._candidates(index, roots)
-
-        total = depth + len(unfinished) * len(self._kept) * len(self._linears)
-        for _ in self._workspace.track(steps(), "measuring distances", total):
-            pass
-        return {
-            i: {j: sum(self._found[i, path][str(j)] for path in self._linears) for j in self._kept}
-            for i in self._pruned
-        }
-
-    def _stage(self, pruned: int, path: str) -> Any:
-        depends = {"block": pruned, "path": path, "rank": self._workspace.rank}
-        return self._workspace.cache.stage("activation-distances", windows=digest(self._workspace.windows), **depends)
-
-    def _is_finished(self, pruned: int) -> bool:
-        """Whether every candidate of a pruned block has been measured, in an earlier run."""
-        for path in self._linears:
-            with self._stage(pruned, path) as stage:
-                self._found[pruned, path] = stage.result or {}
-        return all(str(j) in self._found[pruned, path] for path in self._linears for j in self._kept)
-
-    def _advance(self, text: Stream, index: int, linears: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Takes the text through a block; roots of the damped second moments of what these linears are given."""
-        self._source.expect(index + 1)
-        with self._source.block(index) as block:
-            if not linears:
-                text.advance(block, index)
-                return {}
-            moments, first_of, _ = input_moments(text, block, index, linears)
-        roots = {path: damped_root(moments.pop(path)) for path in list(moments)}
-        return {path: roots[first_of[path]] for path in linears}
-
-    def _candidates(self, pruned: int, roots: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Measures the kept blocks' linears; yields once for each."""
-        between = BASE_DISTANCES["activation"].between
-        for path in self._linears:
-            with self._stage(pruned, path) as stage:
-                own = self._source.weight_matrix(pruned, path).double() @ roots[path]
-
-                def measure(base: int, path: str = path, own: torch.Tensor = own) -> float:
-                    other = self._source.weight_matrix(base, path).double() @ roots[path]
-                    return between(own, other, self._workspace.rank).item()
-
-                yield from stage.numbers({str(j): partial(measure, j) for j in self._kept})
-                self._found[pruned, path] = stage.result

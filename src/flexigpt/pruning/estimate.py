@@ -20,12 +20,8 @@ _LATER = 192 * 2**20
 # Copies of the largest linear that factoring it or initialising its adapter holds, in bytes a number.
 _FACTOR_BYTES = 28
 
-# What a fit holds of float64 numbers: moments of the widest inputs, and copies of the largest linear; and by how much a
-# backward pass multiplies a block's activations.
-_FIT_MOMENTS, _FIT_LINEARS, _BACKWARD = 3, 6, 3
-
-# Of the eigendecomposition of an n x n matrix in float64, beside it, in bytes a number.
-_EIGEN_BYTES = 40
+# What a fit holds of float64 numbers: moments of the widest inputs, and copies of the largest linear.
+_FIT_MOMENTS, _FIT_LINEARS = 3, 6
 
 # Float32 tensors of the MLP's width that a block holds while it runs, in bytes a number; tokens of a batch in
 # calibration.
@@ -88,24 +84,19 @@ def _estimate(checked: CheckedSource[Asked], texts: Texts, written: int, ranks: 
     largest = max(outputs * inputs for outputs, inputs in shape.linears.values())
     widest = max(max(size) for size in shape.linears.values())
     inputs = [inputs for _, inputs in shape.linears.values()]
-    block, activations = 2 * shape.block_parameters * itemsize + 4 * largest, _ACTIVATIONS * _BATCH_TOKENS * widest
-    running = block + activations
+    block = 2 * shape.block_parameters * itemsize + 4 * largest
+    running = block + _ACTIVATIONS * _BATCH_TOKENS * widest
     scratch, factors = 0, bool(ranks)
     if isinstance(options, PruneOptions):
         chooses = options.plan is None and not options.remove
-        distance = BASE_DISTANCES[options.base_distance]
         if options.calibrates:
-            copies = HIDDEN_COPIES if options.fits else 1
+            copies = HIDDEN_COPIES if options.refit_kept else 1
             tokens = copies * texts.windows.numel()
             hidden = tokens * shape.hidden_size * itemsize
             scratch, running = (hidden, running) if checked.needs_file(tokens) else (0, running + hidden)
-        if options.fits or (chooses and options.spread_rank):
+        if options.refit_kept:
             running += 8 * (_FIT_MOMENTS * max(inputs) ** 2 + _FIT_LINEARS * largest)
-            running += (_BACKWARD - 1) * activations
-        if chooses and distance.calibrated:
-            squares = [n * n for n in inputs]
-            running += 8 * sum(squares) + max(_EIGEN_BYTES * max(squares), _FACTOR_BYTES * largest)
-        if chooses and distance.prepare is not None:
+        if chooses and BASE_DISTANCES[options.base_distance].prepare is not None:
             factors = True
             pairs = checked.depth * checked.rank * 8
             scratch = max(scratch, max(pairs * sum(size) for size in shape.linears.values()))

@@ -99,7 +99,7 @@ def assemble_extended(
     Arguments and errors are those of `extend`; `announce` is called once with what the run will take, after the checks
     and before the work.
     """
-    start = ReplicaOptions(adapter_init="zero", output_norm=options.output_norm, base_scale=False, seed=options.seed)
+    start = ReplicaOptions(adapter_init="zero", output_norm=options.output_norm, seed=options.seed)
     checked = CheckedSource.check(source, options, start)
     ranges = parse_ranges(options.blocks, checked.depth)
     checked = checked.with_rank(1)

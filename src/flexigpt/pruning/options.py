@@ -14,7 +14,7 @@ _WHAT = "What to prune"
 
 BlockScoreName = Literal["influence", "angular", "relative-magnitude", "removal-perplexity", "replacement-perplexity"]
 
-BaseDistanceName = Literal["low-rank", "full-rank", "frobenius", "activation"]
+BaseDistanceName = Literal["low-rank", "full-rank", "frobenius"]
 
 PatternName = Literal["block", "sequential"]
 
@@ -23,13 +23,7 @@ PatternName = Literal["block", "sequential"]
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fitted": {},
     "thorough": {"block_score": "replacement-perplexity"},
-    "paper": {
-        "adapter_init": "svd",
-        "spread_rank": False,
-        "output_norm": 0.05,
-        "base_scale": False,
-        "refit_kept": False,
-    },
+    "paper": {"refit_kept": False},
 }
 
 
@@ -100,17 +94,9 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
         return cls(**{**PRESETS["paper"], **given})
 
     @property
-    def fits(self) -> bool:
-        """Whether anything is fitted to calibration text."""
-        return self.refit_kept if self.remove else super().fits
-
-    @property
     def calibrates(self) -> bool:
         """Whether calibration text is read."""
-        if self.fits or self.plan is not None:
-            return self.fits
-        measures = not self.remove and (self.spread_rank or self.base_distance == "activation")
-        return measures or self.blocks is None
+        return self.refit_kept or (self.plan is None and self.blocks is None)
 
 
 @dataclass(frozen=True, kw_only=True)

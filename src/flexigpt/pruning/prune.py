@@ -12,8 +12,8 @@ from flexigpt.pruning.replacement import filled
 from flexigpt.pruning.scores import pruned_or_count, scored
 from flexigpt.pruning.source import CheckedSource, Workspace
 from flexigpt.record import Record
-from flexigpt.replicas import FITTED_INITS, adapter_spectra, source_of_replicas, spread_ranks
-from flexigpt.runtime import InputError, Track, digest, silent
+from flexigpt.replicas import adapter_spectra
+from flexigpt.runtime import InputError, Track, silent
 from flexigpt.weights import Assembly
 
 
@@ -56,11 +56,8 @@ def assemble_pruned(
         InputError: as `prune`.
     """
     workspace, plan, record = _planned(source, options, track, announce)
-    with filled(workspace, plan, "replicas") as (assembly, replaced, mended):
-        if mended:
-            record["mended_outputs"] = mended
-        if not record["fitted"]:  # else nothing was asked to be near the weights
-            record["adapter_spectra"] = adapter_spectra(assembly, replaced, plan)
+    with filled(workspace, plan, "replicas") as assembly:
+        record["adapter_spectra"] = adapter_spectra(assembly, workspace.source, plan)
         record["plain_removal"] = {"parameters": workspace.shape.removed_parameters(len(plan.replicas))}
         yield assembly, plan, record | workspace.compared("compact", assembly)
 
@@ -102,19 +99,9 @@ def _planned(
     stored = checked.shape.stored_parameters(ranks) if writes else 0
     workspace = open_announced(checked, track, announce, stored, ranks if writes else ())
     blocks, found = scored(workspace, pruned)
-    record = workspace.record() | found | {"fitted": options.adapter_init in FITTED_INITS}
+    record = workspace.record() | found
     if given is not None:
         return workspace, given, record
     record["base_distance"] = options.base_distance
     record["distances"] = measure_distances(workspace, blocks)
-    plan = choose_bases(record["distances"], checked.rank, checked.depth)
-    return workspace, _spread(workspace, plan) if options.spread_rank else plan, record
-
-
-def _spread(workspace: Workspace[PruneOptions], plan: Plan) -> Plan:
-    """The plan with a rank for each adapter."""
-    options, windows = workspace.options, workspace.windows
-    settings = {name: getattr(options, name) for name in ("align", "base_scale")}
-    with workspace.cache.stage("ranks", plan=plan.to_dict(), windows=digest(windows), **settings) as stage:
-        source, spill = source_of_replicas(workspace.source, plan, options, stage), workspace.hidden_in(1)
-        return spread_ranks(source, plan, windows, workspace.shape, stage, spill=spill, track=workspace.track)
+    return workspace, choose_bases(record["distances"], checked.rank, checked.depth), record

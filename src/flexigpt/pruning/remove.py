@@ -9,7 +9,7 @@ from flexigpt.pruning.options import PruneOptions
 from flexigpt.pruning.scores import pruned_or_count, scored
 from flexigpt.pruning.source import CheckedSource
 from flexigpt.record import Record
-from flexigpt.replicas import HIDDEN_COPIES, Fits, fit_blocks
+from flexigpt.replicas import HIDDEN_COPIES, refit_kept
 from flexigpt.runtime import Track, silent
 from flexigpt.weights import Assembly, without_blocks
 
@@ -56,8 +56,8 @@ def assemble_removed(
     if workspace.options.refit_kept:
         left = iter(range(len(assembly)))
         standing = [None if block in blocks else next(left) for block in range(workspace.depth)]
-        given = (workspace.source, assembly, standing, workspace.windows, Fits(kept=True))
-        fit_blocks(*given, spill=workspace.hidden_in(HIDDEN_COPIES), track=workspace.track)
+        given = (workspace.source, assembly, standing, workspace.windows)
+        refit_kept(*given, spill=workspace.hidden_in(HIDDEN_COPIES), track=workspace.track)
     record = workspace.record() | found
     record["removed"] = {"blocks": list(blocks), "num_blocks": workspace.depth, "source": source}
     return assembly, blocks, record | workspace.compared("shorter", assembly)

@@ -232,8 +232,8 @@ class ByRemoval(_Greedy):
 class ByReplacement(_Greedy):
     """By the perplexity with the block's replica.
 
-    Candidates are pruned as the options say, but with kept blocks not refitted and one rank for all: bases by distance,
-    replicas filled on the first half of the windows. Perplexity is that of the second half.
+    Candidates are pruned as the options say, but with kept blocks not refitted: bases by distance, replicas filled on
+    the first half of the windows. Perplexity is that of the second half.
     """
 
     stage, doing = "replacement", "replacing blocks"
@@ -262,7 +262,7 @@ class ByReplacement(_Greedy):
 
 
 def _screening(options: PruneOptions) -> PruneOptions:
-    return dataclasses.replace(options, refit_kept=False, spread_rank=False)
+    return dataclasses.replace(options, refit_kept=False)
 
 
 @torch.no_grad()
@@ -271,7 +271,7 @@ def _perplexity_with_replicas(workspace: Workspace[PruneOptions], held: torch.Te
     plan = choose_bases(measure_distances(workspace, pruned), workspace.rank, workspace.depth)
     batches = calibration_batches(held)
     with (
-        filled(workspace, plan, "candidate") as (assembly, *_),
+        filled(workspace, plan, "candidate") as assembly,
         run_through(assembly, batches, "judging", workspace.hidden_in(1, held)),
     ):
         return windows_perplexity(assembly.model, batches)

@@ -67,7 +67,7 @@ class CheckedSource(Generic[Asked]):
             InputError: a source that cannot be opened or is not supported, a window or a memory that does not fit.
         """
         empty = open_empty(name, options.dtype)
-        shape = model_shape(empty, replicas.has_norms, replicas.base_scale)
+        shape = model_shape(empty, replicas.has_norms)
         used: dict[str, Any] = {"window_length": check_window_length(options.window_length, empty.config)}
         memory = None
         if isinstance(options, PruneOptions):

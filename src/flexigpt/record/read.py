@@ -85,7 +85,6 @@ class _Record(TypedDict):
     base_distance: NotRequired[str | None]
     distances: NotRequired[dict[int, dict[int, float]] | None]
     adapter_spectra: NotRequired[dict[int, dict[str, Annotated[_Spectrum, AfterValidator(_alike)]]] | None]
-    mended_outputs: NotRequired[dict[int, float] | None]
     fitted: NotRequired[bool | None]
     compared: NotRequired[tuple[str, str] | None]
     perplexity: NotRequired[_Text | None]

@@ -1,7 +1,7 @@
-"""What is a replica's own: adapters, ranks, scales, output norms; started, then fitted to text.
+"""What is a replica's own: adapters, output norms; and kept blocks, refitted to text.
 
 In: a plan, the source, calibration windows. Out: the tensors of each replica. Read `options`, `svd`, `initialization`,
-`least_squares`, `fitting`, `ranks`, then `alignment`.
+`least_squares`, then `fitting`.
 """
 
 from typing import TYPE_CHECKING
@@ -10,11 +10,9 @@ from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
     from flexigpt.replicas.elimination import Elimination, eliminate, tensors_of_units
-    from flexigpt.replicas.fitting import HIDDEN_COPIES, Fits, fit_blocks
-    from flexigpt.replicas.initialization import adapter_spectra, fill, init_of, replica_tensors, source_of_replicas
-    from flexigpt.replicas.least_squares import damped_root
-    from flexigpt.replicas.options import FITTED_INITS, MOST_GAMMA, REPLICA_GROUP, ReplicaOptions
-    from flexigpt.replicas.ranks import spread_ranks
+    from flexigpt.replicas.fitting import HIDDEN_COPIES, refit_kept
+    from flexigpt.replicas.initialization import adapter_spectra, fill, init_of, replica_tensors
+    from flexigpt.replicas.options import MOST_GAMMA, REPLICA_GROUP, ReplicaOptions
     from flexigpt.replicas.svd import LowRank, tail_norm, truncated_svd, unmended
 else:
     lazy_door(__name__)

@@ -3,15 +3,13 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from flexigpt.model import INNER, OUTPUT_NORM, NormedOutput, Plan, Replica, SharedLinear, linear_tensors, plan_of
-from flexigpt.replicas.alignment import AlignedSource
-from flexigpt.replicas.fitting import AdapterFit, Fits, fit_blocks
-from flexigpt.replicas.least_squares import least_squares_scale, low_rank_fit
+from flexigpt.model import INNER, OUTPUT_NORM, NormedOutput, Plan, Replica, SharedLinear, plan_of
+from flexigpt.replicas.fitting import refit_kept
 from flexigpt.replicas.options import ReplicaOptions
 from flexigpt.replicas.svd import truncated_svd
 from flexigpt.runtime import CachedStage, Track, in_parallel, silent, workers_of
@@ -43,31 +41,11 @@ def zero_adapter(
     return adapter, torch.zeros(outputs, rank)
 
 
-class AdapterInit(NamedTuple):
-    """How adapters start.
-
-    Attributes:
-        start: (W_i, W_j, rank, random generator) -> A (rank, inputs), B (outputs, rank).
-        scales: whether a base's scale starts at least squares of W_i on W_j, which `start` is then given scaled.
-        fit: of calibration text, which then follows; None: the start stands.
-        weighted: whether that fit weighs errors by how much they move the block's output.
-    """
-
-    start: AdapterStart
-    scales: bool = False
-    fit: AdapterFit | None = None
-    weighted: bool = False
-
-
-ADAPTER_INITS: dict[str, AdapterInit] = {
+ADAPTER_INITS: dict[str, AdapterStart] = {
     # The method (eq. 7-8).
-    "svd": AdapterInit(svd_adapter, scales=True),
+    "svd": svd_adapter,
     # Table 4, without SVD initialisation; and where blocks are repeated.
-    "zero": AdapterInit(zero_adapter),
-    # Least squares on what goes through the replica, instead of on weights.
-    "activation": AdapterInit(zero_adapter, fit=low_rank_fit),
-    # The same, on what that makes of the block's output.
-    "block-output": AdapterInit(zero_adapter, fit=low_rank_fit, weighted=True),
+    "zero": zero_adapter,
 }
 
 
@@ -85,25 +63,23 @@ def replica_tensors(
         block: the replica in the compact model; its parameters may be on the meta device.
         source: the model that the blocks come from.
         replica: its row of the plan.
-        options: how they start; where output norms are to be fitted, at the paper's constant.
+        options: how they start.
         source_blocks: the source's block behind each logical block; None: the same numbering.
     """
     own, base = (i if source_blocks is None else source_blocks[i] for i in (replica.block, replica.base))
     generator = torch.Generator().manual_seed((options.seed + replica.block * _SEED_STEP) % 2**63)
-    init, scales, *_ = ADAPTER_INITS[options.adapter_init]
+    init = ADAPTER_INITS[options.adapter_init]
     like = next(source.model.get_input_embeddings().parameters())
 
     def filled(path: str, shared: SharedLinear, seed: int) -> dict[str, torch.Tensor]:
         linear = path.removesuffix(INNER)
         pruned, kept = (source.weight_matrix(i, linear) for i in (own, base))
-        scale = None if shared.base_scale is None else _like(torch.ones(1), like)
-        if scales and scale is not None:
-            scale = _like(least_squares_scale(pruned, kept), like)
-            kept = kept.double() * scale.to(kept.device)  # as it is stored: the adapter mends what its rounding leaves
         left, right = init(pruned, kept, replica.rank_of(linear), torch.Generator().manual_seed(seed))
-        ends = () if shared.bias_difference is None else (own, base)
-        biases = [source.parameter(i, f"{linear}.bias") for i in ends]
-        return linear_tensors(path, (_like(left, like), _like(right, like)), scale, biases)
+        found = {f"{path}.adapter_A": _like(left, like), f"{path}.adapter_B": _like(right, like)}
+        if shared.bias_difference is not None:
+            own_bias, base_bias = (source.parameter(i, f"{linear}.bias") for i in (own, base))
+            found[f"{path}.bias_difference"] = own_bias - base_bias
+        return found
 
     tensors: dict[str, torch.Tensor] = {}
     shared = [(path, module) for path, module in block.named_modules() if isinstance(module, SharedLinear)]
@@ -114,7 +90,7 @@ def replica_tensors(
     for path, module in block.named_modules():
         if isinstance(module, NormedOutput):
             shape = module.output_norm.normalized_shape
-            tensors[f"{path}{OUTPUT_NORM}"] = _like(torch.full(shape, options.gamma), like)
+            tensors[f"{path}{OUTPUT_NORM}"] = _like(torch.full(shape, float(options.output_norm)), like)
     return tensors
 
 
@@ -134,8 +110,6 @@ def adapter_spectra(model: StreamedModel, source: StreamedModel, plan: Plan) -> 
                 down, up = (model.parameter(replica.block, f"{full}.adapter_{name}").float() for name in "AB")
                 path = full.removesuffix(INNER)
                 own, base = (source.weight_matrix(i, path) for i in (replica.block, replica.base))
-                if module.base_scale is not None:
-                    base = base * model.parameter(replica.block, f"{full}.base_scale").to(base)
                 difference = (own - base).float()
                 energy, rank = difference.square().sum().item(), len(down)
                 ranks = [*(2**power for power in range(rank.bit_length()) if 2**power < rank), rank]
@@ -151,13 +125,8 @@ def _like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def init_of(options: ReplicaOptions) -> dict[str, Any]:
     """What decides the replicas' own tensors, besides plan, source and text."""
-    names = ("align", "adapter_init", "output_norm", "base_scale", "refit_kept", "seed")
+    names = ("adapter_init", "output_norm", "refit_kept", "seed")
     return {name: getattr(options, name) for name in names}
-
-
-def source_of_replicas(source: StreamedModel, plan: Plan, options: ReplicaOptions, stage: CachedStage) -> StreamedModel:
-    """The source itself, or with its pruned blocks aligned to their bases; the stage keeps those."""
-    return AlignedSource(source, plan, stage) if options.align else source
 
 
 def fill(
@@ -169,31 +138,21 @@ def fill(
     stage: CachedStage,
     spill: Path | None = None,
     track: Track = silent,
-) -> dict[int, float]:
-    """Fills what is the replicas' own, block by block, then fits what is to be fitted.
+) -> None:
+    """Fills what is the replicas' own, block by block, then refits the kept blocks if that is asked for.
 
     Args:
         assembly: the compact model.
-        source: whose blocks they replace, as `source_of_replicas` gives it.
-        windows: calibration windows, (windows, tokens) ids; none where nothing is fitted.
+        source: whose blocks they replace.
+        windows: calibration windows, (windows, tokens) ids; none where nothing is refitted.
         options: how replicas are made.
         stage: keeps what is done, which a run that was killed finds again.
         spill: folder for files that hold the fits' hidden states; None: memory does.
-        track: reports each replica, and each block that is fitted.
-
-    Returns:
-        What `fit_blocks` does; nothing where nothing is fitted.
+        track: reports each replica, and each block behind the first of them.
     """
     replicas = plan_of(assembly.model.config).replicas
     for replica in track(replicas, "initialising replicas", len(replicas)):
         make = partial(replica_tensors, assembly.blocks[replica.block], source, replica, options)
         assembly.own(replica.block, stage.tensors(f"replica-{replica.block}", make))
-    mended: dict[int, float] = {}
-    if options.fits:
-        init = ADAPTER_INITS[options.adapter_init]
-        norms, kept = options.output_norm == "fitted", options.refit_kept
-        fits = Fits(adapter=init.fit, weighted=init.weighted, norms=norms, kept=kept)
-        mended = fit_blocks(
-            source, assembly, range(len(assembly)), windows, fits, spill=spill, stage=stage, track=track
-        )
-    return mended
+    if options.refit_kept:
+        refit_kept(source, assembly, range(len(assembly)), windows, spill=spill, stage=stage, track=track)

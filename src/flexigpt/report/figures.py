@@ -41,7 +41,6 @@ def figures_of(recorded: Recorded, prefix: str = "") -> dict[str, Drawn]:
         "plan": _plan,
         "distances": distances_figure,
         "adapters": adapters_figure,
-        "mended": mended_figure,
         "storage": storage_figure,
     }
     with style():
@@ -174,27 +173,6 @@ def adapters_figure(recorded: Recorded) -> Drawn | None:
     key(figure, _block_keys(shades), 11)
     alt = f"Lines: share of the squared difference to the base that r directions mend, for {', '.join(linears)}."
     return Drawn(name="adapters", alt=alt, figure=figure)
-
-
-def mended_figure(recorded: Recorded) -> Drawn | None:
-    """How much of what a pruned block did to the hidden states its fitted replica does; a bar for each."""
-    mended: dict[int, float] | None = find_in(recorded.record, "mended_outputs")
-    if not mended:
-        return None
-    title = f"Replicas mend {_percents(list(mended.values()))} of what their blocks would leave if they did nothing"
-    figure = new_figure(WIDTH, 2.4, title)
-    axes = figure.add_subplot()
-    for place, (block, share) in enumerate(sorted(mended.items())):
-        (bar,) = axes.bar(place, share, width=0.6, color=colour("orange"))
-        bar.set_gid(f"mended-{block}")
-        axes.annotate(f"{share:.0%}", (place, max(share, 0)), (0, 2), textcoords="offset points", ha="center", size=8)
-    axes.set_xticks(range(len(mended)), [str(block) for block in sorted(mended)])
-    axes.set(xlabel="replica of block", ylim=(min(0, *mended.values()), 1), xlim=(-0.7, len(mended) - 0.3))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    told = ", ".join(f"{block} {share:.0%}" for block, share in sorted(mended.items()))
-    return Drawn(
-        name="mended", alt=f"Bars: share of a pruned block's output that its replica mends. {told}.", figure=figure
-    )
 
 
 def storage_figure(recorded: Recorded) -> Drawn | None:

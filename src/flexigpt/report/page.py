@@ -89,7 +89,6 @@ def _of_one(model: Recorded, svgs: Svgs) -> dict[str, Any]:
         "blocks": _block_rows(model),
         "distances": _distance_rows(model) if "distances" in svgs else None,
         "spectra": _spectrum_rows(model) if "adapters" in svgs else None,
-        "mended": _mended_rows(model) if "mended" in svgs else None,
         "sizes": _size_rows(model) if model.sizes else None,
         "plain_removal": _beside_plain_removal(model),
         "settings": [
@@ -173,13 +172,6 @@ def _spectrum_rows(model: Recorded) -> Rows:
     widest = max(map(len, rows))
     headings = ["block", "linear", *["r: mended"] * (widest - 2)]
     return Rows(headings, [row + [""] * (widest - len(row)) for row in rows])
-
-
-def _mended_rows(model: Recorded) -> Rows:
-    mended = find_in(model.record, "mended_outputs")
-    return Rows(
-        ["replica of block", "mended"], [[str(block), f"{share:.1%}"] for block, share in sorted(mended.items())]
-    )
 
 
 def _size_rows(model: Recorded) -> Rows:
