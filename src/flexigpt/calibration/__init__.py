@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         calibration_batches,
         check_means,
         finished_blocks,
+        overflow,
         run_through,
     )
     from flexigpt.calibration.moments import RunningSum

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flexigpt.model import block_output, fast_half, layout_of, replaced_forwards
+from flexigpt.model import block_output, fast_half, layout_of, replaced_forwards, watched
 from flexigpt.runtime import CachedStage, InputError, Track, silent
 from flexigpt.text import batch_size_for
 from flexigpt.weights import StreamedModel

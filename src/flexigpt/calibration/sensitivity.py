@@ -103,7 +103,7 @@ def _loss_gradients(
     vocabulary = source.model.config.get_text_config().vocab_size
     for batch, hidden in zip(batches, leaving, strict=True):
         few = batch_size_for(batch.shape[1], vocabulary, _LOGITS)
-        parts = []
+        parts: list[torch.Tensor] = []
         for ids, states in zip(batch.split(few), hidden.split(few), strict=True):
             states = states.detach().requires_grad_()
             ids = ids.to(states.device)

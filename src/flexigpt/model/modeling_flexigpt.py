@@ -114,7 +114,7 @@ class NoSublayer(nn.Module):
 
 def resized(linear: nn.Module, outputs: int, inputs: int) -> nn.Module:
     """A new linear of the same class, (outputs, inputs) large, with a bias where this has one."""
-    weight: torch.Tensor = linear.weight
+    weight: Any = linear.weight
     with torch.device(weight.device):
         if isinstance(linear, Conv1D):
             return Conv1D(outputs, inputs).to(weight.dtype)

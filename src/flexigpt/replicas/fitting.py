@@ -1,18 +1,19 @@
-"""Kept blocks refitted to calibration text in closed form: no gradients, one block after the other.
+"""What is left of a pruned model refitted to calibration text in closed form: no gradients, one block after the other.
 
-Two streams of hidden states go through the blocks: the source's and the pruned model's. What a kept block behind a
-pruned one writes to the residual stream is fitted to where the source's stream is, so that it also mends what the
-blocks before it left.
+Two streams of hidden states go through the blocks: the source's and the pruned model's. What a block behind the first
+change writes to the residual stream is fitted to where the source's stream is, so that it also mends what the blocks
+before it left.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from flexigpt.calibration import HiddenStates, RunningSum, Stream, calibration_batches
@@ -22,11 +23,17 @@ from flexigpt.runtime import CachedStage, Track, silent
 from flexigpt.weights import StreamedModel, exchange_parameters
 
 # Hidden states that a fit holds: both streams before a block, the source's behind it and behind the removed ones after
-# it, and what each of its two sublayers writes.
-HIDDEN_COPIES = 6
+# it, and what each of its two sublayers writes, before and after a norm of the family's own.
+HIDDEN_COPIES = 8
 
 # How far a block may be from adding its sublayers' outputs to its input, and still count as doing so.
 _ADDITIVE_TOLERANCE = 0.02
+
+# Of the mean variance of an MLP's units, the weight of leaving its last linear as it was, where fewer units are left.
+_UNITS_RIDGE = 1e-3
+
+# Of what a norm's weight is scaled by, the weight of leaving it as it is.
+_GAIN_RIDGE = 0.1
 
 
 @torch.no_grad()
@@ -36,42 +43,48 @@ def refit_kept(
     standing: Sequence[int | None],
     windows: torch.Tensor,
     *,
+    units: Mapping[int, torch.Tensor] | None = None,
+    changed: Sequence[int] = (),
     spill: Path | None = None,
     stage: CachedStage | None = None,
     track: Track = silent,
 ) -> None:
-    """Refits the kept blocks behind a pruned one, in order.
+    """Refits what is left behind the first change, block by block, in order.
 
-    Those of their linears that write to the residual stream, at full rank, as nothing more is stored for them. Bases
-    are left alone: fitted to their own place, they would be farther from their replicas'.
+    Those linears that write to the residual stream, at full rank, as nothing more is stored for them; in families that
+    normalise what these write (Gemma, OLMo 2) also the norm's weight. Bases are left alone: fitted to their own place,
+    they would be farther from their replicas'.
 
     Args:
         source: the source model.
-        pruned: the compact model, its replicas filled, or the shorter one. What is not refitted stays as it is; what
-            is, gets tensors of its own.
+        pruned: the compact model, what is its own filled in, or the shorter one. What is not refitted stays as it is;
+            what is, gets tensors of its own.
         standing: the pruned model's block in the place of each of the source's; None: none is.
         windows: (windows, tokens) ids.
+        units: by block of the pruned model, which of the source's hidden units its MLP has, where not all.
+        changed: further blocks that differ from the source's, as those whose attention is gone.
         spill: folder for files that hold the hidden states; None: memory does, HIDDEN_COPIES times.
         stage: keeps what is fitted, which a run that was killed finds again.
         track: reports each block.
     """
     theirs = Stream(source.model, calibration_batches(windows), spill)
     ours = theirs.at(theirs.hidden)
-    bases = pruned.layout.bases
-    left_alone = {*bases, *bases.values()}
-    missing = [i for i, block in enumerate(standing) if block is None or block in bases]
-    depth = len(standing) if missing else 0
+    bases, units = pruned.layout.bases, units or {}
+    left_alone, own_change = {*bases, *bases.values()}, {*units, *changed}
+    different = [i for i, block in enumerate(standing) if block is None or block in bases or block in own_change]
+    depth = len(standing) if different else 0
     for index in track(range(depth), "fitting blocks", depth):
         number = standing[index]
         source.expect(index + 1)
         with source.block(index) as own:
             behind = theirs.at(theirs.outputs(own, index))
             if number is not None:
-                changed = missing[0] < index or (index + 1 < len(standing) and standing[index + 1] is None)
+                mends = different[0] < index or (index + 1 < len(standing) and standing[index + 1] is None)
                 with pruned.block(number) as block:
-                    if changed and number not in left_alone:
+                    if (mends or number in own_change) and number not in left_alone:
                         leaving = _past_removed(source, standing, index + 1, behind).hidden
-                        fit = _BlockFit(source, own, block, _Streams(index, theirs, ours, leaving))
+                        streams = _Streams(index, theirs, ours, leaving)
+                        fit = _BlockFit(source, own, block, streams, units.get(number))
                         fitted = fit.run() if stage is None else stage.tensors(f"fitted-{number}", fit.run)
                         exchange_parameters(block, {path: values.to(source.device) for path, values in fitted.items()})
                         pruned.own(number, fitted)
@@ -99,47 +112,77 @@ class _Streams(NamedTuple):
 
 
 class _BlockFit:
-    """One kept block and what it is fitted to.
+    """One block of the pruned model and what it is fitted to.
 
     Args:
         source: the source model.
         own: its block in that place.
-        block: the kept block in the pruned model.
+        block: what is left of it in the pruned model.
         streams: before the block.
+        units: of the source's, that the MLP has; None: all of them.
     """
 
-    def __init__(self, source: StreamedModel, own: nn.Module, block: nn.Module, streams: _Streams) -> None:
-        self._own, self._block, self._streams = own, block, streams
-        # Paths of the last modules of attention and MLP, which write to the residual stream.
-        self._writers = find_architecture(source.model.config).output_norms
-        self._their_writes = {path: HiddenStates((), streams.theirs.hidden.folder) for path in self._writers}
+    def __init__(
+        self, source: StreamedModel, own: nn.Module, block: nn.Module, streams: _Streams, units: torch.Tensor | None
+    ) -> None:
+        self._own, self._block, self._streams, self._units = own, block, streams, units
+        architecture = find_architecture(source.model.config)
+        # Paths of the last modules of attention and MLP, which write to the residual stream, and of their last linears:
+        # the same ones, or the norms that follow.
+        self._writers = architecture.output_norms
+        self._linears = (architecture.roles.output, architecture.roles.down)
+        folder = streams.theirs.hidden.folder
+        self._their_writes = {path: HiddenStates((), folder) for path in dict.fromkeys(self._writers + self._linears)}
+        self._fitted: dict[str, torch.Tensor] = {}
+        # Of the MLP's last linear: what the source's units that are left give, and what the source writes with all.
+        self._seen_units = (RunningSum(), RunningSum())
 
     def run(self) -> dict[str, torch.Tensor]:
         """Fits what writes to the residual stream, in the order in which the block computes; fitted tensors by path."""
-        fitted: dict[str, torch.Tensor] = {}
         factor = self._watch_own()
-        for writer in self._writers:
-            linear = self._block.get_submodule(writer)
-            if factor is None or not isinstance(linear, nn.Linear | Conv1D):
-                continue
-            found = ridge_fit(weight_matrix(linear), self._moments(writer, factor))
-            found = found.T if isinstance(linear, Conv1D) else found
-            # It takes the place of the parameter, which itself stays as it is.
-            path = f"{writer}.weight"
-            fitted[path] = found.to(linear.weight.dtype).contiguous()
-            exchange_parameters(self._block, {path: fitted[path]})
-        return fitted
+        modules = dict(self._block.named_modules())
+        for writer, path in zip(self._writers, self._linears, strict=True):
+            linear = modules.get(path)
+            if isinstance(linear, nn.Linear | Conv1D):
+                found = ridge_fit(self._start(path, linear), self._moments(writer, path, factor))
+                self._set(f"{path}.weight", found.T if isinstance(linear, Conv1D) else found)
+                if writer != path and factor is not None:
+                    self._fit_gain(writer, factor)
+        return self._fitted
+
+    def _set(self, path: str, values: torch.Tensor) -> None:
+        """It takes the place of the parameter, which itself stays as it is."""
+        self._fitted[path] = values.to(self._block.get_parameter(path).dtype).contiguous()
+        exchange_parameters(self._block, {path: self._fitted[path]})
+
+    def _start(self, path: str, linear: nn.Module) -> torch.Tensor:
+        """Where a linear's fit begins: as it is, or, with fewer units, refitted to these alone."""
+        weight = weight_matrix(linear)
+        if self._units is None or path != self._linears[1]:
+            return weight
+        inputs, targets = (running.total for running in self._seen_units)
+        return ridge_fit(weight, Moments(inputs, targets), _UNITS_RIDGE)
 
     def _watch_own(self) -> float | None:
         """Notes what the source's block writes; by what it scales that when it adds it to the residual stream."""
         first: torch.Tensor | None = None
-        with watched(self._own, self._writers) as seen:
+        down = self._linears[1]
+        with watched(self._own, self._their_writes) as seen:
             for output in self._streams.theirs.outputs(self._own, self._streams.block):
                 first = output if first is None else first
                 for path, writes in self._their_writes.items():
                     writes.append(seen[path][1].reshape(output.shape))
+                if self._units is not None:
+                    given, written = (values.flatten(0, -2).float() for values in seen[down])
+                    given = given[:, self._units.to(given.device)]
+                    self._seen_units[0].add(given.T @ given)
+                    self._seen_units[1].add(self._without_bias(down, written).T @ given)
         assert first is not None
         return self._residual_factor(first)
+
+    def _without_bias(self, path: str, written: torch.Tensor) -> torch.Tensor:
+        bias = cast(torch.Tensor | None, self._own.get_submodule(path).bias)
+        return written if bias is None else written - bias.float()
 
     def _residual_factor(self, leaving: torch.Tensor) -> float | None:
         """By what the block scales its sublayers' outputs when it adds them to its input; None if it does not just add.
@@ -166,17 +209,40 @@ class _BlockFit:
                 hooks.callback(handle.remove)
             return next(self._streams.theirs.outputs(self._own, self._streams.block)).double()
 
-    def _moments(self, writer: str, factor: float) -> Moments:
-        """Of what a writer is given in the pruned model, and of what it should write there."""
+    def _moments(self, writer: str, path: str, factor: float | None) -> Moments:
+        """Of what a linear is given in the pruned model, and of what it should write there."""
         inputs, targets = RunningSum(), RunningSum()
-        bias = cast(torch.Tensor | None, self._own.get_submodule(writer).bias)
-        with watched(self._block, [writer]) as seen:
-            for number, output in enumerate(self._streams.ours.outputs(self._block, self._streams.block)):
-                given = seen[writer][0].flatten(0, -2).float()
-                inputs.add(given.T @ given)
-                wished = self._wished(writer, number, seen[writer][1], output, factor).flatten(0, -2).float()
-                targets.add((wished if bias is None else wished - bias.float()).T @ given)
+        for number, seen, output in self._passes(path):
+            given = seen[0].flatten(0, -2).float()
+            inputs.add(given.T @ given)
+            if writer == path and factor is not None:
+                wished = self._wished(writer, number, seen[1], output, factor)
+            else:
+                wished = self._their_writes[path][number]
+            targets.add(self._without_bias(path, wished.flatten(0, -2).float()).T @ given)
         return Moments(inputs.total, targets.total)
+
+    def _fit_gain(self, writer: str, factor: float) -> None:
+        """The weight of a norm that stands between a linear and the residual stream, each channel by least squares."""
+        products, squares = RunningSum(), RunningSum()
+        for number, seen, output in self._passes(writer):
+            written = seen[1].flatten(0, -2).float()
+            wished = self._wished(writer, number, seen[1], output, factor).flatten(0, -2).float()
+            products.add((written * wished).sum(0))
+            squares.add(written.square().sum(0))
+        ridge = _GAIN_RIDGE * squares.total.mean().clamp(min=1e-30)
+        scale = (products.total + ridge) / (squares.total + ridge)
+        norm: Any = self._block.get_submodule(writer)
+        # Gemma's norms multiply by 1 + weight, the others by the weight.
+        with_zeros = functional_call(norm, {"weight": torch.zeros_like(norm.weight)}, (torch.ones_like(norm.weight),))
+        offset = float(with_zeros.any())
+        self._set(f"{writer}.weight", (norm.weight.double() + offset) * scale - offset)
+
+    def _passes(self, path: str) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor], torch.Tensor]]:
+        """Runs the block on our stream: number of the batch, what that module was given and returned, the output."""
+        with watched(self._block, [path]) as seen:
+            for number, output in enumerate(self._streams.ours.outputs(self._block, self._streams.block)):
+                yield number, seen[path], output
 
     def _wished(
         self, writer: str, number: int, written: torch.Tensor, output: torch.Tensor, factor: float

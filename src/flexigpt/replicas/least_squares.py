@@ -39,16 +39,17 @@ def damped(moments: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Ten
     return root, damping
 
 
-def ridge_fit(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
+def ridge_fit(weight: torch.Tensor, moments: Moments, ridge: float = _RIDGE) -> torch.Tensor:
     """The V that minimises E|y - V x|^2 + c |V - W|_F^2: what a kept linear becomes.
 
     Args:
         weight: W, (outputs, inputs), any dtype.
         moments: of the linear.
+        ridge: c, as a share of the inputs' mean variance.
 
     Returns:
         V, (outputs, inputs), float64.
     """
     kept = weight.double()
     residual = moments.targets - kept @ moments.inputs
-    return kept + torch.cholesky_solve(residual.T, damped(moments.inputs, _RIDGE)[0]).T
+    return kept + torch.cholesky_solve(residual.T, damped(moments.inputs, ridge)[0]).T
