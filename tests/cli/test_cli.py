@@ -38,7 +38,7 @@ def test_prune_prints_the_plan_the_cost_and_the_place(run: Run, tiny_source: Pat
     )
     assert code == 0
     record = json.loads((out / "record.json").read_text())
-    for shown in ("influence", "distance", "adapters of rank ", "base scales", f"checkpoint written to {out}"):
+    for shown in ("influence", "distance", "adapters of rank ", "output norms", f"checkpoint written to {out}"):
         assert shown in printed
     for side in ("source", "compact"):
         assert f"{record[side]['parameters']:,}" in printed
@@ -175,7 +175,7 @@ BAD_INPUT = {
     "prune SOURCE out --ratio 0.4 --calibration nowhere.jsonl": "text file nowhere.jsonl is not there",
     "prune SOURCE out --ratio 0.4 --calibration TEXT#body": "has no column 'body': its columns",
     "prune SOURCE out --blocks 2 --output-norm nan": "--output-norm nan cannot be used",
-    "prune SOURCE out --blocks 2 --preset quick": "--preset quick is unknown: give fitted, thorough, paper",
+    "prune SOURCE out --blocks 2 --preset quick": "--preset quick is unknown: give default, paper",
     "prune SOURCE out --blocks 2 --remove --plan-only": "--remove makes no plan",
     "prune SOURCE out --blocks 2 --rank 0": "--rank 0 is too small",
     "prune SOURCE out --blocks 2 --rank 300%": "--rank 300% cannot be used",

@@ -35,14 +35,14 @@ def test_bytes_written_are_those_of_the_checkpoint(tiny_source: Path, text: Path
 
 
 def test_more_work_is_told_as_more(tiny_source: Path, text: Path) -> None:
-    def told(preset: str, **more: object) -> Estimate:
+    def told(refit: bool, **more: object) -> Estimate:
         calibrated = {"ratio": 0.4, "calibration": str(text), "window_length": 64, "windows": 8}
-        return announced(assemble_pruned, tiny_source, getattr(PruneOptions, preset)(**calibrated | more))
+        return announced(assemble_pruned, tiny_source, PruneOptions(refit_kept=refit, **calibrated | more))
 
-    assert told("paper").memory < told("fitted").memory < told("fitted", windows=4096).memory
-    assert told("paper", memory="64KIB").scratch >= 8 * 64 * 32 * 4  # hidden states in a file
-    assert told("fitted", memory="64KIB").scratch >= 6 * 8 * 64 * 32 * 4
-    assert "GB of memory" in told("fitted").line() or "MB of memory" in told("fitted").line()
+    assert told(False).memory < told(True).memory < told(True, windows=4096).memory
+    assert told(False, memory="64KIB").scratch >= 8 * 64 * 32 * 4  # hidden states in a file
+    assert told(True, memory="64KIB").scratch >= 6 * 8 * 64 * 32 * 4
+    assert "GB of memory" in told(True).line() or "MB of memory" in told(True).line()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak where Linux tells it")

@@ -12,13 +12,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import Run
 from families import remove_blocks, tiny_model, token_ids
-from flexigpt import InputError, PruneOptions, assemble_pruned, plan_only, prune, remove, write_checkpoint
+from flexigpt import PruneOptions, assemble_pruned, plan_only, write_checkpoint
 from flexigpt.pruning.scores import BLOCK_SCORES, Choice
-from flexigpt.replicas import Fits, fit_blocks
-from flexigpt.replicas.initialization import ADAPTER_INITS
 from flexigpt.runtime.cache import CACHE_VARIABLE
-from flexigpt.text import calibration_windows
-from flexigpt.weights import Source, StreamedModel, load_model, load_tokenizer
+from flexigpt.weights import Source, StreamedModel
 from killing import Killed, KillingTrack
 from workspaces import workspace_of
 
@@ -91,39 +88,6 @@ def test_pruning_and_removal_choose_alike_and_say_in_which_order(
         assert run("report", tmp_path / folder, "--out", tmp_path / f"report-{folder}")[0] == 0
 
 
-def test_replicas_are_judged_as_pruning_would_make_them(tiny_source: Path, text: Path) -> None:
-    """Every candidate of both steps fitted by itself to the first half of the windows; perplexity of the second."""
-    shared = {"rank": 3, "dtype": "float32"}
-    fitted = {"adapter_init": "activation", "output_norm": "fitted", "window_length": 32}
-    options = PruneOptions.paper(
-        ratio=0.4, calibration=str(text), windows=12, block_score="replacement-perplexity", **shared, **fitted
-    )
-    _, plan, record = prune(str(tiny_source), options)
-    tokenizer = load_tokenizer(str(tiny_source))
-    windows = calibration_windows(str(text), tokenizer, windows=12, window_length=32, seed=0)
-    order: list[int] = []
-    for _ in plan.replicas:
-        found = {}
-        for block in set(range(plan.num_blocks)) - set(order):
-            compact, _, _ = prune(str(tiny_source), PruneOptions.paper(blocks=[*order, block], **shared))
-            source = StreamedModel(load_model(str(tiny_source), "float32"))
-            fits = Fits(adapter=ADAPTER_INITS["activation"].fit, norms=True)
-            fit_blocks(source, StreamedModel(compact), range(plan.num_blocks), windows[:6], fits)
-            found[block] = perplexity_without(compact, [], windows[6:])
-        order.append(min(found, key=lambda block: found[block]))
-    assert record["pruning_order"] == order
-    assert plan.pruned == sorted(order)
-    assert {block: record["scores"][block] for block in found} == pytest.approx(found, rel=1e-3)
-
-
-def test_replacement_needs_two_windows_and_replicas(tiny_source: Path, text: Path) -> None:
-    given = {"ratio": 0.4, "calibration": str(text), "window_length": 64, "block_score": "replacement-perplexity"}
-    with pytest.raises(InputError, match="give --windows 2"):
-        prune(str(tiny_source), PruneOptions.paper(**given, windows=1))
-    with pytest.raises(InputError, match="judges replicas, and --remove leaves them out: give removal-perplexity"):
-        remove(str(tiny_source), PruneOptions.paper(**given))
-
-
 def test_presets_set_what_is_not_given(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
     calibrated = {"calibration": str(text), "window_length": 32, "windows": 8, "rank": 3}
     flags = [word for name, value in calibrated.items() for word in (f"--{name.replace('_', '-')}", value)]
@@ -139,43 +103,27 @@ def test_presets_set_what_is_not_given(run: Run, tiny_source: Path, text: Path, 
             write_checkpoint(tmp_path / name, assembly, record)
         return (tmp_path / name / "model.safetensors").read_bytes()
 
-    spelled_out = {"adapter_init": "block-output", "output_norm": "none", "base_scale": True}
-    thorough, record = commanded("thorough", "--ratio", 0.4, "--preset", "thorough")
-    assert record["block_score"] == "replacement-perplexity"
-    by_name = {"block_score": "replacement-perplexity", "refit_kept": True, **spelled_out, **calibrated}
-    assert thorough == weights("thorough2", PruneOptions.paper(ratio=0.4, **by_name))
-    assert thorough == weights("thorough3", PruneOptions.thorough(ratio=0.4, **calibrated))
-    given, record = commanded(
-        *("given", "--ratio", 0.4, "--preset", "thorough", "--block-score", "influence", "--no-refit-kept")
-    )
-    assert record["block_score"] == "influence"
-    assert given == weights("given2", PruneOptions.paper(ratio=0.4, **spelled_out, **calibrated))
-    default = commanded("default", "--blocks", "1")[0]
-    assert default == commanded("fitted", "--blocks", "1", "--preset", "fitted")[0]
-    assert default == weights("python", PruneOptions(blocks=[1], **calibrated))
-    assert default == weights("thorough4", PruneOptions.thorough(blocks=[1], **calibrated))
-    assert default != commanded("paper", "--blocks", "1", "--preset", "paper")[0]
-
-
-def test_a_plan_of_the_thorough_preset_can_be_applied(tiny_source: Path, text: Path, tmp_path: Path) -> None:
-    calibrated = {"calibration": str(text), "window_length": 32, "windows": 8}
-    plan, _ = plan_only(str(tiny_source), PruneOptions.thorough(ratio=0.4, rank=3, **calibrated))
-    (tmp_path / "plan.json").write_text(json.dumps(plan.to_dict()))
-    applied, _, _ = prune(str(tiny_source), PruneOptions.thorough(plan=tmp_path / "plan.json", **calibrated))
-    at_once, _, _ = prune(str(tiny_source), PruneOptions.thorough(ratio=0.4, rank=3, **calibrated))
-    assert all(torch.equal(a, b) for a, b in zip(applied.parameters(), at_once.parameters(), strict=True))
+    chosen, record = commanded("paper", "--ratio", 0.4, "--preset", "paper")
+    assert not record["options"]["refit_kept"]
+    assert chosen == weights("paper2", PruneOptions.paper(ratio=0.4, **calibrated))
+    given, record = commanded("given", "--ratio", 0.4, "--preset", "paper", "--refit-kept")
+    assert record["options"]["refit_kept"]
+    assert given == weights("given2", PruneOptions.paper(ratio=0.4, refit_kept=True, **calibrated)) != chosen
+    default = commanded("default", "--ratio", 0.4)[0]
+    assert default == commanded("named", "--ratio", 0.4, "--preset", "default")[0]
+    assert default == weights("python", PruneOptions(ratio=0.4, **calibrated)) != chosen
 
 
 @pytest.mark.parametrize("dies_at", [3, 8])
-def test_a_killed_choice_of_replicas_comes_to_the_same(
+def test_a_killed_choice_comes_to_the_same(
     tiny_source: Path, text: Path, tmp_path: Path, dies_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In either step."""
     calibrated = {"calibration": str(text), "window_length": 32, "windows": 4, "rank": 3}
-    options = PruneOptions.paper(ratio=0.4, block_score="replacement-perplexity", **calibrated)
+    options = PruneOptions.paper(ratio=0.4, block_score="removal-perplexity", **calibrated)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "whole"))
     whole, _ = plan_only(str(tiny_source), options)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "killed"))
     with pytest.raises(Killed):
-        plan_only(str(tiny_source), options, KillingTrack("replacing blocks", dies_at))
+        plan_only(str(tiny_source), options, KillingTrack("removing blocks", dies_at))
     assert plan_only(str(tiny_source), options)[0] == whole

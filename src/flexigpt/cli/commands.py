@@ -30,9 +30,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what flexi
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for programs.")]
 _DEFAULT = next(iter(PRESETS))
 _PRESET = (
-    "settings that go together, each of which you can give yourself: fitted (replicas and kept blocks fitted to the "
-    "calibration text), thorough (also chooses blocks by the damage that their replicas do; takes long), paper (the "
-    f"paper's recipe). [default: {_DEFAULT}]"
+    "settings that go together, each of which you can give yourself: default (kept blocks refitted to the calibration "
+    f"text), paper (the paper's recipe). [default: {_DEFAULT}]"
 )
 Preset = Annotated[
     str, typer.Option(help=_PRESET, metavar="NAME", autocompletion=lambda: list(PRESETS), show_default=False)

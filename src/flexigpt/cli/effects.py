@@ -26,11 +26,7 @@ IDLE: Mapping[str, Sequence[Rule]] = {
     ),
     "plan": (
         (("perplexity", "refit_kept"), "--plan-only makes no model", lambda asked: True),
-        (
-            ("adapter_init", "output_norm"),
-            "--plan-only makes no replica",
-            lambda asked: asked.block_score != "replacement-perplexity",
-        ),
+        (("adapter_init", "output_norm"), "--plan-only makes no replica", lambda asked: True),
     ),
     "extend": ((("window_length",), "no text is read", lambda asked: asked.perplexity is None),),
     "recover": (

@@ -12,19 +12,14 @@ from flexigpt.runtime import InputError, RunOptions, flag, option, parse_numbers
 
 _WHAT = "What to prune"
 
-BlockScoreName = Literal["influence", "angular", "relative-magnitude", "removal-perplexity", "replacement-perplexity"]
+BlockScoreName = Literal["influence", "angular", "relative-magnitude", "removal-perplexity"]
 
 BaseDistanceName = Literal["low-rank", "full-rank", "frobenius"]
 
 PatternName = Literal["block", "sequential"]
 
-# Settings that go together, by name: the defaults; those with which perplexity before recovery is least, which take the
-# time of many fits; and the paper's recipe.
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "fitted": {},
-    "thorough": {"block_score": "replacement-perplexity"},
-    "paper": {"refit_kept": False},
-}
+# Settings that go together, by name: the defaults, and the paper's recipe.
+PRESETS: Mapping[str, Mapping[str, Any]] = {"default": {}, "paper": {"refit_kept": False}}
 
 
 _BLOCKS = partial(parse_numbers, name="--blocks", example="12,13")
@@ -39,9 +34,8 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
         blocks: the blocks to prune, from 0.
         target_size: stored size to come down to: parameters (4.8B, 350M) or bytes (3.2GB, 900MiB).
         plan: a plan file to apply as it is.
-        block_score: score whose lowest blocks are pruned. The perplexities choose one block after the other, each time
-            that without which, or with whose replica, the perplexity of the calibration text is least; this takes
-            longer.
+        block_score: score whose lowest blocks are pruned. The perplexity chooses one block after the other, each time
+            that without which the perplexity of the calibration text is least; this takes longer.
         remove: whether blocks are removed and nothing stands in for them (plain removal, to compare with).
         perplexity: text to measure perplexity on before and after, as for calibration; default: none.
         base_distance: distance by which each pruned block's base is chosen.
@@ -72,21 +66,6 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
             raise InputError(f"--target-size already says how much is stored: give --rank {self.rank} as a number")
         if self.remove and self.plan is not None:
             raise InputError("a plan says which replicas stand in, and --remove leaves them out: give --blocks instead")
-        if self.remove and self.block_score == "replacement-perplexity":
-            raise InputError(
-                "--block-score replacement-perplexity judges replicas, and --remove leaves them out: "
-                "give removal-perplexity"
-            )
-
-    @classmethod
-    def fitted(cls, **given: Any) -> Self:
-        """The defaults: replicas and kept blocks fitted to the calibration text."""
-        return cls(**{**PRESETS["fitted"], **given})
-
-    @classmethod
-    def thorough(cls, **given: Any) -> Self:
-        """What leaves the least perplexity before recovery, and takes the time of many fits."""
-        return cls(**{**PRESETS["thorough"], **given})
 
     @classmethod
     def paper(cls, **given: Any) -> Self:

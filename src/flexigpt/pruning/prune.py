@@ -4,16 +4,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
-from flexigpt.model import FlexiGPTForCausalLM, Plan, Replica, check_depth
+from flexigpt.model import FlexiGPTForCausalLM, Plan, Replica, check_depth, empty_compact
 from flexigpt.pruning.distances import choose_bases, measure_distances
 from flexigpt.pruning.estimate import Announce, open_announced
 from flexigpt.pruning.options import PruneOptions
-from flexigpt.pruning.replacement import filled
 from flexigpt.pruning.scores import pruned_or_count, scored
 from flexigpt.pruning.source import CheckedSource, Workspace
 from flexigpt.record import Record
-from flexigpt.replicas import adapter_spectra
-from flexigpt.runtime import InputError, Track, silent
+from flexigpt.replicas import HIDDEN_COPIES, adapter_spectra, fill, init_of
+from flexigpt.runtime import InputError, Track, digest, silent
 from flexigpt.weights import Assembly
 
 
@@ -56,10 +55,17 @@ def assemble_pruned(
         InputError: as `prune`.
     """
     workspace, plan, record = _planned(source, options, track, announce)
-    with filled(workspace, plan, "replicas") as assembly:
-        record["adapter_spectra"] = adapter_spectra(assembly, workspace.source, plan)
+    asked, opened, windows = workspace.options, workspace.source, workspace.windows
+    empty, taken = empty_compact(opened.model, plan, asked.has_norms)
+    assembly = Assembly(empty, opened, taken)
+    depends = {"plan": plan.to_dict(), "init": init_of(asked), "windows": digest(windows)}
+    with workspace.cache.stage("replicas", **depends) as stage:
+        spill = workspace.hidden_in(HIDDEN_COPIES)
+        fill(assembly, opened, windows, asked, stage=stage, spill=spill, track=workspace.track)
+        record["adapter_spectra"] = adapter_spectra(assembly, opened, plan)
         record["plain_removal"] = {"parameters": workspace.shape.removed_parameters(len(plan.replicas))}
         yield assembly, plan, record | workspace.compared("compact", assembly)
+        stage.discard()
 
 
 def plan_only(

@@ -2,10 +2,8 @@
 
 import dataclasses
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -17,16 +15,12 @@ from flexigpt.calibration import (
     calibration_batches,
     check_means,
     finished_blocks,
-    run_through,
 )
 from flexigpt.evaluation import windows_perplexity
-from flexigpt.pruning.distances import BASE_DISTANCES, choose_bases, measure_distances
 from flexigpt.pruning.options import PruneOptions
-from flexigpt.pruning.replacement import filled
 from flexigpt.pruning.source import CheckedSource, Workspace
 from flexigpt.record import Record
-from flexigpt.replicas import init_of
-from flexigpt.runtime import CachedStage, InputError, Timed, digest, parse_size, silent
+from flexigpt.runtime import CachedStage, InputError, digest, parse_size
 
 # Of the calibration windows, so many judge candidates: every one of them costs forward passes.
 MOST_WINDOWS = 32
@@ -151,23 +145,12 @@ class ByHiddenStates(NamedTuple):
         return Choice(lowest(scores, count), {"scores": scores})
 
 
-class _Greedy(ABC):
-    """Blocks are chosen one after the other, each time that of the least perplexity beside those chosen before.
+class ByRemoval:
+    """Blocks are chosen one after the other, each time that of the least perplexity without it and those before it.
 
     The first MOST_WINDOWS of the calibration windows judge. Every step is kept, so that a killed run goes on there and
     a larger count costs only what is new.
     """
-
-    stage: str
-    doing: str
-
-    @abstractmethod
-    def step(self, workspace: Workspace[PruneOptions], chosen: list[int], stage: CachedStage) -> Iterator[None]:
-        """Leaves perplexity by number of each block not chosen yet as the stage's result; yields once for each."""
-
-    def depends(self, options: PruneOptions) -> dict[str, Any]:
-        """What perplexities depend on, besides the text and the blocks chosen."""
-        return {}
 
     def choose(self, workspace: Workspace[PruneOptions], count: int) -> Choice:
         """Chooses so many blocks; with 0 it does nothing. Scores are not finite where the model overflows."""
@@ -178,10 +161,10 @@ class _Greedy(ABC):
         perplexities = [math.nan] * workspace.depth
 
         def work() -> Iterator[None]:
-            depends = self.depends(workspace.options) | {"windows": digest(workspace.windows)}
+            depends = {"windows": digest(workspace.windows)}
             for _ in range(count):
-                with workspace.cache.stage(self.stage, chosen=sorted(order), **depends) as stage:
-                    yield from self.step(workspace, order, stage)
+                with workspace.cache.stage("removal", chosen=sorted(order), **depends) as stage:
+                    yield from self._step(workspace, order, stage)
                     found = {int(block): value for block, value in stage.result.items()}
                 for block, value in found.items():
                     perplexities[block] = value
@@ -189,23 +172,17 @@ class _Greedy(ABC):
                 order.append(min(found, key=lambda block: math.inf if math.isnan(found[block]) else found[block]))
 
         candidates = sum(workspace.depth - step for step in range(count))
-        for _ in workspace.track(work(), self.doing, candidates):
+        for _ in workspace.track(work(), "removing blocks", candidates):
             pass
         return Choice(tuple(sorted(order)), {"scores": perplexities, "pruning_order": order})
 
+    def _step(self, workspace: Workspace[PruneOptions], chosen: list[int], stage: CachedStage) -> Iterator[None]:
+        """Leaves perplexity by number of each block not chosen yet as the stage's result; yields once for each.
 
-class ByRemoval(_Greedy):
-    """By the perplexity without the block.
-
-    A step takes about half as many forward passes as there are blocks, with one block in memory at a time: the hidden
-    states of all candidates go through the blocks together, and a candidate's part from the others' where it is left
-    out.
-    """
-
-    stage, doing = "removal", "removing blocks"
-
-    def step(self, workspace: Workspace[PruneOptions], chosen: list[int], stage: CachedStage) -> Iterator[None]:
-        """Takes all candidates' streams through the blocks."""
+        It takes about half as many forward passes as there are blocks, with one block in memory at a time: the hidden
+        states of all candidates go through the blocks together, and a candidate's part from the others' where it is
+        left out.
+        """
         source = workspace.source
         others = [index for index in range(len(source)) if index not in chosen]
         if stage.result is not None:
@@ -229,58 +206,9 @@ class ByRemoval(_Greedy):
         stage.finish(found)
 
 
-class ByReplacement(_Greedy):
-    """By the perplexity with the block's replica.
-
-    Candidates are pruned as the options say, but with kept blocks not refitted: bases by distance, replicas filled on
-    the first half of the windows. Perplexity is that of the second half.
-    """
-
-    stage, doing = "replacement", "replacing blocks"
-
-    def depends(self, options: PruneOptions) -> dict[str, Any]:
-        """How replicas are made."""
-        own = {"rank": options.rank, "base_distance": options.base_distance}
-        return {"init": init_of(_screening(options))} | own
-
-    def step(self, workspace: Workspace[PruneOptions], chosen: list[int], stage: CachedStage) -> Iterator[None]:
-        """Prunes each candidate and measures what is left."""
-        half = len(workspace.windows) // 2
-        if half == 0:
-            raise InputError("one calibration window cannot be halved into text to fit and to judge: give --windows 2")
-        if BASE_DISTANCES[workspace.options.base_distance].prepare is not None and not chosen:
-            measure_distances(workspace, [0])  # of all pairs, kept
-        fitting = dataclasses.replace(
-            workspace,
-            options=_screening(workspace.options),
-            windows=workspace.windows[:half],
-            track=Timed(silent),
-        )
-        judge = partial(_perplexity_with_replicas, fitting, workspace.windows[half:])
-        others = sorted(set(range(workspace.depth)) - set(chosen))
-        yield from stage.numbers({str(block): partial(judge, sorted([*chosen, block])) for block in others})
-
-
-def _screening(options: PruneOptions) -> PruneOptions:
-    return dataclasses.replace(options, refit_kept=False)
-
-
-@torch.no_grad()
-def _perplexity_with_replicas(workspace: Workspace[PruneOptions], held: torch.Tensor, pruned: Sequence[int]) -> float:
-    """Of further windows, with replicas in the place of these blocks."""
-    plan = choose_bases(measure_distances(workspace, pruned), workspace.rank, workspace.depth)
-    batches = calibration_batches(held)
-    with (
-        filled(workspace, plan, "candidate") as assembly,
-        run_through(assembly, batches, "judging", workspace.hidden_in(1, held)),
-    ):
-        return windows_perplexity(assembly.model, batches)
-
-
-BLOCK_SCORES: Mapping[str, ByHiddenStates | _Greedy] = {
+BLOCK_SCORES: Mapping[str, ByHiddenStates | ByRemoval] = {
     **{name: ByHiddenStates(name) for name in STATISTICS},
     "removal-perplexity": ByRemoval(),
-    "replacement-perplexity": ByReplacement(),
 }
 
 
