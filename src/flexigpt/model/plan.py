@@ -322,6 +322,24 @@ class ModelShape:
                     f"rank up to {min(outputs, inputs)}"
                 )
 
+    def parameters_at(self, ratio: float, num_blocks: int) -> int:
+        """What is stored where that share of the blocks' parameters is pruned.
+
+        Raises:
+            InputError: a ratio outside (0, 1).
+        """
+        if not 0 < ratio < 1:
+            raise InputError(f"ratio {ratio} is outside (0, 1): give the share of the blocks to prune, as 0.3")
+        return self.parameters - round(ratio * num_blocks * self.block_parameters)
+
+    def check_target(self, target: int) -> None:
+        """Raises InputError where the source meets a target already."""
+        if target >= self.parameters:
+            raise InputError(
+                f"the source has {self.parameters:,} parameters, which meets the target of {target:,} already: "
+                "give a smaller --target-size"
+            )
+
     def num_pruned_for(self, target_parameters: int, rank: int, num_blocks: int) -> int:
         """The fewest pruned blocks that bring the stored parameters down to the target.
 
@@ -342,11 +360,7 @@ class ModelShape:
 
     def _fewest(self, target: int, sizes: Sequence[int], where: str = "", remedy: str = "") -> int:
         """The first of the sizes, which are those with one pruned block, two and so on, that meets the target."""
-        if target >= self.parameters:
-            raise InputError(
-                f"the source has {self.parameters:,} parameters, which meets the target of {target:,} already: "
-                "give a smaller --target-size"
-            )
+        self.check_target(target)
         for num_pruned, size in enumerate(sizes, start=1):
             if size <= target:
                 return num_pruned

@@ -8,11 +8,12 @@ import torch
 from transformers import PreTrainedConfig
 
 from flexigpt.calibration import Sensitivity, overflow, sensitivities
-from flexigpt.model import Plan, SublayerReplica, find_architecture, model_shape
+from flexigpt.model import Plan, SublayerReplica, find_architecture, model_shape, sublayer_paths
 from flexigpt.pruning.options import PruneOptions
-from flexigpt.pruning.source import Workspace
+from flexigpt.pruning.source import CheckedSource, Workspace
+from flexigpt.record import Record
 from flexigpt.replicas import Elimination, eliminate
-from flexigpt.runtime import CachedStage, InputError, digest
+from flexigpt.runtime import CachedStage, InputError, digest, parse_size
 
 
 class Form(NamedTuple):
@@ -39,6 +40,13 @@ class Measured(NamedTuple):
 
     mlps: Sequence[Elimination]
     attentions: Sequence[float]
+
+    def record(self, workspace: Workspace[PruneOptions]) -> Record:
+        """What the record says of it: the calibration text, and what it costs to leave out each whole sublayer."""
+        options = workspace.options
+        costs = {"attention": list(self.attentions), "mlp": [mlp.costs[-1].item() for mlp in self.mlps]}
+        text = {"text": options.calibration, "windows": list(workspace.windows.shape), "asked": options.windows}
+        return {"calibration": text, "sublayer_costs": costs}
 
 
 def measure_sublayers(workspace: Workspace[PruneOptions]) -> Measured:
@@ -86,9 +94,44 @@ def _missing() -> dict[str, torch.Tensor]:
     raise InputError("what an earlier run left in the cache is damaged: start again")
 
 
-def budget_of(workspace: Workspace[PruneOptions], stored: int) -> int:
-    """What all sublayers together may store in a model of so many stored parameters."""
-    return stored - workspace.shape.parameters + workspace.depth * workspace.shape.linear_parameters
+def stored_for(checked: CheckedSource[PruneOptions]) -> int:
+    """How many parameters the compact model may store.
+
+    Raises:
+        InputError: a ratio or a size that the source rules out.
+    """
+    options, shape = checked.options, checked.shape
+    if options.ratio is not None:
+        return shape.parameters_at(options.ratio, checked.depth)
+    assert options.target_size is not None
+    target = parse_size(options.target_size, checked.itemsize)
+    shape.check_target(target)
+    return target
+
+
+def check_sublayers(checked: CheckedSource[PruneOptions], plan: Plan) -> None:
+    """Raises InputError for a plan whose sublayers the source cannot have, or that needs text where none is read."""
+    units, needed = sublayer_paths(checked.empty)["mlp"]["units"], anchors(checked.empty.config)
+    if plan.sublayers and not checked.options.by_units:
+        raise InputError("the plan prunes units, which takes calibration text to choose: leave out --preset paper")
+    for one in plan.sublayers:
+        if one.units is not None and one.units >= units:
+            raise InputError(
+                f"the plan keeps {one.units} units of the MLP of block {one.block}, which has {units}: name fewer, or "
+                "leave the row out"
+            )
+        if one.sublayer == "attention" and one.block in needed:
+            raise InputError(
+                f"the plan leaves out the attention of block {one.block}, by which transformers tells how long the "
+                "key/value cache is: keep it"
+            )
+
+
+def units_of(workspace: Workspace[PruneOptions], plan: Plan) -> dict[int, torch.Tensor]:
+    """By block, which hidden units its MLP keeps, where not all."""
+    asked = {one.block: one.units for one in plan.sublayers if one.units is not None}
+    measured = measure_sublayers(workspace) if asked else None
+    return {} if measured is None else {block: measured.mlps[block].kept(units) for block, units in asked.items()}
 
 
 def forms_of(workspace: Workspace[PruneOptions], measured: Measured) -> list[list[Form]]:
@@ -183,5 +226,7 @@ def _slope(before: Form, after: Form) -> float:
 
 def allocated(workspace: Workspace[PruneOptions], measured: Measured, stored: int) -> Plan:
     """The plan of least cost whose model stores so many parameters, or a few less."""
-    rows = allocate(forms_of(workspace, measured), budget_of(workspace, stored))
+    shape = workspace.shape
+    budget = stored - shape.parameters + workspace.depth * shape.linear_parameters
+    rows = allocate(forms_of(workspace, measured), budget)
     return Plan(num_blocks=workspace.depth, sublayers=tuple(rows))

@@ -23,6 +23,10 @@ _FACTOR_BYTES = 28
 # What a fit holds of float64 numbers: moments of the widest inputs, and copies of the largest linear.
 _FIT_MOMENTS, _FIT_LINEARS = 3, 6
 
+# What taking units away holds of matrices of float64 numbers between them; by how much a backward pass multiplies a
+# block's activations; and logits of a few windows with their gradients, in bytes.
+_ELIMINATION, _BACKWARD, _LOSS_BYTES = 6, 3, 4 * 2**26
+
 # Float32 tensors of the MLP's width that a block holds while it runs, in bytes a number; tokens of a batch in
 # calibration.
 _ACTIVATIONS, _BATCH_TOKENS = 6 * 4, 2048
@@ -88,14 +92,18 @@ def _estimate(checked: CheckedSource[Asked], texts: Texts, written: int, ranks: 
     running = block + _ACTIVATIONS * _BATCH_TOKENS * widest
     scratch, factors = 0, bool(ranks)
     if isinstance(options, PruneOptions):
-        chooses = options.plan is None and not options.remove
+        chooses = options.plan is None and not options.remove and not options.by_units
         if options.calibrates:
             copies = HIDDEN_COPIES if options.refit_kept else 1
+            copies = max(copies, checked.depth + 1) if options.by_units else copies
             tokens = copies * texts.windows.numel()
             hidden = tokens * shape.hidden_size * itemsize
             scratch, running = (hidden, running) if checked.needs_file(tokens) else (0, running + hidden)
         if options.refit_kept:
             running += 8 * (_FIT_MOMENTS * max(inputs) ** 2 + _FIT_LINEARS * largest)
+        if options.by_units:
+            running += (_BACKWARD - 1) * _ACTIVATIONS * _BATCH_TOKENS * widest + _LOSS_BYTES
+            running += 8 * _ELIMINATION * max(inputs) ** 2
         if chooses and BASE_DISTANCES[options.base_distance].prepare is not None:
             factors = True
             pairs = checked.depth * checked.rank * 8

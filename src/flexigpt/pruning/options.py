@@ -16,10 +16,12 @@ BlockScoreName = Literal["influence", "angular", "relative-magnitude", "removal-
 
 BaseDistanceName = Literal["low-rank", "full-rank", "frobenius"]
 
+FormOfReplicas = Literal["units", "shared-linears"]
+
 PatternName = Literal["block", "sequential"]
 
 # Settings that go together, by name: the defaults, and the paper's recipe.
-PRESETS: Mapping[str, Mapping[str, Any]] = {"default": {}, "paper": {"refit_kept": False}}
+PRESETS: Mapping[str, Mapping[str, Any]] = {"default": {}, "paper": {"form": "shared-linears", "refit_kept": False}}
 
 
 _BLOCKS = partial(parse_numbers, name="--blocks", example="12,13")
@@ -30,10 +32,14 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
     """What to prune, and how. Exactly one of ratio, blocks, target_size and plan says how much.
 
     Attributes:
-        ratio: share of the blocks to prune, in (0, 1); rounded down to whole blocks.
-        blocks: the blocks to prune, from 0.
+        ratio: share of the blocks to prune, in (0, 1): of their parameters, or, where whole blocks are pruned, of their
+            number, rounded down.
+        blocks: the blocks to prune, from 0, where whole blocks are pruned.
         target_size: stored size to come down to: parameters (4.8B, 350M) or bytes (3.2GB, 900MiB).
         plan: a plan file to apply as it is.
+        form: what stands in the place of what is pruned. Units: each MLP keeps its own best hidden units, as many as
+            pay, and what is left is refitted; no block goes. Shared-linears: the paper's replicas, whole blocks that
+            borrow the linears of another.
         block_score: score whose lowest blocks are pruned. The perplexity chooses one block after the other, each time
             that without which the perplexity of the calibration text is least; this takes longer.
         remove: whether blocks are removed and nothing stands in for them (plain removal, to compare with).
@@ -48,6 +54,7 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
     blocks: Sequence[int] | None = option(None, group=_WHAT, metavar="12,13,...", parse=_BLOCKS)
     target_size: str | None = option(None, group=_WHAT, everyday=True, metavar="4.8B|3.2GB")
     plan: str | Path | None = option(None, group=_WHAT)
+    form: FormOfReplicas = option("units", group=_WHAT)
     block_score: BlockScoreName = option("influence", group=_WHAT)
     remove: bool = option(False, group=_WHAT)
     perplexity: str | None = option(None, group=TEXT_GROUP, everyday=True, metavar="FILE|NAME")
@@ -66,6 +73,11 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
             raise InputError(f"--target-size already says how much is stored: give --rank {self.rank} as a number")
         if self.remove and self.plan is not None:
             raise InputError("a plan says which replicas stand in, and --remove leaves them out: give --blocks instead")
+        if self.by_units and self.blocks is not None:
+            raise InputError(
+                "--blocks names whole blocks, and the form units prunes units of all of them: give --ratio or "
+                "--target-size, or --preset paper for replicas of whole blocks, or --remove for none"
+            )
 
     @classmethod
     def paper(cls, **given: Any) -> Self:
@@ -73,9 +85,14 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
         return cls(**{**PRESETS["paper"], **given})
 
     @property
+    def by_units(self) -> bool:
+        """Whether it is measured which hidden units to keep, and how many."""
+        return self.form == "units" and not self.remove
+
+    @property
     def calibrates(self) -> bool:
         """Whether calibration text is read."""
-        return self.refit_kept or (self.plan is None and self.blocks is None)
+        return self.refit_kept or self.by_units or (self.plan is None and self.blocks is None)
 
 
 @dataclass(frozen=True, kw_only=True)

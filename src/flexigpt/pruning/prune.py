@@ -1,10 +1,11 @@
 """Pruning: source model -> plan -> compact model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
-from flexigpt.model import FlexiGPTForCausalLM, Plan, Replica, check_depth, empty_compact
+from flexigpt.model import FlexiGPTForCausalLM, Plan, check_depth, empty_compact
+from flexigpt.pruning.allocation import allocated, check_sublayers, measure_sublayers, stored_for, units_of
 from flexigpt.pruning.distances import choose_bases, measure_distances
 from flexigpt.pruning.estimate import Announce, open_announced
 from flexigpt.pruning.options import PruneOptions
@@ -56,14 +57,16 @@ def assemble_pruned(
     """
     workspace, plan, record = _planned(source, options, track, announce)
     asked, opened, windows = workspace.options, workspace.source, workspace.windows
+    units = units_of(workspace, plan)
     empty, taken = empty_compact(opened.model, plan, asked.has_norms)
     assembly = Assembly(empty, opened, taken)
     depends = {"plan": plan.to_dict(), "init": init_of(asked), "windows": digest(windows)}
     with workspace.cache.stage("replicas", **depends) as stage:
         spill = workspace.hidden_in(HIDDEN_COPIES)
-        fill(assembly, opened, windows, asked, stage=stage, spill=spill, track=workspace.track)
-        record["adapter_spectra"] = adapter_spectra(assembly, opened, plan)
-        record["plain_removal"] = {"parameters": workspace.shape.removed_parameters(len(plan.replicas))}
+        fill(assembly, opened, windows, asked, units=units, stage=stage, spill=spill, track=workspace.track)
+        if plan.replicas:
+            record["adapter_spectra"] = adapter_spectra(assembly, opened, plan)
+            record["plain_removal"] = {"parameters": workspace.shape.removed_parameters(len(plan.replicas))}
         yield assembly, plan, record | workspace.compared("compact", assembly)
         stage.discard()
 
@@ -82,32 +85,42 @@ def plan_only(
 def _planned(
     source: str, options: PruneOptions, track: Track, announce: Announce | None, writes: bool = True
 ) -> tuple[Workspace[PruneOptions], Plan, Record]:
-    """Opens the source, scores its blocks, measures distances, and gives each pruned block its base.
+    """Opens the source and decides what is pruned, or takes the plan that was given.
 
-    Or takes the plan that was given. What can be refused early is refused first.
+    What can be refused early is refused first.
     """
     if options.remove:
         raise InputError("blocks that are removed have no replicas: call flexigpt.remove")
     checked = CheckedSource.check(source, options, options)
-    ranks: Sequence[int | Replica]
     if options.plan is not None:
-        given = Plan.read(options.plan)
-        check_depth(given, checked.depth)
-        for replica in given.replicas:
-            checked.shape.check_replica(replica)
-        pruned: Sequence[int] | int = given.pruned
-        ranks = given.replicas
-    else:
-        given, pruned = None, pruned_or_count(checked)
-        count = pruned if isinstance(pruned, int) else len(pruned)
-        checked = checked.with_rank(count)
-        ranks = [checked.rank] * count
+        return _given(checked, Plan.read(options.plan), track, announce, writes)
+    if options.by_units:
+        stored = stored_for(checked)
+        workspace = open_announced(checked, track, announce, stored if writes else 0)
+        measured = measure_sublayers(workspace)
+        return workspace, allocated(workspace, measured, stored), workspace.record() | measured.record(workspace)
+    pruned = pruned_or_count(checked)
+    count = pruned if isinstance(pruned, int) else len(pruned)
+    checked = checked.with_rank(count)
+    ranks = [checked.rank] * count if writes else []
     stored = checked.shape.stored_parameters(ranks) if writes else 0
-    workspace = open_announced(checked, track, announce, stored, ranks if writes else ())
+    workspace = open_announced(checked, track, announce, stored, ranks)
     blocks, found = scored(workspace, pruned)
-    record = workspace.record() | found
-    if given is not None:
-        return workspace, given, record
-    record["base_distance"] = options.base_distance
-    record["distances"] = measure_distances(workspace, blocks)
-    return workspace, choose_bases(record["distances"], checked.rank, checked.depth), record
+    distances = measure_distances(workspace, blocks)
+    record = workspace.record() | found | {"base_distance": options.base_distance, "distances": distances}
+    return workspace, choose_bases(distances, checked.rank, checked.depth), record
+
+
+def _given(
+    checked: CheckedSource[PruneOptions], plan: Plan, track: Track, announce: Announce | None, writes: bool
+) -> tuple[Workspace[PruneOptions], Plan, Record]:
+    """A plan from a file, if it fits the source."""
+    check_depth(plan, checked.depth)
+    for replica in plan.replicas:
+        checked.shape.check_replica(replica)
+    empty, _ = empty_compact(checked.empty, plan, checked.options.has_norms)
+    check_sublayers(checked, plan)
+    stored = empty.num_parameters() if writes else 0
+    workspace = open_announced(checked, track, announce, stored, plan.replicas if writes else ())
+    _, found = scored(workspace, plan.pruned)
+    return workspace, plan, workspace.record() | found

@@ -10,7 +10,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flexigpt.model import ModelShape, default_rank, find_architecture, model_shape, num_blocks
+from flexigpt.model import ModelShape, default_rank, model_shape, num_blocks
 from flexigpt.pruning.options import ExtendOptions, PruneOptions
 from flexigpt.record import Record, measure_both, new_record
 from flexigpt.replicas import ReplicaOptions
@@ -42,7 +42,7 @@ class CheckedSource(Generic[Asked]):
 
     Attributes:
         name: folder or hub name.
-        options: of the flow; `window_length`, `refit_kept` and `rank` are what will be used.
+        options: of the flow; `window_length` and `rank` are what will be used.
         empty: the model, its parameters on the meta device, in the dtype that is asked for.
         shape: of the source, and of replicas as the options make them.
         memory: bytes that a block and hidden states may take.
@@ -71,10 +71,7 @@ class CheckedSource(Generic[Asked]):
         used: dict[str, Any] = {"window_length": check_window_length(options.window_length, empty.config)}
         memory = None
         if isinstance(options, PruneOptions):
-            architecture, memory = find_architecture(empty.config), options.memory
-            # Where a norm of the family's own stands between a sublayer and the residual stream, nothing can be.
-            refits = set(architecture.output_norms) <= set(architecture.linears)
-            used["refit_kept"] = options.refit_kept and refits
+            memory = options.memory
         resolved = dataclasses.replace(options, **used)
         return cls(name=name, options=resolved, empty=empty, shape=shape, memory=_memory(memory, empty, shape))
 

@@ -1,6 +1,6 @@
 """Adapters and output norms of a new replica."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from flexigpt.model import INNER, OUTPUT_NORM, NormedOutput, Plan, Replica, SharedLinear, plan_of
+from flexigpt.replicas.elimination import tensors_of_units
 from flexigpt.replicas.fitting import refit_kept
 from flexigpt.replicas.options import ReplicaOptions
 from flexigpt.replicas.svd import truncated_svd
@@ -135,24 +136,31 @@ def fill(
     windows: torch.Tensor,
     options: ReplicaOptions,
     *,
+    units: Mapping[int, torch.Tensor],
     stage: CachedStage,
     spill: Path | None = None,
     track: Track = silent,
 ) -> None:
-    """Fills what is the replicas' own, block by block, then refits the kept blocks if that is asked for.
+    """Fills what is the replicas' own, block by block, then refits what is left if that is asked for.
 
     Args:
         assembly: the compact model.
         source: whose blocks they replace.
         windows: calibration windows, (windows, tokens) ids; none where nothing is refitted.
         options: how replicas are made.
+        units: by block, the hidden units that its MLP keeps, where not all.
         stage: keeps what is done, which a run that was killed finds again.
         spill: folder for files that hold the fits' hidden states; None: memory does.
         track: reports each replica, and each block behind the first of them.
     """
-    replicas = plan_of(assembly.model.config).replicas
+    plan, layout = plan_of(assembly.model.config), assembly.model.config.sublayer_paths
+    replicas = plan.replicas
     for replica in track(replicas, "initialising replicas", len(replicas)):
         make = partial(replica_tensors, assembly.blocks[replica.block], source, replica, options)
         assembly.own(replica.block, stage.tensors(f"replica-{replica.block}", make))
+    for block, kept in units.items():
+        assembly.own(block, tensors_of_units(source, block, layout["mlp"], kept))
     if options.refit_kept:
-        refit_kept(source, assembly, range(len(assembly)), windows, spill=spill, stage=stage, track=track)
+        given = (source, assembly, range(len(assembly)), windows)
+        changed = [one.block for one in plan.sublayers]
+        refit_kept(*given, units=units, changed=changed, spill=spill, stage=stage, track=track)
