@@ -1,4 +1,4 @@
-"""Perplexity after recovery: plain removal, the paper's recipe, its ablations, ours, and extension; the same batches.
+"""Perplexity after recovery: plain removal, the paper's recipe, its ablations, and extension; the same batches.
 
 python benchmarks/recovery.py --ratios 0.3 0.4 --workers 2
 
@@ -50,10 +50,10 @@ class Row:
 
     Attributes:
         label: what it is called.
-        start: what makes the model to train: arguments of `flexigpt extend`, or settings for benchmarks/prune.py with
-            RATIO or FEWER in the place of a ratio; none: the source itself is trained.
+        start: what makes the model to train: `extend` or `prune` and its arguments, with RATIO or FEWER in the place of
+            a ratio; none: the source itself is trained.
         train: further arguments of `flexigpt recover`, with RANK in the place of the rank of LoRA that trains as many
-            parameters as the recovery of the compact model of that ratio does, and LR in that of the learning rate.
+            parameters as the recovery of the compact model of that ratio does.
         rate_of: the row, trained alike, whose search for a learning rate serves this one too; None: its own.
     """
 
@@ -65,7 +65,7 @@ class Row:
     @property
     def fitted(self) -> bool:
         """Whether it starts from weights fitted to calibration text."""
-        return "refit_kept=true" in self.start
+        return "--refit-kept" in self.start
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -75,21 +75,12 @@ class Row:
         return REPLICA_LEARNING_RATES if "replicas" in self.train else LEARNING_RATES
 
 
-PRUNE = ("preset=paper", "ratio=RATIO")
-REMOVE = ("preset=paper", "remove=true", "ratio=RATIO")
-REFITTED = ("refit_kept=true", "windows=256")
-SCALED = ("output_norm=none", "base_scale=true")
-ACTIVATION = ("adapter_init=activation", *REFITTED)
-BY_LINEAR = (*ACTIVATION, *SCALED)
-FITTED = ("adapter_init=block-output", *REFITTED, *SCALED, "spread_rank=true")
-FITTED_NORMS = (*ACTIVATION, "output_norm=fitted")
-BY_REPLACEMENT = ("block_score=replacement-perplexity",)
-BY_REMOVAL = ("block_score=removal-perplexity",)
-REMOVE_FEWER = ("preset=paper", "remove=true", "ratio=FEWER")
+PRUNE = ("prune", "--preset", "paper", "--ratio", "RATIO")
+REMOVE = (*PRUNE, "--remove")
+REMOVE_FEWER = tuple("FEWER" if word == "RATIO" else word for word in REMOVE)
+REFITTED = ("--refit-kept", "--windows", "256", "--block-score", "removal-perplexity")
 MATCH = ("--lora-rank", "RANK")
 TEACH = ("--teacher", str(EXAMPLE))
-# Replicas that were fitted get a tenth of the rate, where nothing else is said.
-ONE_RATE = ("--replica-lr", "LR")
 ONLY = ("--train", "replicas")
 
 EXTEND = ("extend", "--blocks", "4:12", "--pattern")
@@ -113,46 +104,27 @@ PRUNING = {
         train=MATCH + TEACH,
         rate_of="removal",
     ),
-    "fitted-distilled": Row(
-        label="fitted, + LoRA on kept blocks + distillation", start=PRUNE + FITTED + BY_REPLACEMENT, train=TEACH
-    ),
-    # With as many trained parameters at 30 %.
-    "fitted-rank-24-distilled": Row(
-        label="fitted, rank 24, + LoRA of rank 8 on kept blocks + distillation",
-        start=(*PRUNE, *FITTED, *BY_REPLACEMENT, "rank=24"),
-        train=(*TEACH, "--lora-rank", "8"),
-    ),
-    "by-linear-distilled": Row(
-        label="each linear fitted by itself, one rank for all, + LoRA on kept blocks + distillation",
-        start=PRUNE + BY_LINEAR + BY_REPLACEMENT,
-        train=TEACH + ONE_RATE,
-    ),
-    "by-linear-norms-distilled": Row(
-        label="the same, output norms in the place of base scales, + LoRA on kept blocks + distillation",
-        start=PRUNE + FITTED_NORMS + BY_REPLACEMENT,
-        train=TEACH + ONE_RATE,
-    ),
     "removal-refitted-distilled": Row(
         label="plain removal by perplexity, refitted, + LoRA + distillation",
-        start=REMOVE + REFITTED + BY_REMOVAL,
+        start=REMOVE + REFITTED,
         train=MATCH + TEACH,
     ),
     "fewer-refitted-distilled": Row(
         label="plain removal of one block fewer by perplexity, refitted, + LoRA + distillation",
-        start=REMOVE_FEWER + REFITTED + BY_REMOVAL,
+        start=REMOVE_FEWER + REFITTED,
         train=MATCH + TEACH,
     ),
     # Its own search: at the rate that suits replicas with output norms it diverges.
-    "no-norm": Row(label="replicas only, without output norm", start=(*PRUNE, "output_norm=none"), train=ONLY),
+    "no-norm": Row(label="replicas only, without output norm", start=(*PRUNE, "--output-norm", "none"), train=ONLY),
     "zero-init": Row(
         label="replicas only, without SVD adapter initialisation",
-        start=(*PRUNE, "adapter_init=zero"),
+        start=(*PRUNE, "--adapter-init", "zero"),
         train=ONLY,
         rate_of="paper",
     ),
     "no-elimination": Row(
         label="replicas only, without high-rank elimination",
-        start=(*PRUNE, "base_distance=full-rank"),
+        start=(*PRUNE, "--base-distance", "full-rank"),
         train=ONLY,
         rate_of="paper",
     ),
@@ -169,7 +141,6 @@ EXTENDING = {
     ),
 }
 ROWS = PRUNING | EXTENDING
-FITTED_ROWS = ("fitted-distilled", "fitted-rank-24-distilled", "by-linear-distilled")
 
 
 class Bench:
@@ -194,13 +165,11 @@ class Bench:
         self.unread.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
     def flexigpt(self, *command: str) -> str:
-        return self.python("-m", "flexigpt", *command)
-
-    def python(self, *command: str) -> str:
         environment = os.environ | {"OMP_NUM_THREADS": str(self.arguments.threads)}
-        ran = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+        words = [sys.executable, "-m", "flexigpt", *command]
+        ran = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
         if ran.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{ran.stderr[-2000:]}")
+            raise RuntimeError(f"flexigpt {' '.join(command)}\n{ran.stderr[-2000:]}")
         return ran.stdout
 
     def perplexity(self, model: Path, text: Path) -> float:
@@ -217,11 +186,8 @@ class Bench:
         with self.starting:
             if not (out / "record.json").exists():
                 shutil.rmtree(out, ignore_errors=True)
-                if words[0] == "extend":
-                    self.flexigpt("extend", str(EXAMPLE), str(out), *words[1:])
-                else:
-                    scored = (f"calibration={EXAMPLE / 'calibration.jsonl'}", "window_length=256")
-                    self.python("benchmarks/prune.py", str(EXAMPLE), str(out), *words, *scored)
+                scored = ("--calibration", str(EXAMPLE / "calibration.jsonl"), "--window-length", "256")
+                self.flexigpt(*(words[0], str(EXAMPLE), str(out), *words[1:], *(scored if words[0] == "prune" else ())))
         return out
 
     def train(self, name: str, ratio: str, lr: float, tokens: int, held_out: Path, seed: int = 0) -> dict:
@@ -241,11 +207,11 @@ class Bench:
         row, out = ROWS[name], self.work / f"recovered-{key.replace(' ', '-')}"
         model = self.start(row.start, ratio)
         compact = self.start((*EXTEND, "block") if ratio == EXTENSION else PRUNE, ratio)
-        names = {"RANK": str(matching_lora_rank(str(model), str(compact))) if row.train[:2] == MATCH else "", "LR": lr}
+        rank = str(matching_lora_rank(str(model), str(compact))) if row.train[:2] == MATCH else ""
         if not (out / "record.json").exists():  # a killed benchmark may have left one behind
             self.flexigpt(
                 *("recover", str(model), str(out)),
-                *(names.get(word, word) for word in row.train),
+                *(rank if word == "RANK" else word for word in row.train),
                 *("--data", str(EXAMPLE / "recovery.parquet"), "--epochs", "3", "--tokens", tokens),
                 *("--batch-tokens", "4096", "--window-length", "256", "--lr", lr, "--precision", "fp32"),
                 *("--seed", seed[0].removeprefix("seed") if seed else "0"),
@@ -339,7 +305,6 @@ class Bench:
         for ours, more, fewer in (
             ("kept", "removal", "fewer"),
             ("distilled", "removal-distilled", "fewer-distilled"),
-            *((ours, "removal-refitted-distilled", "fewer-refitted-distilled") for ours in FITTED_ROWS),
         ):
             done = [self.finished(name, ratio) for name in (ours, more, fewer)]
             if not all(done):

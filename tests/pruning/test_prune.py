@@ -179,7 +179,7 @@ def test_the_method_on_the_shipped_model(example: Path, tmp_path: Path) -> None:
         ({"ratio": 0.3, "windows": 0}, "--windows 0 is too small"),
         ({"ratio": 0.3, "rank": "3.7"}, "--rank 3.7 cannot be used: give a number, as 12, or a share"),
         ({"target_size": "1M", "rank": "3.7%"}, "--target-size already says how much is stored"),
-        ({"ratio": 0.3, "output_norm": "big"}, "--output-norm big cannot be used: give none, a small constant"),
+        ({"ratio": 0.3, "output_norm": "big"}, "--output-norm big cannot be used: give none, or a small constant"),
         ({"ratio": 0.3, "output_norm": float("inf")}, "--output-norm inf cannot be used"),
         ({"ratio": 0.3, "dtype": "int8"}, "--dtype int8 is unknown: give auto, float32"),
         ({"ratio": 0.3, "seed": -1}, "--seed -1 is out of range"),
