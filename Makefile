@@ -2,17 +2,29 @@ PYTHON ?= python3
 VENV ?= .venv
 EXAMPLE = examples/novel16
 OUT ?= out/novel16-30
+REAL = out/smollm2-135m
+REAL_TOKENS ?= 61440
 # The torch that `make test-latest` takes, such as torch==2.13.0: the newest may bring gigabytes for GPUs.
 TORCH ?= torch
 
 # One stamp for the installation: made again when what it installs changes.
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test check slow wheel test-lowest test-latest clean
+.PHONY: demo real test check slow wheel test-lowest test-latest clean
 
 # Prune the shipped model at 30 % on its own text and print what it cost.
 demo: $(INSTALLED)
 	$(VENV)/bin/flexigpt prune $(EXAMPLE) $(OUT) --ratio 0.3 --calibration $(EXAMPLE)/calibration.jsonl --perplexity $(EXAMPLE)/validation.jsonl --window-length 256 --overwrite
+
+# The whole story on a real model, SmolLM2-135M: get it, prune it to 79 % of its parameters, measure, recover a little,
+# measure again, report. Half an hour on two cores; see examples/smollm2.
+real: $(INSTALLED)
+	PYTHON=$(VENV)/bin/python examples/smollm2/get.sh $(REAL)
+	$(VENV)/bin/python examples/smollm2/texts.py out/smollm2-texts
+	$(VENV)/bin/flexigpt prune $(REAL) out/smollm2-79 --target-size 106.2M --calibration out/smollm2-texts/calibration.jsonl --perplexity out/smollm2-texts/novels.jsonl --window-length 256 --overwrite
+	$(VENV)/bin/flexigpt recover out/smollm2-79 out/smollm2-79-recovered --teacher $(REAL) --data out/smollm2-texts/recovery.jsonl --tokens $(REAL_TOKENS) --batch-tokens 2048 --window-length 256 --lr 1e-3 --perplexity out/smollm2-texts/novels.jsonl --overwrite
+	$(VENV)/bin/flexigpt eval out/smollm2-79-recovered out/smollm2-79 $(REAL) --perplexity out/smollm2-texts/technical.jsonl --window-length 256
+	$(VENV)/bin/flexigpt report out/smollm2-79-recovered --out out/smollm2-79-report
 
 # Everything that has to pass before a change lands.
 test: check
