@@ -145,6 +145,9 @@ class _BlockFit:
             linear = modules.get(path)
             if isinstance(linear, nn.Linear | Conv1D):
                 found = ridge_fit(self._start(path, linear), self._moments(writer, path, factor))
+                if linear.bias is not None:
+                    self._set(f"{path}.bias", found[:, -1])
+                    found = found[:, :-1]
                 self._set(f"{path}.weight", found.T if isinstance(linear, Conv1D) else found)
                 if writer != path and factor is not None:
                     self._fit_gain(writer, factor)
@@ -158,6 +161,8 @@ class _BlockFit:
     def _start(self, path: str, linear: nn.Module) -> torch.Tensor:
         """Where a linear's fit begins: as it is, or, with fewer units, refitted to these alone."""
         weight = weight_matrix(linear)
+        if linear.bias is not None:
+            weight = torch.cat([weight, cast(torch.Tensor, linear.bias)[:, None]], 1)
         if self._units is None or path != self._linears[1]:
             return weight
         inputs, targets = (running.total for running in self._seen_units)
@@ -174,15 +179,16 @@ class _BlockFit:
                     writes.append(seen[path][1].reshape(output.shape))
                 if self._units is not None:
                     given, written = (values.flatten(0, -2).float() for values in seen[down])
-                    given = given[:, self._units.to(given.device)]
+                    given = self._with_one(down, given[:, self._units.to(given.device)])
                     self._seen_units[0].add(given.T @ given)
-                    self._seen_units[1].add(self._without_bias(down, written).T @ given)
+                    self._seen_units[1].add(written.T @ given)
         assert first is not None
         return self._residual_factor(first)
 
-    def _without_bias(self, path: str, written: torch.Tensor) -> torch.Tensor:
-        bias = cast(torch.Tensor | None, self._own.get_submodule(path).bias)
-        return written if bias is None else written - bias.float()
+    def _with_one(self, path: str, given: torch.Tensor) -> torch.Tensor:
+        """What a linear is given, and where it has a bias a one beside it: the bias is fitted as its last column."""
+        has_bias = self._own.get_submodule(path).bias is not None
+        return torch.cat([given, torch.ones_like(given[:, :1])], 1) if has_bias else given
 
     def _residual_factor(self, leaving: torch.Tensor) -> float | None:
         """By what the block scales its sublayers' outputs when it adds them to its input; None if it does not just add.
@@ -213,13 +219,13 @@ class _BlockFit:
         """Of what a linear is given in the pruned model, and of what it should write there."""
         inputs, targets = RunningSum(), RunningSum()
         for number, seen, output in self._passes(path):
-            given = seen[0].flatten(0, -2).float()
+            given = self._with_one(path, seen[0].flatten(0, -2).float())
             inputs.add(given.T @ given)
             if writer == path and factor is not None:
                 wished = self._wished(writer, number, seen[1], output, factor)
             else:
                 wished = self._their_writes[path][number]
-            targets.add(self._without_bias(path, wished.flatten(0, -2).float()).T @ given)
+            targets.add(wished.flatten(0, -2).float().T @ given)
         return Moments(inputs.total, targets.total)
 
     def _fit_gain(self, writer: str, factor: float) -> None:

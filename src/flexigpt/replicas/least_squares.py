@@ -16,7 +16,7 @@ class Moments(NamedTuple):
 
     Attributes:
         inputs: C = E[x x^T], (inputs, inputs).
-        targets: E[y x^T], (outputs, inputs), y without the bias.
+        targets: E[y x^T], (outputs, inputs).
     """
 
     inputs: torch.Tensor
