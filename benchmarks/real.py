@@ -71,7 +71,7 @@ class Bench:
         return self.pruned(f"removal-{count}", "--remove", "--ratio", (count + 0.5) / self.depth, seed=seed)
 
     def ours(self, count: int, seed: int = 0) -> Path:
-        return self.pruned(f"ours-{count}", "--target-size", stored(self.rival(count)), seed=seed)
+        return self.pruned(f"ours-{count}", "--target-size", f"{stored(self.rival(count)) / 1e6:.4f}M", seed=seed)
 
     def uniform(self, count: int, seed: int = 0) -> Path:
         """Every MLP as wide, its own best units, refitted: what LLM pruners by width do."""
