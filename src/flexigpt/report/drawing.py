@@ -232,7 +232,7 @@ def plan_figure(
     lanes = _lanes(borrowers)
     shades = {base: series(number) for number, base in enumerate(sorted(borrowers))}
     height = plan.num_blocks * _block_inches(plan.num_blocks)
-    title = textwrap.wrap(plan_summary(plan, units), 42)
+    title = [line for part in plan_summary(plan, units).split("; ") for line in textwrap.wrap(part, 44)]
     with style():
         figure = new_figure(4.2, height + 0.6 + 0.15 * len(title), "\n".join(title))
         axes = figure.add_subplot()
@@ -254,11 +254,11 @@ def plan_figure(
         outline = Line2D([], [], color=colour("muted"), marker="s", markersize=7, linestyle="none", fillstyle="none")
         replicas = ("replica, its base at the arrow", outline)
         if plan.sublayers:
-            heads = {0.0: "block, attention", _ATTENTION + _BETWEEN: "MLP, hidden units"}
+            heads = {0.0: "attention", _ATTENTION + _BETWEEN: "MLP"}
             for x, head in heads.items():
                 axes.text(x, -0.95, head, ha="left", va="center_baseline", size=min(size, 8), color=colour("muted"))
-            left = [("left", swatch(colour("kept"))), ("gone", swatch(colour("rest")))]
-            key(figure, [*left, *([replicas] if borrowers else [])], 3)
+            shares = [("left", swatch(colour("kept"))), ("gone", swatch(colour("rest")))]
+            key(figure, [*shares, *([replicas] if borrowers else [])], 3)
         else:
             key(figure, [("keeps its own linears", swatch(colour("kept"))), replicas], 2)
     return Drawn(name=name, alt=plan_in_words(plan, units), figure=figure)
@@ -322,7 +322,12 @@ def _draw_sublayers(axes: Axes, plan: Plan, block: int, shade: str | None, units
         row = rows.get(sublayer)  # type: ignore[call-overload]
         left = 1.0 if row is None else (row.units or 0) / most
         for part, share, fill in (("whole", 1.0, "rest"), ("left", left, "kept")):
-            bar = Rectangle((x, block - 0.38), width * share, 0.76, facecolor=colour(fill), linewidth=0)
+            edge: dict[str, Any] = (
+                {"edgecolor": colour("kept")} if left else {"edgecolor": colour("muted"), "ls": DASHES}
+            )
+            bar = Rectangle(
+                (x, block - 0.38), width * share, 0.76, facecolor=colour(fill), lw=0.8 * bool(share), **edge
+            )
             bar.set_gid(f"{sublayer}-{block}-{part}")
             axes.add_patch(bar)
         if shade is not None:

@@ -112,7 +112,9 @@ def costs_figure(recorded: Recorded) -> Drawn | None:
         axes.set_title(name)
         axes.set_ylabel("cost (nats a token)")
     if positive and max(positive) > 30 * min(positive):
-        panels[0].set_yscale("log")
+        panels[0].set_yscale("log", nonpositive="clip")
+        panels[0].set_ylim(min(positive) / 2)
+        panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panels[1].set(xlabel="block", xlim=(-0.7, len(costs["mlp"]) - 0.3))
     _block_ticks(panels[1], len(costs["mlp"]))
     key(figure, [("pruned", swatch(colour("orange"))), ("kept", swatch(colour("kept")))], 2)
