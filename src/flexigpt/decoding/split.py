@@ -43,7 +43,10 @@ class SplitDecoder:
     def __init__(self, model: PreTrainedModel, cache: Any, mask: torch.Tensor | None, positions: torch.Tensor) -> None:
         layout = layout_of(model)
         if not layout.bases:
-            raise InputError("the model has no replicas to skip, so it has no draft: decode it without --speculative")
+            faster = "it is faster than its source as it is, " if layout.is_compact else ""
+            raise InputError(
+                f"the model has no replicas to skip, so it has no draft: {faster}decode it without --speculative"
+            )
         _check_cache(cache)
         self._model: Any = model
         self._blocks, self._draft_blocks = layout.blocks, frozenset(layout.kept)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         layout_of,
         model_shape,
         plan_of,
+        source_units,
         stored_bytes,
         sublayer_paths,
     )
@@ -40,7 +41,15 @@ if TYPE_CHECKING:
         cache_name,
         linear_size,
     )
-    from flexigpt.model.plan import ModelShape, Plan, Replica, SublayerReplica, default_rank, plan_in_words
+    from flexigpt.model.plan import (
+        ModelShape,
+        Plan,
+        Replica,
+        SublayerReplica,
+        default_rank,
+        plan_in_words,
+        plan_summary,
+    )
     from flexigpt.model.run import block_output, fast_half, replaced_forwards, watched
 else:
     lazy_door(__name__)

@@ -43,6 +43,8 @@ def materialize(model: PreTrainedModel) -> FlexiGPTForCausalLM:
         InputError: a model without shared linears, or whose bases are quantised, wrapped or on the meta device.
     """
     shared = list(_shared_linears(model))
+    if not shared and isinstance(model, FlexiGPTForCausalLM):
+        raise InputError("this compact model has no replicas, so there is nothing to materialise: use it as it is")
     if not shared or not isinstance(model, FlexiGPTForCausalLM):
         what = f"this {type(model).__name__} has no shared linears"
         raise InputError(

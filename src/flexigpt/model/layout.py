@@ -32,6 +32,12 @@ def plan_of(config: PreTrainedConfig) -> Plan:
     return Plan.of_rows(config.num_hidden_layers, config.replicas, list(config.sublayers))
 
 
+def source_units(config: PreTrainedConfig) -> int | None:
+    """How many hidden units an MLP of the source has, where the plan of a compact model narrows some."""
+    assert isinstance(config, FlexiGPTConfig)
+    return None if config.sublayer_paths is None else int(config.sublayer_paths["mlp"]["units"])
+
+
 def sublayer_paths(source: PreTrainedModel) -> dict[str, dict[str, Any]]:
     """Where a source keeps attention and MLP, as a compact model's `sublayer_paths`; the meta device will do."""
     block, roles = layout_of(source).blocks[0], find_architecture(source.config).roles

@@ -379,14 +379,46 @@ def default_rank(hidden_size: int) -> int:
     return max(1, hidden_size // _HIDDEN_SIZE_PER_RANK)
 
 
-def plan_in_words(plan: Plan) -> str:
-    """Which blocks borrow the linears of which, in a sentence: for those who do not see the picture."""
+def plan_summary(plan: Plan, units: int | None = None) -> str:
+    """What was done, in a line without a full stop; `units` is how many hidden units an MLP of the source has."""
+    narrow = [one.units for one in plan.sublayers if one.units is not None]
+    parts = [f"{len(plan.replicas)} of {plan.num_blocks} blocks borrow another's linears"] if plan.replicas else []
+    if narrow:
+        left = f"{sum(narrow) / (len(narrow) * units):.0%}" if units else f"{sum(narrow):,}"
+        parts.append(
+            f"{_counted(len(narrow), 'MLP', 'keep')} {left} of {'its' if len(narrow) == 1 else 'their'} hidden units"
+        )
+    gone = [one.sublayer for one in plan.sublayers if one.form == "none"]
+    counts = {"attention": gone.count("attention"), "MLP": gone.count("mlp")}
+    told = [_counted(count, name) for name, count in counts.items() if count]
+    if told:
+        parts.append(f"{' and '.join(told)} {'is' if len(gone) == 1 else 'are'} gone")
+    return "; ".join(parts) or "all blocks are kept"
+
+
+def plan_in_words(plan: Plan, units: int | None = None) -> str:
+    """What became of which block, in a sentence: for those who do not see the picture. `units` as in `plan_summary`."""
     borrowers: dict[int, list[int]] = {}
     for replica in plan.replicas:
         borrowers.setdefault(replica.base, []).append(replica.block)
-    told = "; ".join(
-        f"block{'s' if len(blocks) > 1 else ''} {', '.join(map(str, blocks))} borrow{'' if len(blocks) > 1 else 's'} "
-        f"the linears of block {base}"
-        for base, blocks in sorted(borrowers.items())
-    )
-    return f"The stack of {plan.num_blocks} blocks: {told or 'none is a replica'}."
+    told = [f"{_blocks(blocks, 'borrow')} the linears of block {base}" for base, blocks in sorted(borrowers.items())]
+    narrow = [f"{one.units:,} in block {one.block}" for one in plan.sublayers if one.units is not None]
+    if narrow:
+        all_of_them = f"{units:,} hidden units" if units else "hidden units"
+        told.append(f"of their {all_of_them} MLPs keep {', '.join(narrow)}")
+    for sublayer, name in (("attention", "attention"), ("mlp", "MLP")):
+        gone = [one.block for one in plan.sublayers if (one.sublayer, one.form) == (sublayer, "none")]
+        told += [f"{_blocks(gone, 'lack')} the {name}"] if gone else []
+    return f"The stack of {plan.num_blocks} blocks: {'; '.join(told) or 'none is a replica'}."
+
+
+def _counted(count: int, name: str, verb: str = "") -> str:
+    """1 MLP keeps, 2 MLPs keep."""
+    one = count == 1
+    return f"{count} {name}{'' if one else 's'}" + (f" {verb}{'s' if one else ''}" if verb else "")
+
+
+def _blocks(blocks: Sequence[int], verb: str) -> str:
+    """Block 2 borrows, blocks 2, 4 borrow."""
+    one = len(blocks) == 1
+    return f"block{'' if one else 's'} {', '.join(map(str, blocks))} {verb}{'s' if one else ''}"

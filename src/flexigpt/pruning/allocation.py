@@ -42,11 +42,11 @@ class Measured(NamedTuple):
     attentions: Sequence[float]
 
     def record(self, workspace: Workspace[PruneOptions]) -> Record:
-        """What the record says of it: the calibration text, and what it costs to leave out each whole sublayer."""
+        """What the record says of it: the text, what it costs to leave out each whole sublayer, and an MLP's units."""
         options = workspace.options
         costs = {"attention": list(self.attentions), "mlp": [mlp.costs[-1].item() for mlp in self.mlps]}
         text = {"text": options.calibration, "windows": list(workspace.windows.shape), "asked": options.windows}
-        return {"calibration": text, "sublayer_costs": costs}
+        return {"calibration": text, "sublayer_costs": costs, "mlp_units": len(self.mlps[0].order)}
 
 
 def measure_sublayers(workspace: Workspace[PruneOptions]) -> Measured:

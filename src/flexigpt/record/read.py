@@ -50,6 +50,7 @@ _Perplexity = TypedDict("_Perplexity", {"perplexity": float, "tokens": _Count, "
 _Spectrum = TypedDict("_Spectrum", {"ranks": list[_Count], "mended": list[float]})
 _Calibration = TypedDict("_Calibration", {"text": str, "windows": tuple[_Count, _Count], "asked": _Count})
 _Removed = TypedDict("_Removed", {"blocks": list[_Block], "num_blocks": _Block, "source": str})
+_Costs = TypedDict("_Costs", {"attention": list[float], "mlp": list[float]})
 _Text = TypedDict("_Text", {"text": str})
 _Parameters = TypedDict("_Parameters", {"parameters": _Count})
 
@@ -82,6 +83,8 @@ class _Record(TypedDict):
     calibration: NotRequired[_Calibration | None]
     block_score: NotRequired[str | None]
     scores: NotRequired[list[float] | None]
+    sublayer_costs: NotRequired[Annotated[_Costs, AfterValidator(_alike)] | None]
+    mlp_units: NotRequired[_Stored | None]
     base_distance: NotRequired[str | None]
     distances: NotRequired[dict[int, dict[int, float]] | None]
     adapter_spectra: NotRequired[dict[int, dict[str, Annotated[_Spectrum, AfterValidator(_alike)]]] | None]
@@ -257,6 +260,9 @@ def read_recorded(folder: str | Path) -> Recorded:
     recorded = Recorded(name=folder.resolve().name, folder=folder, record=record, plan=plan, evaluation=evaluation)
     scores = find_in(record, "scores")
     depth = len(scores) if scores else plan.num_blocks if plan else math.inf
+    costs = find_in(record, "sublayer_costs")
+    if costs and plan and len(costs["mlp"]) != plan.num_blocks:
+        raise _damaged(f"{path}: there are sublayer_costs of {len(costs['mlp'])} blocks, and {plan.num_blocks} blocks")
     if any(not 0 <= block < depth for pruned, row in recorded.distances.items() for block in (pruned, *row)):
         raise _damaged(f"{path}: the distances name a block that is not there")
     return recorded

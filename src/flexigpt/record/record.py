@@ -6,10 +6,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexigpt.evaluation import perplexity
-from flexigpt.model import FlexiGPTForCausalLM, SharedLinear, config_dtype, count_parts, plan_of, stored_bytes
+from flexigpt.model import (
+    FlexiGPTForCausalLM,
+    Plan,
+    SharedLinear,
+    config_dtype,
+    count_parts,
+    plan_of,
+    source_units,
+    stored_bytes,
+)
 from flexigpt.runtime import Cache, Track, digest, versions
 from flexigpt.text import TokenizedText
 from flexigpt.weights import Source, StreamedModel, open_empty
@@ -92,8 +101,8 @@ def inspect_model(model: str) -> dict[str, Any]:
 
     Returns:
         JSON-ready: `plan` (None for a source model), `parameters` stored and effective (the linears of a base counted
-        again for each of its replicas), `bytes` stored and, for a folder, of its weight files, and `parts`: parameters
-        and bytes of each.
+        again for each of its replicas), `bytes` stored and, for a folder, of its weight files, `parts`: parameters and
+        bytes of each, and `cache`: what the key/value cache takes.
 
     Raises:
         InputError: a model that cannot be opened or is of a family that is not supported.
@@ -116,4 +125,21 @@ def inspect_model(model: str) -> dict[str, Any]:
         "parameters": {"stored": stored, "effective": stored + shared},
         "bytes": {"stored": stored * dtype.itemsize, "files": sum(file.stat().st_size for file in files) or None},
         "parts": {part: {"parameters": n, "bytes": n * dtype.itemsize} for part, n in parts.items() if n},
+        "mlp_units": None if plan is None else source_units(config),
+        "cache": _cache_of(config.get_text_config(), plan, dtype.itemsize),
+    }
+
+
+def _cache_of(config: PreTrainedConfig, plan: Plan | None, itemsize: int) -> dict[str, Any]:
+    """What the key/value cache takes: blocks that hold something, their share, bytes a token where heads are known."""
+    gone = 0 if plan is None else sum(one.sublayer == "attention" for one in plan.sublayers)
+    queries = getattr(config, "num_attention_heads", None)
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    size = getattr(config, "head_dim", None) or (config.hidden_size // queries if queries else None)
+    blocks = config.num_hidden_layers - gone
+    known = isinstance(heads, int) and isinstance(size, int)
+    return {
+        "blocks": blocks,
+        "share": blocks / config.num_hidden_layers,
+        "bytes_per_token": blocks * heads * size * 2 * itemsize if known else None,
     }

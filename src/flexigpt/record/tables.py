@@ -1,7 +1,7 @@
 """What a record says, as tables: what became of each block, what it cost, on which text; models side by side."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers import PreTrainedConfig
 
 from flexigpt.evaluation import METRICS, Evaluation
-from flexigpt.model import FlexiGPTConfig, Plan, Replica, plan_of
+from flexigpt.model import FlexiGPTConfig, Plan, Replica, SublayerReplica, plan_of, plan_summary, source_units
 from flexigpt.record.record import Record, find_in
 from flexigpt.runtime import megabytes
 
@@ -92,12 +92,18 @@ def _sentence(note: str) -> str:
     return f"{note[0].upper()}{note[1:]}."
 
 
-def plan_rows(plan: Plan, record: Record, more: Sequence[str] = ()) -> Rows:
-    """The plan: block, score, base, distance, what is stored; columns of what was measured.
+_COSTS = "costs are of leaving the whole attention or MLP out: second-order estimates, up to a factor in nats a token"
 
-    `more` is what each replica stores besides its adapters.
+
+def plan_rows(plan: Plan, record: Record, more: Sequence[str] = (), units: int | None = None) -> Rows:
+    """The plan: block, score, base, distance, what is stored, or what is left of it; columns of what was measured.
+
+    `more` is what each replica stores besides its adapters, `units` how many hidden units an MLP of the source has.
     """
     scores, distances, origins = (find_in(record, key) for key in ("scores", "distances", "source_blocks"))
+    costs: dict[str, list[float]] = (find_in(record, "sublayer_costs") if plan.sublayers else None) or {}
+    units = units or find_in(record, "mlp_units")
+    forms: dict[tuple[int, str], SublayerReplica] = {(one.block, one.sublayer): one for one in plan.sublayers}
     replicas = {replica.block: replica for replica in plan.replicas}
     rows = []
     for block in range(plan.num_blocks):
@@ -107,14 +113,28 @@ def plan_rows(plan: Plan, record: Record, more: Sequence[str] = ()) -> Rows:
         if scores is not None:
             row[find_in(record, "block_score")] = f"{scores[block]:.4f}"
         replica = replicas.get(block)
-        row["base"] = "" if replica is None else str(replica.base)
-        if distances is not None:
-            row["distance"] = "" if replica is None else f"{_distance(distances, replica):.4g}"
-        row["stored"] = "its own linears"
-        if replica is not None:
-            row["stored"] = ", ".join((f"adapters of rank {replica.shown_rank()}", *more))
+        for name, sublayer in (("attention", "attention"), ("MLP", "mlp")) if plan.sublayers else ():
+            row[name] = "" if replica is not None else _left(forms.get((block, sublayer)), units)
+        for name, sublayer in (("attention's cost", "attention"), ("MLP's cost", "mlp")) if costs else ():
+            row[name] = f"{costs[sublayer][block]:.3g}"
+        if plan.replicas or not plan.sublayers:
+            row["base"] = "" if replica is None else str(replica.base)
+            if distances is not None:
+                row["distance"] = "" if replica is None else f"{_distance(distances, replica):.4g}"
+            row["stored"] = "its own linears"
+            if replica is not None:
+                row["stored"] = ", ".join((f"adapters of rank {replica.shown_rank()}", *more))
         rows.append(list(row.values()))
-    return Rows(list(row), rows, align="l".rjust(len(row), "r"), dim=plan.kept)
+    dim = [block for block in plan.kept if not {(block, "attention"), (block, "mlp")} & forms.keys()]
+    align = "r" * len(row) if list(row)[-1] != "stored" else "l".rjust(len(row), "r")
+    return Rows(list(row), rows, align=align, dim=dim, notes=[_COSTS] if costs else [])
+
+
+def _left(form: SublayerReplica | None, units: int | None) -> str:
+    """What is left of a sublayer."""
+    if form is None or form.units is None:
+        return "kept" if form is None else "gone"
+    return f"{form.units:,} of {units:,} units" if units else f"{form.units:,} units"
 
 
 def replica_parts(config: FlexiGPTConfig) -> list[str]:
@@ -144,7 +164,7 @@ def removal_rows(record: Record) -> Rows:
 def block_rows(config: PreTrainedConfig, record: Record) -> Rows | None:
     """What became of each block: the plan of a compact model, or the plain removal that a record reports."""
     if isinstance(config, FlexiGPTConfig):
-        return plan_rows(plan_of(config), record, replica_parts(config))
+        return plan_rows(plan_of(config), record, replica_parts(config), source_units(config))
     return removal_rows(record) if find_in(record, "removed") else None
 
 
@@ -222,7 +242,9 @@ def inspection_rows(inspection: dict[str, Any]) -> list[Rows]:
     """What `inspect_model` found: the parts, and the replicas where there are some."""
     kind, plan = f"{inspection['source_type']}, {inspection['blocks']} blocks", inspection["plan"]
     if plan is not None:
-        kind = f"compact {kind}, {len(plan['replicas'])} of them replicas"
+        plan = Plan.from_dict(plan)
+        narrow = plan.sublayers and not plan.replicas
+        kind = f"compact {kind}" + ("" if narrow else f", {len(plan.replicas)} of them replicas")
     parameters, stored = inspection["parameters"], inspection["bytes"]
     rows = [[part, f"{size['parameters']:,}", megabytes(size["bytes"])] for part, size in inspection["parts"].items()]
     sums = [
@@ -231,11 +253,23 @@ def inspection_rows(inspection: dict[str, Any]) -> list[Rows]:
         *([["weight files", "", megabytes(stored["files"])]] if stored["files"] else []),
     ]
     title = f"{inspection['model']} ({kind}, {inspection['dtype']})"
-    tables = [Rows(["part", "parameters", "MB"], rows + sums, title=title, sums=len(rows))]
-    if plan is not None and plan["replicas"]:
-        replicas = [[str(row["block"]), str(row["base"]), Replica(**row).shown_rank()] for row in plan["replicas"]]
+    notes = [_cache_note(inspection["cache"], inspection["blocks"])]
+    tables = [Rows(["part", "parameters", "MB"], rows + sums, title=title, sums=len(rows), notes=notes)]
+    if plan is not None and plan.sublayers:
+        of_blocks = plan_rows(plan, {}, units=inspection["mlp_units"])
+        tables.append(replace(of_blocks, title=plan_summary(plan, inspection["mlp_units"])))
+    elif plan is not None and plan.replicas:
+        replicas = [[str(one.block), str(one.base), one.shown_rank()] for one in plan.replicas]
         tables.append(Rows(["block", "base", "rank"], replicas, align="rrr", title="replicas"))
     return tables
+
+
+def _cache_note(cache: dict[str, Any], blocks: int) -> str:
+    """How large the key/value cache is."""
+    parts = [] if cache["bytes_per_token"] is None else [f"{cache['bytes_per_token']:,} bytes a token"]
+    if cache["share"] < 1 or not parts:
+        parts.append(f"{cache['share']:.1%} of the source's, as {cache['blocks']} of {blocks} blocks have attention")
+    return f"key/value cache: {', '.join(parts)}"
 
 
 _ACCURACY = ("acc", "exact_match")  # what begins so is a share, shown in percent

@@ -15,7 +15,7 @@ from jinja2 import Environment
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexigpt.evaluation import Evaluation, is_same, mean_accuracy
-from flexigpt.model import FlexiGPTConfig, Plan, plan_in_words, plan_of, stored_bytes
+from flexigpt.model import FlexiGPTConfig, Plan, plan_in_words, plan_of, plan_summary, source_units, stored_bytes
 from flexigpt.record.read import read_evaluation, read_record
 from flexigpt.record.record import EVALUATION, RECORD, Record, find_in
 from flexigpt.record.tables import block_rows, cost_rows, evaluation_rows, replica_parts, shown_name
@@ -262,7 +262,8 @@ def model_card(config: PreTrainedConfig, record: Record, picture: bool = False) 
         cost=cost_rows(record),
         blocks=block_rows(config, record),
         picture=PLAN_PICTURE if picture else "",
-        picture_in_words=plan_in_words(plan) if plan else "",
+        summary=plan_summary(plan, source_units(config)) if plan else "",
+        picture_in_words=plan_in_words(plan, source_units(config)) if plan else "",
         command=record.get("command"),
         versions=", ".join(f"{name} {number}" for name, number in record["versions"].items()),
     )

@@ -30,7 +30,7 @@ def _train_replicas_and_kept(model: PreTrainedModel, lora_rank: int) -> None:
     from peft.tuners.lora import LoraLayer  # noqa: PLC0415
 
     layout = layout_of(model)
-    targets = [f"{layout.prefix}.{block}.{path}" for block in layout.kept for path in layout.linears]
+    targets = [f"{layout.prefix}.{block}.{path}" for block in layout.kept for path in layout.linears_of(block)]
     transposed = isinstance(model.get_submodule(targets[0]), Conv1D)
     config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=targets, fan_in_fan_out=transposed)
     inject_adapter_in_model(config, model)
@@ -92,15 +92,17 @@ def merge_lora(model: PreTrainedModel) -> None:
 
 
 def lora_rank_for(model: PreTrainedModel, rank: int | None) -> int:
-    """The rank of the LoRA on kept blocks: as given, or that of the replicas' adapters, or hidden size / 16.
+    """The rank of the LoRA on kept blocks: as given; else the replicas', or hidden size / 16, if it fits.
 
     Raises:
         InputError: a rank below 1 or above a linear's size.
     """
     layout = layout_of(model)
+    linears = [layout.blocks[block].get_submodule(path) for block in layout.kept for path in layout.linears_of(block)]
+    most = min(min(linear_size(linear)) for linear in linears)
     if rank is None:
-        return max(layout.ranks.values(), default=default_rank(model.config.get_text_config().hidden_size))
-    most = min(min(linear_size(layout.blocks[layout.kept[0]].get_submodule(path))) for path in layout.linears)
+        rank = max(layout.ranks.values(), default=default_rank(model.config.get_text_config().hidden_size))
+        return min(rank, most)
     if not 1 <= rank <= most:
         raise InputError(f"a LoRA of rank {rank} does not fit the linears: give --lora-rank 1 to {most}")
     return rank

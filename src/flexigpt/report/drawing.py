@@ -2,6 +2,7 @@
 
 import io
 import re
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +16,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.path import Path
 from PIL import Image
 from transformers import PreTrainedConfig
 
-from flexigpt.model import FlexiGPTConfig, Plan, plan_in_words, plan_of
+from flexigpt.model import FlexiGPTConfig, Plan, plan_in_words, plan_of, plan_summary, source_units
 from flexigpt.record import GENERATOR, PLAN_PICTURE
 
 WIDTH = 7.4  # inches: what a page shows in full
@@ -209,16 +210,21 @@ _STACK = 2.4  # width of a block; blocks are 1 apart
 
 _LANES = 8 * 0.28  # width of the lanes for the arrows beside it
 
+_ATTENTION, _BETWEEN = 0.75, 0.08  # of a block that is drawn as attention and MLP: the width of one, and a gap
+
 _CARD_COLOURS = 48
 
 
-def plan_figure(plan: Plan, name: str = "plan", source_blocks: Sequence[int] | None = None) -> Drawn:
+def plan_figure(
+    plan: Plan, name: str = "plan", source_blocks: Sequence[int] | None = None, units: int | None = None
+) -> Drawn:
     """The plan of a compact model, first block at the top.
 
     Args:
         plan: to draw.
         name: of the figure.
         source_blocks: of an extended model, the source's block behind each block.
+        units: hidden units of the source's MLPs; None: as many as the widest that is named.
     """
     borrowers: dict[int, list[int]] = {}
     for replica in plan.replicas:
@@ -226,35 +232,48 @@ def plan_figure(plan: Plan, name: str = "plan", source_blocks: Sequence[int] | N
     lanes = _lanes(borrowers)
     shades = {base: series(number) for number, base in enumerate(sorted(borrowers))}
     height = plan.num_blocks * _block_inches(plan.num_blocks)
-    title = f"{len(plan.replicas)} of {plan.num_blocks} blocks borrow another's linears"
+    title = [line for part in plan_summary(plan, units).split("; ") for line in textwrap.wrap(part, 44)]
     with style():
-        figure = new_figure(4.2, height + 0.75, title)
+        figure = new_figure(4.2, height + 0.6 + 0.15 * len(title), "\n".join(title))
         axes = figure.add_subplot()
         plain_axes(axes)
         size = min(8.5, 72 * _block_inches(plan.num_blocks) * 0.58)
         bases = {replica.block: replica.base for replica in plan.replicas}
         for block in range(plan.num_blocks):
             base = bases.get(block)
+            if plan.sublayers and base is None:
+                _draw_sublayers(axes, plan, block, shades.get(block), units, size)
+                continue
             origin = "" if source_blocks is None else f" (block {source_blocks[block]} of the source)"
             _draw_block(axes, block, base, shades.get(block if base is None else base), origin, size)
         step = _LANES / max(8, 1 + max(lanes.values(), default=0))
         for base, blocks in borrowers.items():
             _draw_lane(axes, base, blocks, lanes[base] * step, shades[base])
-        axes.set_xlim(-0.15, _STACK + 1.0 + _LANES)
-        axes.set_ylim(plan.num_blocks - 0.4, -0.6)
+        axes.set_xlim(-0.15, _STACK + (1.0 + _LANES if borrowers or not plan.sublayers else 0.15))
+        axes.set_ylim(plan.num_blocks - 0.4, -1.5 if plan.sublayers else -0.6)
         outline = Line2D([], [], color=colour("muted"), marker="s", markersize=7, linestyle="none", fillstyle="none")
-        key(figure, [("keeps its own linears", swatch(colour("kept"))), ("replica, its base at the arrow", outline)], 2)
-    return Drawn(name=name, alt=plan_in_words(plan), figure=figure)
+        replicas = ("replica, its base at the arrow", outline)
+        if plan.sublayers:
+            heads = {0.0: "attention", _ATTENTION + _BETWEEN: "MLP"}
+            for x, head in heads.items():
+                axes.text(x, -0.95, head, ha="left", va="center_baseline", size=min(size, 8), color=colour("muted"))
+            shares = [("left", swatch(colour("kept"))), ("gone", swatch(colour("rest")))]
+            key(figure, [*shares, *([replicas] if borrowers else [])], 3)
+        else:
+            key(figure, [("keeps its own linears", swatch(colour("kept"))), replicas], 2)
+    return Drawn(name=name, alt=plan_in_words(plan, units), figure=figure)
 
 
 def plan_picture(config: PreTrainedConfig) -> dict[str, bytes]:
     """The picture of a compact model's plan, by the name that the model card shows it by; of other models none."""
-    return {PLAN_PICTURE: plan_png(plan_of(config))} if isinstance(config, FlexiGPTConfig) else {}
+    if not isinstance(config, FlexiGPTConfig):
+        return {}
+    return {PLAN_PICTURE: plan_png(plan_of(config), source_units(config))}
 
 
-def plan_png(plan: Plan) -> bytes:
+def plan_png(plan: Plan, units: int | None = None) -> bytes:
     """A small picture of the plan, for a model card: some 20 kB for 16 blocks, below 60 kB for 80."""
-    drawn = Image.open(io.BytesIO(to_png(plan_figure(plan), dpi=110))).convert("RGB")
+    drawn = Image.open(io.BytesIO(to_png(plan_figure(plan, units=units), dpi=110))).convert("RGB")
     small = io.BytesIO()
     drawn.quantize(_CARD_COLOURS, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
     return small.getvalue()
@@ -292,6 +311,30 @@ def _draw_block(axes: Axes, block: int, base: int | None, shade: str | None, ori
     axes.add_patch(box)
     label = f"{block}{origin}" if base is None else f"{block}: uses {base}"
     axes.text((inset + _STACK) / 2, block, label, ha="center", va="center_baseline", size=size, color=colour("ink"))
+
+
+def _draw_sublayers(axes: Axes, plan: Plan, block: int, shade: str | None, units: int | None, size: float) -> None:
+    """Attention and MLP of a block beside each other, filled as far as they are left."""
+    rows = {one.sublayer: one for one in plan.sublayers if one.block == block}
+    most = units or max((one.units for one in plan.sublayers if one.units), default=1)
+    start = _ATTENTION + _BETWEEN
+    for sublayer, x, width in (("attention", 0.0, _ATTENTION), ("mlp", start, _STACK - start)):
+        row = rows.get(sublayer)  # type: ignore[call-overload]
+        left = 1.0 if row is None else (row.units or 0) / most
+        for part, share, fill in (("whole", 1.0, "rest"), ("left", left, "kept")):
+            edge: dict[str, Any] = (
+                {"edgecolor": colour("kept")} if left else {"edgecolor": colour("muted"), "ls": DASHES}
+            )
+            bar = Rectangle(
+                (x, block - 0.38), width * share, 0.76, facecolor=colour(fill), lw=0.8 * bool(share), **edge
+            )
+            bar.set_gid(f"{sublayer}-{block}-{part}")
+            axes.add_patch(bar)
+        if shade is not None:
+            axes.add_patch(Rectangle((x, block - 0.38), width, 0.76, fill=False, edgecolor=shade, linewidth=1.3))
+        units_left = units if row is None else row.units or 0
+        label = str(block) if sublayer == "attention" else "" if units_left is None else f"{units_left:,}"
+        axes.text(x + 0.06, block, label, ha="left", va="center_baseline", size=size, color=colour("ink"))
 
 
 def _draw_lane(axes: Axes, base: int, blocks: list[int], lane: float, shade: str) -> None:

@@ -38,6 +38,7 @@ def figures_of(recorded: Recorded, prefix: str = "") -> dict[str, Drawn]:
     """
     makers: dict[str, Callable[[Recorded], Drawn | None]] = {
         "influence": influence_figure,
+        "costs": costs_figure,
         "plan": _plan,
         "distances": distances_figure,
         "adapters": adapters_figure,
@@ -62,7 +63,8 @@ def number_ranges(blocks: Iterable[int]) -> str:
 def _plan(recorded: Recorded) -> Drawn | None:
     if recorded.plan is None:
         return None
-    return plan_figure(recorded.plan, source_blocks=find_in(recorded.record, "source_blocks"))
+    origins, units = (find_in(recorded.record, key) for key in ("source_blocks", "mlp_units"))
+    return plan_figure(recorded.plan, source_blocks=origins, units=units)
 
 
 def influence_figure(recorded: Recorded) -> Drawn | None:
@@ -91,6 +93,38 @@ def influence_figure(recorded: Recorded) -> Drawn | None:
     key(figure, [(what, swatch(colour("orange"))), ("kept", swatch(colour("kept")))], 2)
     alt = f"Bars: {name} of {len(scores)} blocks. Pruned: {number_ranges(pruned) or 'none'}."
     return Drawn(name="influence", alt=alt, figure=figure)
+
+
+def costs_figure(recorded: Recorded) -> Drawn | None:
+    """What leaving out each attention and each MLP would cost, as bars; where costs differ much by their logarithm."""
+    costs = find_in(recorded.record, "sublayer_costs")
+    if not costs or recorded.plan is None or not recorded.plan.sublayers:
+        return None
+    changed = {(one.sublayer, one.block) for one in recorded.plan.sublayers}
+    figure = new_figure(WIDTH, 4.2, "What it would cost to leave out the attention or the MLP of each block")
+    panels: Any = figure.subplots(2, 1, sharex=True, sharey=True)
+    positive = [cost for values in costs.values() for cost in values if cost > 0]
+    for (sublayer, name), axes in zip((("attention", "attention"), ("mlp", "MLP")), panels, strict=True):
+        for block, cost in enumerate(costs[sublayer]):
+            is_changed = (sublayer, block) in changed
+            (bar,) = axes.bar(block, cost, width=0.78, color=colour("orange" if is_changed else "kept"))
+            bar.set_gid(f"cost-{sublayer}-{block}-{'pruned' if is_changed else 'kept'}")
+        axes.set_title(name)
+        axes.set_ylabel("cost (nats a token)")
+    if positive and max(positive) > 30 * min(positive):
+        panels[0].set_yscale("log", nonpositive="clip")
+        panels[0].set_ylim(min(positive) / 2)
+        panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panels[1].set(xlabel="block", xlim=(-0.7, len(costs["mlp"]) - 0.3))
+    _block_ticks(panels[1], len(costs["mlp"]))
+    key(figure, [("pruned", swatch(colour("orange"))), ("kept", swatch(colour("kept")))], 2)
+    first = {name: sorted(range(len(costs[name])), key=costs[name].__getitem__)[:3] for name in ("attention", "mlp")}
+    told = "; ".join(
+        f"{shown} cheapest in {number_ranges(first[name])}"
+        for name, shown in (("attention", "attention"), ("mlp", "MLP"))
+    )
+    alt = f"Bars: cost of leaving out attention and MLP, of {len(costs['mlp'])} blocks. {told}."
+    return Drawn(name="costs", alt=alt, figure=figure)
 
 
 def distances_figure(recorded: Recorded) -> Drawn | None:

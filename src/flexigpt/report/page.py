@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
+from flexigpt.model import plan_summary
 from flexigpt.record import (
     Record,
     Recorded,
@@ -27,6 +28,7 @@ Svgs = Mapping[str, Markup]  # by the figure's name
 
 _OF_ONE = {
     "influence": "Which blocks change little",
+    "costs": "What each attention and each MLP is worth",
     "plan": "What became of each block",
     "distances": "Why these bases",
     "adapters": "What replicas mend",
@@ -54,7 +56,8 @@ def page(models: Sequence[Recorded], own: Sequence[Svgs], shared: Svgs, palette:
     each = []
     for number, model in enumerate(shown):
         suffix, whose = (f"-{number}", f"{model['name']}: ") if len(shown) > 1 else ("", "")
-        for name, heading in _OF_ONE.items():
+        for name in model["sections"]:
+            heading = _OF_ONE[name]
             each.append({"id": f"{name}{suffix}", "heading": f"{whose}{heading}", "name": name, "model": model})
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(
@@ -82,6 +85,8 @@ def _of_one(model: Recorded, svgs: Svgs) -> dict[str, Any]:
         "command": record.get("command"),
         "origin": f"Source: {shown_name(source['source_name'])}. {versions}.",
         "svgs": svgs,
+        "sections": _sections(model, svgs),
+        "narrow": model.plan is not None and model.plan.sublayers,
         "removed": model.removed,
         "extended": find_in(record, "source_blocks"),
         "scored": scored[:1].upper() + scored[1:],
@@ -97,11 +102,23 @@ def _of_one(model: Recorded, svgs: Svgs) -> dict[str, Any]:
     }
 
 
+def _sections(model: Recorded, svgs: Svgs) -> list[str]:
+    """Those that have something to say of such a model: without replicas nothing of bases and adapters."""
+    narrow = model.plan is not None and model.plan.sublayers
+    unasked = {"influence", "distances", "adapters"} if narrow else {"costs"}
+    if narrow and model.bases:
+        unasked -= {"distances", "adapters"}
+    return [name for name in _OF_ONE if name in svgs or name not in {*unasked, "costs"}]
+
+
 def _what_it_is(model: Recorded) -> str:
     trained = ", after recovery training" if "recovery" in model.record else ""
     source = shown_name(model.chain[0]["source_name"])
     if model.plan is not None:
         count, depth = len(model.plan.replicas), model.plan.num_blocks
+        if model.plan.sublayers:
+            done = f"{plan_summary(model.plan, find_in(model.record, 'mlp_units'))}{trained}."
+            return f"{source}, compact: {done}" if model.sizes else f"A plan for {source}: {done}"
         if not model.sizes:
             return f"A plan for {source}: {count} of its {depth} blocks are to become replicas."
         return f"{source}, compact: {count} of {depth} blocks are replicas of kept ones{trained}."
@@ -142,7 +159,8 @@ def _block_rows(model: Recorded) -> Rows | None:
     if model.plan is None:
         return removal_rows(model.record) if model.removed else None
     # Without scores of another numbering, or distances where an edited plan has pairs that were not measured.
-    shown: Record = {key: found for key in ("source_blocks",) if (found := find_in(model.record, key))}
+    always = ("source_blocks", "mlp_units", "sublayer_costs")
+    shown: Record = {key: found for key in always if (found := find_in(model.record, key))}
     scores, distances = find_in(model.record, "scores") or (), model.distances
     if len(scores) == model.plan.num_blocks:
         shown |= {"scores": scores, "block_score": find_in(model.record, "block_score")}
