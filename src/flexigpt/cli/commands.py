@@ -30,9 +30,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what flexi
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for programs.")]
 _DEFAULT = next(iter(PRESETS))
 _PRESET = (
-    "settings that go together, each of which you can give yourself: default (each MLP keeps its best hidden units, and "
-    "what is left is refitted to the calibration text), paper (whole blocks borrow the weights of others, nothing is "
-    f"refitted). [default: {_DEFAULT}]"
+    "settings that go together, each of which you can give yourself: default (each MLP keeps its best hidden units, "
+    "and what is left is refitted to the calibration text), paper (whole blocks borrow the weights of others, and "
+    f"nothing is refitted). [default: {_DEFAULT}]"
 )
 Preset = Annotated[
     str, typer.Option(help=_PRESET, metavar="NAME", autocompletion=lambda: list(PRESETS), show_default=False)
