@@ -40,8 +40,9 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
         form: what is pruned, and what is left of it. Units: each MLP keeps those of its hidden units that the text
             needs most, and an attention that pays too little goes. Shared-linears: whole blocks are pruned, and borrow
             the weights of another block, with a small correction of their own (the paper).
-        block_score: score whose lowest blocks are pruned, where whole blocks are. The perplexity chooses one block after the other, each time
-            that without which the perplexity of the calibration text is least; this takes longer.
+        block_score: score whose lowest blocks are pruned, where whole blocks are. The perplexity chooses one block
+            after the other, each time that without which the perplexity of the calibration text is least; this takes
+            longer.
         remove: whether blocks are removed and nothing stands in for them (plain removal, to compare with).
         perplexity: text to measure perplexity on before and after, as for calibration; default: none.
         base_distance: distance by which each pruned block's base is chosen.
