@@ -34,7 +34,7 @@ def test_prune_prints_the_plan_the_cost_and_the_place(run: Run, tiny_source: Pat
     out = tmp_path / "out"
     code, printed, progress = run(
         *("prune", tiny_source, out, "--ratio", "0.4", "--rank", "4", "--calibration", text),
-        *("--window-length", "64", "--windows", "4", "--perplexity", text),
+        *("--window-length", "64", "--windows", "4", "--perplexity", text, "--preset", "paper"),
     )
     assert code == 0
     record = json.loads((out / "record.json").read_text())
@@ -62,6 +62,7 @@ def test_a_text_that_is_too_short_for_the_windows_is_told(
 def test_a_plan_can_be_made_edited_and_applied(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
     code, printed, _ = run(
         *("prune", tiny_source, tmp_path / "plan", "--plan-only", "--ratio", "0.4", "--rank", "4"),
+        *("--preset", "paper"),
         *("--calibration", text, "--window-length", "64", "--windows", "4"),
     )
     assert code == 0
@@ -165,23 +166,25 @@ BAD_INPUT = {
     "prune SOURCE out": "give exactly one of --ratio",
     "prune SOURCE out --ratio 0": "ratio 0.0 is outside (0, 1)",
     "prune SOURCE out --ratio 1": "ratio 1.0 is outside (0, 1)",
-    "prune SOURCE out --ratio 0.1": "prunes nothing: give at least 0.167",
+    "prune SOURCE out --ratio 0.1 --preset paper": "prunes nothing: give at least 0.167",
     "prune SOURCE out --ratio lots": "Invalid value for '--ratio'",
-    "prune SOURCE out --blocks 1,x": "--blocks 1,x cannot be read",
-    "prune SOURCE out --blocks 0,1,2,3,4,5": "leaves none",
-    "prune SOURCE out --blocks 2 --rank 33": "rank 33 is above the size of self_attn.q_proj (64 x 32)",
+    "prune SOURCE out --blocks 1,x --preset paper": "--blocks 1,x cannot be read",
+    "prune SOURCE out --blocks 0,1,2,3,4,5 --preset paper": "leaves none",
+    "prune SOURCE out --blocks 2 --rank 33 --preset paper": "rank 33 is above the size of self_attn.q_proj (64 x 32)",
     "prune SOURCE out --target-size huge": "size 'huge' cannot be read",
     "prune SOURCE out --ratio 0.4 --rnk 3": "No such option: --rnk",
     "prune SOURCE out --ratio 0.4 --calibration nowhere.jsonl": "text file nowhere.jsonl is not there",
     "prune SOURCE out --ratio 0.4 --calibration TEXT#body": "has no column 'body': its columns",
-    "prune SOURCE out --blocks 2 --output-norm nan": "--output-norm nan cannot be used",
-    "prune SOURCE out --blocks 2 --preset quick": "--preset quick is unknown: give default, paper",
+    "prune SOURCE out --blocks 2 --output-norm nan --preset paper": "--output-norm nan cannot be used",
+    "prune SOURCE out --ratio 0.4 --preset quick": "--preset quick is unknown: give default, paper",
     "prune SOURCE out --blocks 2 --remove --plan-only": "--remove makes no plan",
-    "prune SOURCE out --blocks 2 --rank 0": "--rank 0 is too small",
-    "prune SOURCE out --blocks 2 --rank 300%": "--rank 300% cannot be used",
-    "prune SOURCE out --blocks 2 --adapter-init magic": "--adapter-init magic is unknown: give svd",
-    "prune ./nowhere/at/all out --blocks 2": "no such folder: nowhere/at/all",
-    "prune ~/nowhere-at-all out --blocks 2": "no such folder",
+    "prune SOURCE out --blocks 2 --rank 0 --preset paper": "--rank 0 is too small",
+    "prune SOURCE out --blocks 2 --rank 300% --preset paper": "--rank 300% cannot be used",
+    "prune SOURCE out --blocks 2 --adapter-init magic --preset paper": "--adapter-init magic is unknown: give svd",
+    "prune SOURCE out --blocks 2": "--blocks names whole blocks",
+    "prune SOURCE out --ratio 0.4 --form heads": "--form heads is unknown: give units, shared-linears",
+    "prune ./nowhere/at/all out --blocks 2 --preset paper": "no such folder: nowhere/at/all",
+    "prune ~/nowhere-at-all out --blocks 2 --preset paper": "no such folder",
     "prune SOURCE out --ratio 0.4 --calibration empty.txt": "text file empty.txt is empty",
     "prune SOURCE out --ratio 0.4 --calibration short.txt --window-length 64": "fewer than one window of 64",
     "prune SOURCE out --ratio 0.4 --calibration TEXT --device cuda:9": "device cuda:9 cannot be used here",
@@ -190,21 +193,21 @@ BAD_INPUT = {
     "prune SOURCE out --plan itself.json": "makes block 3 its own base",
     "prune SOURCE out --plan pruned.json": "base 2, which is itself pruned",
     "prune SOURCE out --plan rank.json": "rank 99 is above the size",
-    "prune SOURCE full --blocks 2": "full is not empty: give another folder, or --overwrite",
-    "prune SOURCE precious --blocks 2 --overwrite": "precious was not written by flexigpt",
-    "prune SOURCE / --blocks 2": "cannot be replaced by a new folder",
+    "prune SOURCE full --blocks 2 --preset paper": "full is not empty: give another folder, or --overwrite",
+    "prune SOURCE precious --blocks 2 --overwrite --preset paper": "precious was not written by flexigpt",
+    "prune SOURCE / --blocks 2 --preset paper": "cannot be replaced by a new folder",
     "prune SOURCE out --ratio 0.4 --calibration TEXT --seed -1": "--seed -1 is out of range",
     "prune SOURCE out --ratio 0.4 --calibration ''": "the name of the text is empty",
     "prune SOURCE out --target-size 9e999B": "cannot be read",
-    "prune notokenizer out --blocks 2 --rank 4": "the tokenizer of notokenizer cannot be opened",
+    "prune notokenizer out --blocks 2 --rank 4 --preset paper": "the tokenizer of notokenizer cannot be opened",
     "prune notokenizer out --blocks 2 --preset paper": "the tokenizer of notokenizer cannot be opened",
     "extend notokenizer out --blocks 1:4": "the tokenizer of notokenizer cannot be opened",
     "generate SOURCE --prompt Hi --temperature 1 --seed -1": "--seed -1 is out of range",
     "generate SOURCE --prompt Hi --temperature nan": "--temperature nan is out of range",
-    "prune COMPACT out --blocks 2": "is a compact model already",
+    "prune COMPACT out --blocks 2 --preset paper": "is a compact model already",
     "prune nan out --blocks 2 --rank 4 --preset paper": "NaN or infinity in block 4",
     "prune truncated out --blocks 2 --rank 4 --preset paper": "the weights of truncated are damaged",
-    "prune mixtral out --blocks 2": "mixtral is a mixture of experts",
+    "prune mixtral out --blocks 2 --preset paper": "mixtral is a mixture of experts",
     "extend SOURCE out --blocks 4": "--blocks 4 cannot be repeated: give ranges within 0:6",
     "extend SOURCE out --blocks 4:9": "give ranges within 0:6",
     "extend SOURCE out --blocks 4:4": "give ranges within 0:6",
@@ -347,7 +350,7 @@ def test_overwrite_replaces_a_checkpoint(run: Run, tiny_source: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     ("event", "name", "how"),
-    [("os.rename", "cache/scores-*", signal.SIGINT), ("open", "made/.out*/new/*", signal.SIGTERM)],
+    [("os.rename", "cache/sublayers-*", signal.SIGINT), ("open", "made/.out*/new/*", signal.SIGTERM)],
 )
 def test_an_interrupted_run_leaves_nothing(
     hooked: Hooked,

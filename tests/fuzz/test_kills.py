@@ -68,9 +68,11 @@ def commands(places: dict[str, Path]) -> dict[str, list[str]]:
     source, compact, text = places["source"], places["compact"], places["text"]
     calibrated = ["--calibration", str(text), "--window-length", "64", "--windows", "8", "--perplexity", str(text)]
     trained = ["--data", str(text), "--window-length", "16", "--batch-tokens", "64", "--tokens", "3200"]
+    paper = ["prune", str(source), "out", "--ratio", "0.4", "--rank", "4", "--preset", "paper"]
     return {
-        "prune": ["prune", str(source), "out", "--ratio", "0.4", "--rank", "4", "--preset", "paper", *calibrated],
-        "refit": ["prune", str(source), "out", "--ratio", "0.4", "--rank", "4", *calibrated],
+        "prune": [*paper, *calibrated],
+        "units": ["prune", str(source), "out", "--ratio", "0.4", *calibrated],
+        "refit": [*paper, "--refit-kept", *calibrated],
         "extend": ["extend", str(source), "out", "--blocks", "1:4", "--rank", "2"],
         "recover": ["recover", str(compact), "out", *trained],
         "eval": ["eval", "out", "--perplexity", str(text), "--window-length", "64", "--record"],
@@ -78,7 +80,7 @@ def commands(places: dict[str, Path]) -> dict[str, list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["prune", "refit", "extend", "recover", "eval"])
+@pytest.mark.parametrize("name", ["prune", "refit", "units", "extend", "recover", "eval"])
 def test_a_command_that_was_killed_ends_with_the_same_bytes(
     runner: Runner, commands: dict[str, list[str]], places: dict[str, Path], tmp_path: Path, name: str
 ) -> None:

@@ -59,12 +59,14 @@ def source_with(folder: Path, like: Path, edit: Edit) -> str:
     "edit", [write_nothing, zero, write_less_than_rounding, dead_units, constant_inputs, dead_attention]
 )
 def test_singular_blocks_are_pruned_and_refitted(tiny_source: Path, text: Path, tmp_path: Path, edit: Edit) -> None:
-    """On 32 tokens, fewer than a linear has inputs; pruned itself, and kept behind a pruned one."""
+    """On 32 tokens, fewer than a linear has inputs; pruned itself, kept behind a pruned one, and pruned by units."""
     source = source_with(tmp_path / "source", tiny_source, edit)
     asked = {"rank": 4, "calibration": str(text), "windows": 4, "window_length": 8, "output_norm": "none"}
     for pruned in (1, 2):
-        made, _, _ = prune(source, PruneOptions(blocks=(pruned,), **asked))
+        made, _, _ = prune(source, PruneOptions.paper(blocks=(pruned,), refit_kept=True, **asked))
         assert all(values.isfinite().all() for values in made.state_dict().values())
+    made, _, _ = prune(source, PruneOptions(ratio=0.5, **asked))
+    assert all(values.isfinite().all() for values in made.state_dict().values())
 
 
 def test_numbers_that_overflow_are_one_clear_line(tiny_source: Path, text: Path, tmp_path: Path) -> None:
@@ -73,8 +75,12 @@ def test_numbers_that_overflow_are_one_clear_line(tiny_source: Path, text: Path,
             parameter.mul_(1e9)
 
     source = source_with(tmp_path / "source", tiny_source, vast)
-    with pytest.raises(InputError, match="not finite: the model overflows on this text; give --dtype float32"):
-        prune(source, PruneOptions(blocks=(2,), rank=4, calibration=str(text), windows=4, window_length=16))
+    asked = {"rank": 4, "calibration": str(text), "windows": 4, "window_length": 16}
+    reason = "not finite: the model overflows on this text; give --dtype float32"
+    with pytest.raises(InputError, match=reason):
+        prune(source, PruneOptions.paper(blocks=(2,), refit_kept=True, **asked))
+    with pytest.raises(InputError, match=reason):
+        prune(source, PruneOptions(ratio=0.3, **asked))
 
 
 @pytest.mark.parametrize("name", STATISTICS)

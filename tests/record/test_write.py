@@ -135,7 +135,7 @@ def test_what_others_wrote_is_never_removed(run: Run, tiny_source: Path, written
     if not path.is_dir():
         path.write_text("mine, from the flexigpt report of yesterday")
     before = sorted(written.rglob("*"))
-    code, _, errors = run("prune", tiny_source, written, "--blocks", "2", "--rank", "4", "--overwrite")
+    code, _, errors = run("prune", tiny_source, written, "--ratio", "0.4", "--overwrite")
     assert code == 2
     first = written / Path(name).parts[0]
     assert re.fullmatch(rf"flexigpt: {first}\S* was not written by flexigpt: move it elsewhere, or give .*\n", errors)
@@ -153,7 +153,7 @@ def test_a_record_of_another_program_is_none(run: Run, tiny_source: Path, tmp_pa
     out.mkdir()
     (out / "record.json").write_text(record)
     (out / "thesis.txt").write_text("years of work")
-    code, _, errors = run("prune", tiny_source, out, "--blocks", "2", "--rank", "4", "--overwrite")
+    code, _, errors = run("prune", tiny_source, out, "--ratio", "0.4", "--overwrite")
     assert code == 2
     assert "record.json" in errors
     assert errors.count("\n") == 1

@@ -96,9 +96,9 @@ def test_after_importing_flexigpt_it_opens_by_itself(checkpoint: Path) -> None:
 
 
 def test_a_newer_format_version_is_refused_politely(checkpoint: Path, tmp_path: Path) -> None:
-    config = json.loads((checkpoint / "config.json").read_text()) | {"format_version": 4}
+    config = json.loads((checkpoint / "config.json").read_text()) | {"format_version": 5}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"format version 4, this flexigpt reads versions up to 3: upgrade flexigpt"):
+    with pytest.raises(InputError, match=r"format version 5, this flexigpt reads versions up to 4: upgrade flexigpt"):
         read_config(str(tmp_path))
 
 

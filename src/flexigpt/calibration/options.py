@@ -12,8 +12,9 @@ class CalibrationOptions:
     """Which text a model is calibrated on.
 
     Attributes:
-        calibration: text to score blocks and fit replicas on: a .txt, .jsonl, .jsonl.gz or .parquet file, or
-            NAME[:CONFIG][@SPLIT] of a data set on the hub. It is read only where something needs it.
+        calibration: text that decides what is pruned, and that what is left is refitted to: a .txt, .jsonl, .jsonl.gz
+            or .parquet file, or NAME[:CONFIG][@SPLIT] of a data set on the hub. It is read only where something needs
+            it.
         windows: calibration windows; more fit better, and take longer.
         window_length: tokens in a window, of perplexity too; default: the model's context, at most 2048.
     """

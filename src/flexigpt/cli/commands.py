@@ -30,8 +30,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what flexi
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for programs.")]
 _DEFAULT = next(iter(PRESETS))
 _PRESET = (
-    "settings that go together, each of which you can give yourself: default (kept blocks refitted to the calibration "
-    f"text), paper (the paper's recipe). [default: {_DEFAULT}]"
+    "settings that go together, each of which you can give yourself: default (each MLP keeps its best hidden units, "
+    "and what is left is refitted to the calibration text), paper (whole blocks borrow the weights of others, and "
+    f"nothing is refitted). [default: {_DEFAULT}]"
 )
 Preset = Annotated[
     str, typer.Option(help=_PRESET, metavar="NAME", autocompletion=lambda: list(PRESETS), show_default=False)
@@ -53,7 +54,7 @@ def prune(
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Prune a source model: a smaller checkpoint, in which kept blocks stand in for pruned ones."""
+    """Prune a source model: a smaller checkpoint, in which little stands in for what was pruned."""
     if preset not in PRESETS:
         raise InputError(f"--preset {preset} is unknown: give {', '.join(PRESETS)}")
     options = asked.options(**PRESETS[preset])

@@ -11,11 +11,16 @@ Rule = tuple[Sequence[str], str, Callable[[Any], bool]]
 IDLE: Mapping[str, Sequence[Rule]] = {
     "prune": (
         (("block_score",), "--blocks names the blocks", lambda asked: asked.blocks is not None),
-        (("rank", "base_distance", "block_score"), "the plan decides it", lambda asked: asked.plan is not None),
+        (("rank", "base_distance", "block_score", "form"), "the plan decides it", lambda asked: asked.plan is not None),
         (
-            ("rank", "base_distance", "adapter_init", "output_norm"),
+            ("rank", "base_distance", "adapter_init", "output_norm", "form"),
             "--remove makes no replica",
             lambda asked: asked.remove,
+        ),
+        (
+            ("rank", "base_distance", "block_score", "adapter_init", "output_norm"),
+            "the form units makes no replicas of blocks",
+            lambda asked: asked.by_units and asked.plan is None,
         ),
         (("calibration", "windows"), "no calibration text is read", lambda asked: not asked.calibrates),
         (

@@ -175,13 +175,13 @@ class Plan:
                 or a broken invariant.
         """
         version = data.get("format_version") if isinstance(data, dict) else None
-        known = {"format_version", "num_blocks", "replicas"} | ({"sublayers"} if version == 2 else set())
-        _check_keys(data, known, "the plan")
-        if not 1 <= data["format_version"] <= PLAN_FORMAT_VERSION:
+        if type(version) is int and version not in range(1, PLAN_FORMAT_VERSION + 1):
             raise InputError(
-                f"the plan has format version {data['format_version']}, this flexigpt reads versions up to "
+                f"the plan has format version {version}, this flexigpt reads versions up to "
                 f"{PLAN_FORMAT_VERSION}: upgrade flexigpt or write the plan again with --plan-only"
             )
+        known = {"format_version", "num_blocks", "replicas"} | ({"sublayers"} if version == 2 else set())
+        _check_keys(data, known, "the plan")
         return cls.of_rows(data["num_blocks"], data["replicas"], data.get("sublayers", []))
 
     @classmethod
@@ -329,7 +329,9 @@ class ModelShape:
             InputError: a ratio outside (0, 1).
         """
         if not 0 < ratio < 1:
-            raise InputError(f"ratio {ratio} is outside (0, 1): give the share of the blocks to prune, as 0.3")
+            raise InputError(
+                f"ratio {ratio} is outside (0, 1): give the share of the blocks' parameters to prune, as 0.3"
+            )
         return self.parameters - round(ratio * num_blocks * self.block_parameters)
 
     def check_target(self, target: int) -> None:

@@ -37,11 +37,12 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
         blocks: the blocks to prune, from 0, where whole blocks are pruned.
         target_size: stored size to come down to: parameters (4.8B, 350M) or bytes (3.2GB, 900MiB).
         plan: a plan file to apply as it is.
-        form: what stands in the place of what is pruned. Units: each MLP keeps its own best hidden units, as many as
-            pay, and what is left is refitted; no block goes. Shared-linears: the paper's replicas, whole blocks that
-            borrow the linears of another.
-        block_score: score whose lowest blocks are pruned. The perplexity chooses one block after the other, each time
-            that without which the perplexity of the calibration text is least; this takes longer.
+        form: what is pruned, and what is left of it. Units: each MLP keeps those of its hidden units that the text
+            needs most, and an attention that pays too little goes. Shared-linears: whole blocks are pruned, and borrow
+            the weights of another block, with a small correction of their own (the paper).
+        block_score: score whose lowest blocks are pruned, where whole blocks are. The perplexity chooses one block
+            after the other, each time that without which the perplexity of the calibration text is least; this takes
+            longer.
         remove: whether blocks are removed and nothing stands in for them (plain removal, to compare with).
         perplexity: text to measure perplexity on before and after, as for calibration; default: none.
         base_distance: distance by which each pruned block's base is chosen.

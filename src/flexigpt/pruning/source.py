@@ -10,7 +10,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flexigpt.model import ModelShape, default_rank, model_shape, num_blocks
+from flexigpt.model import ModelShape, default_rank, find_architecture, model_shape, num_blocks
 from flexigpt.pruning.options import ExtendOptions, PruneOptions
 from flexigpt.record import Record, measure_both, new_record
 from flexigpt.replicas import ReplicaOptions
@@ -67,6 +67,7 @@ class CheckedSource(Generic[Asked]):
             InputError: a source that cannot be opened or is not supported, a window or a memory that does not fit.
         """
         empty = open_empty(name, options.dtype)
+        find_architecture(empty.config)  # refuses a compact model before any text is read
         shape = model_shape(empty, replicas.has_norms)
         used: dict[str, Any] = {"window_length": check_window_length(options.window_length, empty.config)}
         memory = None

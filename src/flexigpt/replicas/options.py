@@ -52,8 +52,8 @@ class ReplicaOptions:
             for the highest rank within it; default: hidden size / 16.
         adapter_init: how adapters start: by the weights (svd), or at zero.
         output_norm: whether replicas have output norms, and where their gamma starts: none, or a constant.
-        refit_kept: whether the kept blocks are refitted to the source on calibration text, in closed form; nothing more
-            is stored. Families that normalise what attention and MLP write (Gemma, OLMo 2) have nothing to refit.
+        refit_kept: whether what is left is refitted to the source on calibration text, in closed form; nothing more
+            is stored.
         seed: draws random adapters.
     """
 
