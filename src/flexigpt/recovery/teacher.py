@@ -128,10 +128,10 @@ def _same_tensors(teacher: PreTrainedModel, student: PreTrainedModel) -> dict[st
             if all(_equal(its.get(path), parameter) for path, parameter in parameters.items()):
                 same |= {f"{prefix}.{index}.{path}": its[path] for path in parameters}
                 break
-        else:  # of a block that was changed, such as one with fewer hidden units, what stayed
+        else:  # of a block that was changed, such as one with fewer hidden units, the matrices that stayed
             its = dict(layout.blocks[index].named_parameters()) if index in layout.kept else {}
-            stayed = {path: its[path] for path, parameter in parameters.items() if _equal(its.get(path), parameter)}
-            same |= {f"{prefix}.{index}.{path}": parameter for path, parameter in stayed.items()}
+            stayed = [path for path, p in parameters.items() if p.dim() > 1 and _equal(its.get(path), p)]
+            same |= {f"{prefix}.{index}.{path}": its[path] for path in stayed}
     return same
 
 
