@@ -19,7 +19,9 @@ from conftest import Run
 from families import CACHE, FAMILIES, NUM_BLOCKS, compact_of, initialize_replicas, remove_blocks, tiny_model, token_ids
 from flexigpt import InputError, Plan, Replica, SpeculateOptions, SpeculateStatistics, speculative_generate
 from flexigpt.decoding.split import SplitDecoder
-from flexigpt.weights import load_model, load_tokenizer
+from flexigpt.model import SublayerReplica, sublayer_paths
+from flexigpt.replicas import tensors_of_units
+from flexigpt.weights import StreamedModel, exchange_parameters, load_model, load_tokenizer
 
 # replica -> base: in the middle, at the first block, at the last, apart and adjacent, all after the first or all before
 # the last.
@@ -272,3 +274,30 @@ def test_the_command_says_that_a_model_has_no_replicas(run: Run, tiny_source: Pa
     code, _, err = run("generate", tiny_source, "--prompt", "It", "--max-new-tokens", 4, "--speculative")
     assert code == 2
     assert "the model has no replicas to skip, so it has no draft" in err
+
+
+def narrow(family: str, *blocks: int, replicas: tuple[Replica, ...] = ()) -> Any:
+    """A tiny compact model whose blocks have half of their hidden units; the last two of them no attention."""
+    source = tiny_model(family)
+    rows = [SublayerReplica(block=block, sublayer="mlp", form="units", units=24) for block in blocks]
+    rows += [SublayerReplica(block=block, sublayer="attention", form="none") for block in blocks[-2:]]
+    plan = Plan(num_blocks=NUM_BLOCKS, replicas=replicas, sublayers=tuple(rows))
+    model = compact_of(source, plan)
+    for block in blocks:
+        units = tensors_of_units(StreamedModel(source), block, sublayer_paths(source)["mlp"], torch.arange(24))
+        exchange_parameters(model.block_list[block], units)
+    initialize_replicas(model, source, plan, adapter_init="svd", norm_init=0.0, seed=0)
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma2", "gpt2", "opt-norm-before"])
+def test_a_model_with_replicas_and_narrow_blocks_drafts_as_any_other(family: str) -> None:
+    model = narrow(family, 1, 3, replicas=(Replica(block=2, base=0, rank=3),))
+    ids, seen = token_ids(1, PROMPT), SpeculateStatistics()
+    assert torch.equal(speculative(model, ids, statistics=seen), plain(model, ids))
+    assert seen.acceptance == 1, "the replica writes nothing, so the draft is the model"
+
+
+def test_a_model_without_replicas_is_said_to_be_fast_as_it_is() -> None:
+    with pytest.raises(InputError, match="no draft: it is faster than its source as it is, decode it without"):
+        speculative(narrow("llama", 2, 3), token_ids(1, PROMPT))

@@ -14,7 +14,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from flexigpt.model import cache_name, layout_of, replaced_forwards
+from flexigpt.model import cache_name, layout_of, plan_of, replaced_forwards
 from flexigpt.runtime import InputError
 
 
@@ -32,7 +32,7 @@ class SplitDecoder:
 
     Attributes:
         entry: the first replica.
-        head_cost: the output head's weights over those of a kept block.
+        head_cost: the output head's weights over those of a kept block, in the mean.
         block_evaluations: calls of a block since the prompt, each over one or more tokens.
 
     Raises:
@@ -52,7 +52,8 @@ class SplitDecoder:
         self._blocks, self._draft_blocks = layout.blocks, frozenset(layout.kept)
         self.num_blocks, self.num_replicas, self.entry = len(layout.blocks), len(layout.bases), min(layout.bases)
         head: Any = model.get_output_embeddings()
-        self.head_cost = head.weight.numel() / sum(p.numel() for p in layout.blocks[layout.kept[0]].parameters())
+        own = sum(p.numel() for block in layout.kept for p in layout.blocks[block].parameters())
+        self.head_cost = head.weight.numel() * len(layout.kept) / own
         self._cache, self._cache_name = cache, cache_name(model.get_decoder())
         self._mask, self._positions = mask, positions
         self.block_evaluations = 0
@@ -99,7 +100,8 @@ class SplitDecoder:
     def _make_views(self) -> None:
         """Caches for the parts: the same layers of each, and in place of those that do not run one that does.
 
-        Masks and positions are made from the lengths of any of a cache's layers, so all of them must be a running one.
+        Masks and positions are made from the lengths of any of a cache's layers, so all of them must be a running one,
+        of a block that has attention.
         """
         own: list[Any] = list(self._cache.layers)
         entry = self.entry
@@ -109,10 +111,15 @@ class SplitDecoder:
         for layer in self._rollback:
             layer.activate_past_recording()
             layer.update = partial(_in_window, layer, layer.update)  # type: ignore[method-assign]
-        live = own[0] if entry else self._own_layers[0]
-        some: Any = self._own_layers[0] if self._own_layers else _fresh(own[entry])
-        self._target_rest_view = Cache(layers=[own[entry]] * entry + own[entry:])
-        self._draft_view = Cache(layers=own[:entry] + [layer or live for layer in rest[entry:]])
+        silent = {one.block for one in plan_of(self._model.config).sublayers if one.sublayer == "attention"}
+        target, first, rest = (
+            [None if index in silent else layer for index, layer in enumerate(layers)]
+            for layers in (own, own[:entry], rest)
+        )
+        some: Any = next((layer for layer in rest[entry:] if layer is not None), None) or _fresh(own[entry])
+        live = own[0] if entry else some
+        self._target_rest_view = Cache(layers=[own[entry]] * entry + [layer or own[entry] for layer in target[entry:]])
+        self._draft_view = Cache(layers=[layer or live for layer in first + rest[entry:]])
         self._draft_rest_view = Cache(layers=[some] * entry + [layer or some for layer in rest[entry:]])
 
     def first(self, ids: torch.Tensor) -> None:

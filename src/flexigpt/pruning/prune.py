@@ -122,5 +122,7 @@ def _given(
     check_sublayers(checked, plan)
     stored = empty.num_parameters() if writes else 0
     workspace = open_announced(checked, track, announce, stored, plan.replicas if writes else ())
-    _, found = scored(workspace, plan.pruned)
+    found = scored(workspace, plan.pruned)[1] if plan.replicas or not plan.sublayers else {}
+    if writes and any(one.units for one in plan.sublayers):  # then it is measured which units stay
+        found = measure_sublayers(workspace).record(workspace) | found
     return workspace, plan, workspace.record() | found

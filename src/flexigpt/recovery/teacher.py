@@ -112,7 +112,8 @@ class Teacher:
 def _same_tensors(teacher: PreTrainedModel, student: PreTrainedModel) -> dict[str, nn.Parameter]:
     """The teacher's parameters, by name, that the student has too: block for block and, outside the blocks, by name.
 
-    Blocks are matched by what they hold, since pruning keeps their numbers, extension and plain removal do not.
+    Blocks are matched by what they hold, since pruning keeps their numbers, extension and plain removal do not; those
+    that were changed by their number.
     """
     layout, theirs, own = layout_of(student), layout_of(teacher), dict(student.named_parameters())
     prefix = theirs.prefix
@@ -127,6 +128,10 @@ def _same_tensors(teacher: PreTrainedModel, student: PreTrainedModel) -> dict[st
             if all(_equal(its.get(path), parameter) for path, parameter in parameters.items()):
                 same |= {f"{prefix}.{index}.{path}": its[path] for path in parameters}
                 break
+        else:  # of a block that was changed, such as one with fewer hidden units, the matrices that stayed
+            its = dict(layout.blocks[index].named_parameters()) if index in layout.kept else {}
+            stayed = [path for path, p in parameters.items() if p.dim() > 1 and _equal(its.get(path), p)]
+            same |= {f"{prefix}.{index}.{path}": its[path] for path in stayed}
     return same
 
 
