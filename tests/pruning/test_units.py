@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import Hooked, Run
 from families import FAMILIES, NUM_BLOCKS, compact_of, tiny_model, token_ids
-from flexigpt import Plan, PruneOptions, plan_only, prune, remove
+from flexigpt import Plan, PruneOptions, Replica, plan_only, prune, remove
 from flexigpt.model import SublayerReplica, model_shape, sublayer_paths
 from flexigpt.pruning.allocation import allocated, measure_sublayers, units_of
 from flexigpt.replicas import refit_kept, tensors_of_units
@@ -106,6 +106,20 @@ def test_a_plan_can_be_made_edited_and_applied(
     assert [tuple(blocks[i].mlp.down_proj.weight.shape) for i in (2, 3)] == [(32, 48), (32, 5)]
     paths = {name for name, _ in model.named_parameters()}
     assert not [name for name in paths if ".1.self_attn." in name or ".4.mlp." in name]
+
+
+def test_a_plan_may_hold_replicas_of_other_blocks_too(
+    run: Run, tiny_source: Path, calibrated: dict[str, Any], tmp_path: Path
+) -> None:
+    plan = Plan(num_blocks=6, replicas=(Replica(block=4, base=5, rank=2),), sublayers=(SublayerReplica(**ROW),))
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_dict()))
+    asked = ("--plan", tmp_path / "plan.json", *flags_of(calibrated))
+    code, _, errors = run("prune", tiny_source, tmp_path / "out", *asked)
+    assert code == 0, errors
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.replicas == plan.to_dict()["replicas"]
+    assert model.config.sublayers == [ROW]
+    assert torch.isfinite(model(token_ids()).logits).all()
 
 
 def test_another_ratio_asks_the_cache_and_the_same_seed_gives_the_same_bytes(
