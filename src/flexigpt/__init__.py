@@ -1,4 +1,4 @@
-"""Smaller large language models by sharing blocks (FlexiGPT, NAACL 2025).
+"""Smaller large language models: MLPs keep their best units, or blocks are shared (FlexiGPT, NAACL 2025).
 
 Importing it lets `AutoModelForCausalLM.from_pretrained` open compact checkpoints. A name is loaded when it is first
 used. The rooms of the code; imports go down this table only:
@@ -9,9 +9,9 @@ used. The rooms of the code; imports go down this table only:
     decoding     generates, drafts and verifies, times both
     report       records -> figures and a page
     record       what a flow was asked and measured: made, written, read back, as tables
-    replicas     what is a replica's own: adapters and norms, started; kept blocks, refitted
+    replicas     what stands in for what is pruned: units chosen, adapters started; what is left, refitted
     evaluation   perplexity, tasks, nearness to the source
-    calibration  text through the blocks, one block at a time; moments
+    calibration  text through the blocks, one at a time, and gradients back; moments
     weights      models on disk: opened, read block by block, written
     model        what a compact model is: plan, architectures, modules, layout
     text         text -> tokens -> windows and training batches

@@ -1,6 +1,7 @@
 """Source -> plan -> compact model; plain removal; extension.
 
-Read `options`, `source`, `distances`, `scores`, `estimate`, then the flows `prune`, `remove`, `extend`.
+Read `options`, `source`, `allocation` (units), `distances` and `scores` (whole blocks), `estimate`, then the flows
+`prune`, `remove`, `extend`.
 """
 
 from typing import TYPE_CHECKING

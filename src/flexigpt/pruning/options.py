@@ -74,11 +74,6 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
             raise InputError(f"--target-size already says how much is stored: give --rank {self.rank} as a number")
         if self.remove and self.plan is not None:
             raise InputError("a plan says which replicas stand in, and --remove leaves them out: give --blocks instead")
-        if self.by_units and self.blocks is not None:
-            raise InputError(
-                "--blocks names whole blocks, and the form units prunes units of all of them: give --ratio or "
-                "--target-size, or --preset paper for replicas of whole blocks, or --remove for none"
-            )
 
     @classmethod
     def paper(cls, **given: Any) -> Self:

@@ -91,6 +91,11 @@ def _planned(
     """
     if options.remove:
         raise InputError("blocks that are removed have no replicas: call flexigpt.remove")
+    if options.by_units and options.blocks is not None:
+        raise InputError(
+            "--blocks names whole blocks, and the form units prunes units of all of them: give --ratio or "
+            "--target-size, or --preset paper for replicas of whole blocks, or --remove for none"
+        )
     checked = CheckedSource.check(source, options, options)
     if options.plan is not None:
         return _given(checked, Plan.read(options.plan), track, announce, writes)

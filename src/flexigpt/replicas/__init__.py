@@ -1,7 +1,7 @@
-"""What is a replica's own: adapters, output norms; and kept blocks, refitted to text.
+"""What stands in for what is pruned: an MLP's best units, or a block's adapters and norms; and the refit of the rest.
 
-In: a plan, the source, calibration windows. Out: the tensors of each replica. Read `options`, `svd`, `initialization`,
-`least_squares`, then `fitting`.
+In: a plan, the source, calibration windows. Out: the tensors that are not the source's. Read `options`,
+`least_squares`, `elimination` (which units to keep), `svd`, `initialization`, then `fitting`.
 """
 
 from typing import TYPE_CHECKING
