@@ -6,12 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from test_recover import assert_same, quick, signal_after
+from test_trainable import disturb, logits
+from transformers import PreTrainedModel
 
 import textbook
 from conftest import Run
-from flexigpt import InputError, Plan, PruneOptions, prune, recover, write_checkpoint
-from flexigpt.model import SublayerReplica, materialize
-from flexigpt.weights import load_model, open_empty
+from families import FAMILIES, compact_of, tiny_model
+from flexigpt import FlexiGPTForCausalLM, InputError, Plan, PruneOptions, prune, recover, write_checkpoint
+from flexigpt.model import SublayerReplica, materialize, sublayer_paths
+from flexigpt.recovery.trainable import lora_rank_for, merge_lora, prepare_training
+from flexigpt.replicas import tensors_of_units
+from flexigpt.weights import StreamedModel, exchange_parameters, load_model, open_empty
 
 NARROW = (
     SublayerReplica(block=0, sublayer="mlp", form="units", units=7),
@@ -85,3 +90,27 @@ def test_where_there_are_no_replicas_it_is_said_what_to_do(run: Run, narrow: Pat
     assert "the model has no replicas: leave it out" in errors
     with pytest.raises(InputError, match="no replicas, so there is nothing to materialise: use it as it is"):
         materialize(load_model(str(narrow)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_starts_at_the_narrow_models_own_logits_and_merges_into_it(family: str) -> None:
+    model = shrunk(tiny_model(family))
+    before, names = logits(model), set(model.state_dict())
+    prepare_training(model, "replicas+kept", lora_rank_for(model, None), seed=0)
+    torch.testing.assert_close(logits(model), before, atol=0, rtol=0)
+    disturb(model)
+    changed = logits(model)
+    assert (changed - before).abs().max() > 0.01
+    merge_lora(model)
+    torch.testing.assert_close(logits(model), changed, rtol=1e-4, atol=1e-4)
+    assert set(model.state_dict()) == names
+
+
+def shrunk(source: PreTrainedModel) -> FlexiGPTForCausalLM:
+    """The compact model of that plan, its MLPs with the source's first units."""
+    model, paths = compact_of(source, Plan(num_blocks=6, sublayers=NARROW)), sublayer_paths(source)["mlp"]
+    for row in NARROW:
+        if row.units is not None:
+            tensors = tensors_of_units(StreamedModel(source), row.block, paths, torch.arange(row.units))
+            exchange_parameters(model.block_list[row.block], tensors)
+    return model.eval()

@@ -117,7 +117,7 @@ def costs_figure(recorded: Recorded) -> Drawn | None:
         panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panels[1].set(xlabel="block", xlim=(-0.7, len(costs["mlp"]) - 0.3))
     _block_ticks(panels[1], len(costs["mlp"]))
-    key(figure, [("pruned", swatch(colour("orange"))), ("kept", swatch(colour("kept")))], 2)
+    key(figure, [("narrowed or gone", swatch(colour("orange"))), ("kept whole", swatch(colour("kept")))], 2)
     first = {name: sorted(range(len(costs[name])), key=costs[name].__getitem__)[:3] for name in ("attention", "mlp")}
     told = "; ".join(
         f"{shown} cheapest in {number_ranges(first[name])}"
