@@ -182,7 +182,6 @@ BAD_INPUT = {
     "prune SOURCE out --blocks 2 --rank 300% --preset paper": "--rank 300% cannot be used",
     "prune SOURCE out --blocks 2 --adapter-init magic --preset paper": "--adapter-init magic is unknown: give svd",
     "prune SOURCE out --blocks 2": "--blocks names whole blocks",
-    "prune SOURCE out --ratio 0.4 --form heads": "--form heads is unknown: give units, shared-linears",
     "prune ./nowhere/at/all out --blocks 2 --preset paper": "no such folder: nowhere/at/all",
     "prune ~/nowhere-at-all out --blocks 2 --preset paper": "no such folder",
     "prune SOURCE out --ratio 0.4 --calibration empty.txt": "text file empty.txt is empty",

@@ -63,7 +63,7 @@ def test_no_value_of_an_option_is_a_traceback(run: Run, name: str) -> None:
 
 
 def test_there_are_not_too_many_options() -> None:
-    assert sum(len(options_of(name)) for name in COMMANDS) <= 81
+    assert sum(len(options_of(name)) for name in COMMANDS) <= 80
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
@@ -110,9 +110,7 @@ def test_a_setting_without_effect_is_a_warning(run: Run, tiny_source: Path, tmp_
     assert "--rank" not in errors
 
 
-def test_what_units_a_plan_or_removal_have_no_use_for_is_a_warning(
-    run: Run, tiny_source: Path, text: Path, tmp_path: Path
-) -> None:
+def test_what_units_have_no_use_for_is_a_warning(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
     calibrated = ("--calibration", text, "--window-length", "64", "--windows", "4")
     of_replicas = ("--rank", "4", "--base-distance", "frobenius", "--block-score", "angular")
     asked = (*of_replicas, "--adapter-init", "zero", "--output-norm", "none", *calibrated)
@@ -120,13 +118,6 @@ def test_what_units_a_plan_or_removal_have_no_use_for_is_a_warning(
     assert code == 0
     idle = "--rank, --base-distance, --block-score, --adapter-init, --output-norm"
     assert f"warning: {idle} without effect, since the form units makes no replicas of blocks\n" in errors
-    given = ("--plan", tmp_path / "plan" / "plan.json", "--form", "units", *calibrated)
-    assert (
-        "warning: --form without effect, since the plan decides it"
-        in run("prune", tiny_source, tmp_path / "out", *given)[2]
-    )
-    removed = ("--remove", "--blocks", "2", "--form", "units", *calibrated)
-    assert "--form without effect, since --remove" in run("prune", tiny_source, tmp_path / "shorter", *removed)[2]
 
 
 def test_quiet_prints_the_result_alone(run: Run, tiny_source: Path, tmp_path: Path) -> None:

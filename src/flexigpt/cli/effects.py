@@ -11,9 +11,9 @@ Rule = tuple[Sequence[str], str, Callable[[Any], bool]]
 IDLE: Mapping[str, Sequence[Rule]] = {
     "prune": (
         (("block_score",), "--blocks names the blocks", lambda asked: asked.blocks is not None),
-        (("rank", "base_distance", "block_score", "form"), "the plan decides it", lambda asked: asked.plan is not None),
+        (("rank", "base_distance", "block_score"), "the plan decides it", lambda asked: asked.plan is not None),
         (
-            ("rank", "base_distance", "adapter_init", "output_norm", "form"),
+            ("rank", "base_distance", "adapter_init", "output_norm"),
             "--remove makes no replica",
             lambda asked: asked.remove,
         ),

@@ -55,7 +55,7 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
     blocks: Sequence[int] | None = option(None, group=_WHAT, metavar="12,13,...", parse=_BLOCKS)
     target_size: str | None = option(None, group=_WHAT, everyday=True, metavar="4.8B|3.2GB")
     plan: str | Path | None = option(None, group=_WHAT)
-    form: FormOfReplicas = option("units", group=_WHAT)
+    form: FormOfReplicas = option("units", group=_WHAT, command=False)
     block_score: BlockScoreName = option("influence", group=_WHAT)
     remove: bool = option(False, group=_WHAT)
     perplexity: str | None = option(None, group=TEXT_GROUP, everyday=True, metavar="FILE|NAME")
