@@ -58,14 +58,14 @@ def least_squares(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 class Patched(nn.Module):
-    """A block whose input goes through I + M first."""
+    """A block, or the norm behind the last, whose input goes through I + M first."""
 
     def __init__(self, layer: nn.Module, matrix: torch.Tensor) -> None:
         super().__init__()
         self.layer, self.patch = layer, nn.Linear(*matrix.shape, bias=False)
         self.patch.weight = nn.Parameter(matrix)
         self.attention_type = getattr(layer, "attention_type", "full_attention")
-        self.self_attn = layer.self_attn
+        self.self_attn = getattr(layer, "self_attn", None)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.layer(hidden_states + self.patch(hidden_states), *args, **kwargs)
@@ -85,7 +85,10 @@ def ghosted_layers(model: Any, windows: Windows, count: int) -> None:
                 last += 1
             patches[last + 1] = least_squares(hidden[block], hidden[last + 1] - hidden[block])
     for block, matrix in patches.items():
-        model.model.layers[block] = Patched(model.model.layers[block], matrix)
+        if block < len(model.model.layers):
+            model.model.layers[block] = Patched(model.model.layers[block], matrix)
+        else:
+            model.model.norm = Patched(model.model.norm, matrix)
     without(model, removed)
 
 
