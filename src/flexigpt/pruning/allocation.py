@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -81,8 +82,7 @@ def _measure(workspace: Workspace[PruneOptions], stage: CachedStage) -> dict[str
         stage.tensors(f"block-{block}", make)
     found: dict[str, list[Any]] = {"mlps": [], "attentions": []}
     for block in range(len(source)):
-        # What is missing here was damaged since: the walk left it out as done.
-        kept = stage.tensors(f"block-{block}", _missing)
+        kept = stage.tensors(f"block-{block}", partial(_missing, stage))
         if not all(values.isfinite().all() for values in kept.values()):
             raise overflow(f"the sensitivities of block {block}")
         found["attentions"].append(kept.pop("attention").item())
@@ -90,7 +90,9 @@ def _measure(workspace: Workspace[PruneOptions], stage: CachedStage) -> dict[str
     return found
 
 
-def _missing() -> dict[str, torch.Tensor]:
+def _missing(stage: CachedStage) -> dict[str, torch.Tensor]:
+    """What the walk left out as done was damaged since."""
+    stage.discard()
     raise InputError("what an earlier run left in the cache is damaged: start again")
 
 
