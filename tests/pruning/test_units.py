@@ -314,3 +314,40 @@ def test_a_size_that_cannot_be_is_one_clear_line(
     run: Run, tiny_source: Path, calibrated: dict[str, Any], tmp_path: Path, asked: tuple[str, ...], reason: str
 ) -> None:
     assert reason in refused(run, tiny_source, tmp_path / "out", *asked, *flags_of(calibrated))
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [
+        ({"format_version": 2, "num_blocks": 16, "replicas": [], "sublayers": []}, "the plan prunes nothing"),
+        ({"format_version": 1, "num_blocks": 16, "replicas": [], "sublayers": []}, "give it format_version 2"),
+        (
+            {
+                "format_version": 2,
+                "num_blocks": 16,
+                "replicas": [],
+                "sublayers": [{"block": 3, "sublayer": "mlp", "form": "units", "units": 10**21}],
+            },
+            "which has 512",
+        ),
+    ],
+)
+def test_a_plan_that_means_nothing_is_refused(
+    run: Run, example: Path, tmp_path: Path, plan: dict[str, Any], reason: str
+) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    code, _, errors = run("prune", example, tmp_path / "out", "--plan", tmp_path / "plan.json")
+    assert code == 2
+    assert reason in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_plan_without_replicas_has_no_use_for_is_a_warning(run: Run, example: Path, tmp_path: Path) -> None:
+    row = {"block": 3, "sublayer": "mlp", "form": "none"}
+    plan = {"format_version": 2, "num_blocks": 16, "replicas": [], "sublayers": [row]}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    calibrated = ("--calibration", example / "calibration.jsonl", "--window-length", "64", "--windows", "2")
+    given = ("--plan", tmp_path / "plan.json", "--output-norm", "none", *calibrated)
+    code, _, errors = run("prune", example, tmp_path / "out", *given)
+    assert code == 0, errors
+    assert "--output-norm without effect, since the plan has no replicas of blocks" in errors

@@ -22,6 +22,11 @@ IDLE: Mapping[str, Sequence[Rule]] = {
             "the form units makes no replicas of blocks",
             lambda asked: asked.by_units and asked.plan is None,
         ),
+        (
+            ("adapter_init", "output_norm"),
+            "the plan has no replicas of blocks",
+            lambda asked: asked.plan is not None and not asked.plan_has_replicas,
+        ),
         (("calibration", "windows"), "no calibration text is read", lambda asked: not asked.calibrates),
         (
             ("window_length",),

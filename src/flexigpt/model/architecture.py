@@ -157,7 +157,7 @@ def find_architecture(config: PreTrainedConfig) -> Architecture:
     """
     name = config.model_type
     if name == "flexigpt":
-        raise InputError("the source is a compact model already: prune the source model that it was made from")
+        raise InputError("the source is a compact model already: take the source model that it was made from")
     text_config = config.get_text_config()
     supported = f"supported are {', '.join(sorted(ARCHITECTURES))}"
     for setting in _EXPERT_COUNTS:

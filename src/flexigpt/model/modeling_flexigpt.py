@@ -108,7 +108,7 @@ class NoSublayer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         """(..., hidden_size) -> zeros of that shape."""
-        nothing = torch.zeros_like(hidden_states)
+        nothing = hidden_states * 0  # not torch.zeros: DDP waits for a gradient of the norm before it
         return (nothing, None) if self._is_attention else nothing
 
 
@@ -238,8 +238,8 @@ class FlexiGPTForCausalLM(PreTrainedModel, GenerationMixin):
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
     raise ValueError(
-        "language_model alone is no model of its class: its replicas have no weights of their own, and it would open "
-        "with random ones; call save_pretrained of the compact model around it"
+        "language_model alone is no model of its class: it lacks weights, and would open with random ones in their "
+        "place; call save_pretrained of the compact model around it"
     )
 
 

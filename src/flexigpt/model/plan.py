@@ -180,6 +180,8 @@ class Plan:
                 f"the plan has format version {version}, this flexigpt reads versions up to "
                 f"{PLAN_FORMAT_VERSION}: upgrade flexigpt or write the plan again with --plan-only"
             )
+        if version == 1 and type(version) is int and "sublayers" in data:
+            raise InputError("the plan has sublayers, which version 1 does not know: give it format_version 2")
         known = {"format_version", "num_blocks", "replicas"} | ({"sublayers"} if version == 2 else set())
         _check_keys(data, known, "the plan")
         return cls.of_rows(data["num_blocks"], data["replicas"], data.get("sublayers", []))

@@ -199,7 +199,8 @@ def allocate(forms: Sequence[Sequence[Form]], budget: int) -> list[SublayerRepli
     if left < 0:
         raise InputError(
             f"so small a model is out of reach: the sublayers that have to stay store {budget - left:,} parameters, "
-            f"where {max(budget, 0):,} are left for them; give a smaller --ratio or a larger --target-size"
+            f"where {max(budget, 0):,} are left for them; give a --target-size that is {-left:,} larger, or a smaller "
+            "--ratio"
         )
     full: set[int] = set()
     for _, index, form, more in sorted(steps, key=lambda step: (-step[0], step[1], step[2].parameters)):

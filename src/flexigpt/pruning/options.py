@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from flexigpt.calibration import TEXT_GROUP, CalibrationOptions
+from flexigpt.model import Plan
 from flexigpt.replicas import MOST_GAMMA, REPLICA_GROUP, ReplicaOptions
 from flexigpt.runtime import InputError, RunOptions, flag, option, parse_numbers
 
@@ -84,6 +85,11 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
     def by_units(self) -> bool:
         """Whether it is measured which hidden units to keep, and how many."""
         return self.form == "units" and not self.remove
+
+    @property
+    def plan_has_replicas(self) -> bool:
+        """Whether a plan is given that makes replicas of blocks."""
+        return self.plan is not None and bool(Plan.read(self.plan).replicas)
 
     @property
     def calibrates(self) -> bool:

@@ -121,13 +121,15 @@ def _given(
 ) -> tuple[Workspace[PruneOptions], Plan, Record]:
     """A plan from a file, if it fits the source."""
     check_depth(plan, checked.depth)
+    if not plan.replicas and not plan.sublayers:
+        raise InputError("the plan prunes nothing: it has no replicas and no sublayers")
     for replica in plan.replicas:
         checked.shape.check_replica(replica)
-    empty, _ = empty_compact(checked.empty, plan, checked.options.has_norms)
     check_sublayers(checked, plan)
+    empty, _ = empty_compact(checked.empty, plan, checked.options.has_norms)
     stored = empty.num_parameters() if writes else 0
     workspace = open_announced(checked, track, announce, stored, plan.replicas if writes else ())
-    found = scored(workspace, plan.pruned)[1] if plan.replicas or not plan.sublayers else {}
+    found = scored(workspace, plan.pruned)[1] if plan.replicas else {}
     if writes and any(one.units for one in plan.sublayers):  # then it is measured which units stay
         found = measure_sublayers(workspace).record(workspace) | found
     return workspace, plan, workspace.record() | found

@@ -155,7 +155,7 @@ def fill(
     """
     plan, layout = plan_of(assembly.model.config), assembly.model.config.sublayer_paths
     replicas = plan.replicas
-    for replica in track(replicas, "initialising replicas", len(replicas)):
+    for replica in track(replicas, "initialising replicas", len(replicas)) if replicas else ():
         make = partial(replica_tensors, assembly.blocks[replica.block], source, replica, options)
         assembly.own(replica.block, stage.tensors(f"replica-{replica.block}", make))
     for block, kept in units.items():
