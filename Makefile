@@ -47,7 +47,7 @@ wheel:
 	.venv-wheel/bin/pip install --quiet --constraint constraints.txt dist/*.whl
 	diff -r -x __pycache__ -x '*.egg-info' src/flexigpt .venv-wheel/lib/python3*/site-packages/flexigpt
 	.venv-wheel/bin/flexigpt --version
-	.venv-wheel/bin/flexigpt prune $(EXAMPLE) out/wheel/pruned --blocks 13,14 --calibration $(EXAMPLE)/calibration.jsonl --windows 4 --window-length 256
+	.venv-wheel/bin/flexigpt prune $(EXAMPLE) out/wheel/pruned --ratio 0.2 --calibration $(EXAMPLE)/calibration.jsonl --windows 4 --window-length 256
 	.venv-wheel/bin/flexigpt report out/wheel/pruned --out out/wheel/report
 
 # The suite with the lowest version of each dependency that pyproject.toml allows; what old versions warn of is no error.

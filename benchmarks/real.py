@@ -252,7 +252,7 @@ def table(known: dict[str, Found], seeds: int) -> str:
 
 
 def score(task: dict[str, Any]) -> float:
-    return float(task.get("acc_norm", task.get("acc")))
+    return float(task["value"])
 
 
 def averaged(found: list[Found]) -> Found:
