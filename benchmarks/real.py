@@ -241,10 +241,17 @@ def table(known: dict[str, Found], seeds: int) -> str:
             for side, found in sides.items():
                 if found:
                     label = f"{names[side].format(8)}, {int(tokens):,} tokens distilled, lr {found[0].get('lr', 0):g}"
+                    label += "" if found[0].get("searched", True) else ", not searched"
                     lines.append(row(label, averaged(found), source, averaged(sides["rival"])))
     answered = {key: found["tasks"] for key, found in known.items() if "tasks" in found}
     if answered:
-        lines += ["", "| zero-shot, % | " + " | ".join(TASKS) + " | mean |", "| --- |" + " ---: |" * (len(TASKS) + 1)]
+        counts = {task["samples"] for tasks in answered.values() for task in tasks.values()}
+        asked = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{min(counts)}"
+        lines += [
+            "",
+            f"| zero-shot, %, {asked} questions each | " + " | ".join(TASKS) + " | mean |",
+            "| --- |" + " ---: |" * (len(TASKS) + 1),
+        ]
         for key, tasks in answered.items():
             scores = [100 * score(tasks[f"{task}_sample"]) for task in TASKS]
             lines.append(f"| {key} | " + " | ".join(f"{s:.1f}" for s in (*scores, mean(scores))) + " |")

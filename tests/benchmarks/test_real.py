@@ -19,7 +19,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("benchmarks")
-def test_other_methods_end_nearer_to_the_source_than_the_same_removal_alone() -> None:
+def test_other_methods_end_nearer_to_the_source_than_removing_two_blocks_does_in_the_mean() -> None:
     import peers  # noqa: PLC0415
 
     windows = token_ids(batch=64, tokens=16)
@@ -30,7 +30,6 @@ def test_other_methods_end_nearer_to_the_source_than_the_same_removal_alone() ->
         method(mended, windows, 2)
         assert len(mended.model.layers) == NUM_BLOCKS - 2
         mended_off = (peers.streams(mended, windows)[-1] - hidden[-1]).norm()
-        # The least that removing any two neighbouring blocks leaves, and the two of least influence.
         offs = []
         for first in range(NUM_BLOCKS):
             for second in range(first):

@@ -77,7 +77,7 @@ def _measure(workspace: Workspace[PruneOptions], stage: CachedStage) -> dict[str
             weight = source.weight_matrix(block, roles.output).double()
             attention = ((errors @ weight) * (weight @ written)).sum().view(1)
             down = source.weight_matrix(block, roles.down)
-            return {"attention": attention, **eliminate(down, *of_linears[roles.down], down.shape[1])._asdict()}
+            return {"attention": attention, **eliminate(down, *of_linears[roles.down])._asdict()}
 
         stage.tensors(f"block-{block}", make)
     found: dict[str, list[Any]] = {"mlps": [], "attentions": []}

@@ -1,4 +1,4 @@
-"""Which units of a sublayer to keep: the optimal brain surgeon (Hassibi and Stork, 1993) for whole units.
+"""Which units of an MLP to keep: the optimal brain surgeon (Hassibi and Stork, 1993) for whole units.
 
 An MLP writes y = W h, h its hidden units. Without some of them, and with W refitted to the rest, y changes by an error
 whose cost is e^T G e, G the second moment of the loss's gradient by y (LLM Surgeon, van der Ouderaa et al., 2024). What
@@ -17,7 +17,7 @@ from flexigpt.weights import StreamedModel
 # Of the mean eigenvalue of what units give, and of what errors weigh, what is added to all.
 _DAMPING = 1e-3
 
-# A sublayer loses its units in so many steps.
+# An MLP loses its units in so many steps.
 _STEPS = 64
 
 
@@ -47,37 +47,35 @@ def step_of(units: int) -> int:
 
 
 @torch.no_grad()
-def eliminate(weight: torch.Tensor, inputs: torch.Tensor, errors: torch.Tensor, units: int) -> Elimination:
+def eliminate(weight: torch.Tensor, inputs: torch.Tensor, errors: torch.Tensor) -> Elimination:
     """Takes all units away, step by step.
 
     Args:
-        weight: W, (outputs, inputs), any dtype; each unit has as many inputs, side by side.
-        inputs: E[h h^T], (inputs, inputs), float64.
+        weight: W, (outputs, units), any dtype.
+        inputs: E[h h^T], (units, units), float64.
         errors: G = E[g g^T] of the gradient g of the loss by y, (outputs, outputs), float64.
-        units: how many there are.
     """
-    size, step = weight.shape[1] // units, step_of(units)
+    units = weight.shape[1]
+    step = step_of(units)
     inverse = torch.cholesky_inverse(damped(inputs, _DAMPING)[0])
     weighed = damped(errors, _DAMPING)[0].T @ weight.double()
     alive = torch.arange(units, device=weight.device)
     order, left, costs = [], [units], [0.0]
     while len(alive):
-        own = inverse.view(len(alive), size, len(alive), size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        written = weighed.T.view(len(alive), size, -1)
-        prices = (written * torch.linalg.solve(own, written)).sum((1, 2))
+        prices = weighed.square().sum(0) / inverse.diagonal()
         # The first step leaves a multiple of the step's size.
         count = len(alive) % step or step
         going = prices.topk(min(count, len(alive)), largest=False).indices
-        mask = torch.ones(len(alive), dtype=torch.bool, device=weight.device).index_fill(0, going, False)
-        gone, stay = (which.repeat_interleave(size) for which in (~mask, mask))
+        stay = torch.ones(len(alive), dtype=torch.bool, device=weight.device).index_fill(0, going, False)
+        gone = ~stay
         root = torch.linalg.cholesky(inverse[gone][:, gone])
         of_gone = torch.linalg.solve_triangular(root, weighed[:, gone].T, upper=False)
         across = torch.linalg.solve_triangular(root, inverse[gone][:, stay], upper=False)
         costs.append(costs[-1] + of_gone.square().sum().item())
-        order.append(alive[~mask])
+        order.append(alive[gone])
         weighed = weighed[:, stay] - of_gone.T @ across
         inverse = inverse[stay][:, stay].addmm_(across.T, across, alpha=-1)
-        alive = alive[mask]
+        alive = alive[stay]
         left.append(len(alive))
     return Elimination(torch.cat(order).cpu(), torch.tensor(left), torch.tensor(costs, dtype=torch.float64))
 
