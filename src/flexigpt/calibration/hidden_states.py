@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexigpt.model import block_output, fast_half, layout_of, replaced_forwards, watched
 from flexigpt.runtime import CachedStage, InputError, Track, silent
@@ -107,6 +107,11 @@ class Stream:
         moved = (batch.to(model.device) for batch in batches)
         self.hidden = HiddenStates(_enter_blocks(model, moved, self._arguments), spill)
 
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Of the model."""
+        return self._model.config
+
     def at(self, hidden: Iterable[torch.Tensor]) -> "Stream":
         """The same text with other hidden states, or a copy of these, held where these are."""
         other = copy.copy(self)
@@ -119,6 +124,24 @@ class Stream:
             args, kwargs = self._arguments[inputs.shape[:2]][index]
             with torch.no_grad(), fast_half(self._model):
                 yield block_output(block(inputs, *args, **kwargs))
+
+    def inputs(self, block: nn.Module, index: int, path: str) -> Iterator[torch.Tensor]:
+        """What a module within a block is given, batch by batch; what the block computes after that is left out."""
+
+        def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            raise _Reached(args[0])
+
+        handle = block.get_submodule(path).register_forward_pre_hook(stop)
+        try:
+            for inputs in self.hidden:
+                args, kwargs = self._arguments[inputs.shape[:2]][index]
+                try:
+                    with torch.no_grad(), fast_half(self._model):
+                        block(inputs, *args, **kwargs)
+                except _Reached as reached:
+                    yield reached.given
+        finally:
+            handle.remove()
 
     def backward(
         self, block: nn.Module, index: int, gradients: "HiddenStates", paths: Sequence[str]
@@ -142,6 +165,13 @@ class Stream:
         """The hidden states become what a block makes of them."""
         for number, outputs in enumerate(self.outputs(block, index)):
             self.hidden[number] = outputs
+
+
+class _Reached(Exception):
+    """A module's turn has come."""
+
+    def __init__(self, given: torch.Tensor) -> None:
+        self.given = given
 
 
 @torch.no_grad()

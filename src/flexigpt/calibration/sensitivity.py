@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from flexigpt.calibration.hidden_states import HiddenStates, SavedStates, Stream, calibration_batches, finished_blocks
-from flexigpt.calibration.moments import RunningSum
+from flexigpt.calibration.moments import RunningSum, second_moment
 from flexigpt.runtime import CachedStage, Track, silent
 from flexigpt.text import batch_size_for
 from flexigpt.weights import StreamedModel
@@ -80,8 +80,7 @@ def sensitivities(
                 for seen in before.backward(block, index, stream.hidden, linears):
                     for path, (given, gradient) in seen.items():
                         for running, values in zip(sums[path], (given, gradient), strict=True):
-                            rows = values.flatten(0, -2).float()
-                            running.add(rows.T @ rows)
+                            running.add(second_moment(values.flatten(0, -2).float()))
             tokens = windows.numel()
             yield index, {p: Sensitivity(*(running.total / tokens for running in pair)) for p, pair in sums.items()}
             entering.pop()

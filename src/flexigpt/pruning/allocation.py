@@ -16,6 +16,9 @@ from flexigpt.record import Record
 from flexigpt.replicas import Elimination, eliminate
 from flexigpt.runtime import CachedStage, InputError, digest, parse_size
 
+# What sublayers cost is measured on one window in so many, or on so many tokens for each of an MLP's units.
+_SHARE, _TOKENS_A_UNIT = 4, 2
+
 
 class Form(NamedTuple):
     """One of the forms that a sublayer can have.
@@ -51,10 +54,12 @@ class Measured(NamedTuple):
 
 
 def measure_sublayers(workspace: Workspace[PruneOptions]) -> Measured:
-    """Measures all sublayers on the calibration windows, or finds what was measured; a killed run goes on."""
-    with workspace.cache.stage("sublayers", windows=digest(workspace.windows)) as stage:
+    """Measures all sublayers on some of the calibration windows, or finds what was measured; a killed run goes on."""
+    units = workspace.shape.linears[find_architecture(workspace.empty.config).roles.down][1]
+    windows = _measured_on(workspace.windows, units)
+    with workspace.cache.stage("sublayers", windows=digest(windows)) as stage:
         if stage.result is None:
-            stage.finish(_measure(workspace, stage))
+            stage.finish(_measure(workspace, windows, stage))
         found = stage.result
     mlps = [
         Elimination(
@@ -65,10 +70,16 @@ def measure_sublayers(workspace: Workspace[PruneOptions]) -> Measured:
     return Measured(mlps, found["attentions"])
 
 
-def _measure(workspace: Workspace[PruneOptions], stage: CachedStage) -> dict[str, list[Any]]:
-    source, windows = workspace.source, workspace.windows
+def _measured_on(windows: torch.Tensor, units: int) -> torch.Tensor:
+    """Some of the windows, evenly spaced: costs of so many units are statistics, and need less text than the fits."""
+    tokens = max(windows.numel() // _SHARE, min(_TOKENS_A_UNIT * units, windows.numel()))
+    return windows[:: max(1, windows.numel() // tokens)]
+
+
+def _measure(workspace: Workspace[PruneOptions], windows: torch.Tensor, stage: CachedStage) -> dict[str, list[Any]]:
+    source = workspace.source
     roles = find_architecture(source.model.config).roles
-    spill = workspace.hidden_in(len(source) + 1)
+    spill = workspace.hidden_in(len(source) + 1, windows)
     walk = sensitivities(source, windows, (roles.output, roles.down), spill=spill, stage=stage, track=workspace.track)
     for block, of_linears in walk:
 
