@@ -12,7 +12,7 @@ from flexigpt.pruning.options import PruneOptions
 from flexigpt.pruning.scores import pruned_or_count, scored
 from flexigpt.pruning.source import CheckedSource, Workspace
 from flexigpt.record import Record
-from flexigpt.replicas import HIDDEN_COPIES, adapter_spectra, fill, init_of
+from flexigpt.replicas import adapter_spectra, fill, hidden_copies, init_of
 from flexigpt.runtime import InputError, Track, digest, silent
 from flexigpt.weights import Assembly
 
@@ -62,7 +62,7 @@ def assemble_pruned(
     assembly = Assembly(empty, opened, taken)
     depends = {"plan": plan.to_dict(), "init": init_of(asked), "windows": digest(windows)}
     with workspace.cache.stage("replicas", **depends) as stage:
-        spill = workspace.hidden_in(HIDDEN_COPIES)
+        spill = workspace.hidden_in(hidden_copies(workspace.shape))
         fill(assembly, opened, windows, asked, units=units, stage=stage, spill=spill, track=workspace.track)
         if plan.replicas:
             record["adapter_spectra"] = adapter_spectra(assembly, opened, plan)
