@@ -278,7 +278,7 @@ def report(
 def add_commands(app: typer.Typer) -> None:
     """Adds every command to the app."""
     data = "examples/novel16"
-    text = f"--calibration {data}/calibration.jsonl"
+    text, measured = f"--calibration {data}/calibration.jsonl", f"--perplexity {data}/validation.jsonl"
     for name, function, options, example in (
         ("prune", prune, PruneOptions, f"flexigpt prune {data} out/small --ratio 0.3 {text} --window-length 256"),
         (
@@ -289,7 +289,7 @@ def add_commands(app: typer.Typer) -> None:
         ),
         ("extend", extend, ExtendOptions, f"flexigpt extend {data} out/deep --blocks 4:12 --times 2"),
         ("recover", recover, RecoverOptions, "flexigpt recover out/small out/again --data my-text.jsonl --tokens 10M"),
-        ("eval", evaluate, EvalOptions, f"flexigpt eval out/small {data} --perplexity {data}/validation.jsonl"),
+        ("eval", evaluate, EvalOptions, f"flexigpt eval out/small {data} {measured}"),
         ("generate", generate, GenerateOptions, 'flexigpt generate out/small --prompt "It was a dark"'),
         ("benchmark", benchmark, BenchmarkOptions, f"flexigpt benchmark out/small --against {data}"),
         ("inspect", inspect, None, "flexigpt inspect out/small"),

@@ -55,7 +55,8 @@ def frontier(
             note(points[-1])
     workspace = ladder.workspace
     record = workspace.record() | {"source": ladder.source(), "points": points, "text": options.perplexity}
-    record["calibration"] = {"text": options.calibration, "windows": list(workspace.windows.shape)}
+    shape = list(workspace.windows.shape)
+    record["calibration"] = {"text": options.calibration, "windows": shape, "asked": options.windows}
     record["options"] = dataclasses.asdict(options)
     return record | {"knee": knee([(p["share"], p["perplexity"]) for p in points])} | workspace.took()
 
