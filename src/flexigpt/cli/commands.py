@@ -65,8 +65,9 @@ def prune(
     from flexigpt.pruning import assemble_pruned, assemble_removed
     from flexigpt.pruning import plan_only as decide
     from flexigpt.record import notes, plan_rows, reserved, write_plan
+    from flexigpt.text import shares_of
 
-    inputs = (source, options.plan, options.calibration, options.perplexity)
+    inputs = (source, options.plan, *shares_of(options.calibration), options.perplexity)
     with reserved(out, inputs, overwrite), asked.reporting() as track:
         if plan_only:
             plan, record = decide(source, options, track, announced_to(out, track.note))
