@@ -12,7 +12,7 @@ import typer
 from flexigpt.cli.console import print_json, show, step_line, wants_line
 from flexigpt.cli.effects import warn_idle
 from flexigpt.cli.options import Asked, add_command
-from flexigpt.decoding import BenchmarkOptions, GenerateOptions
+from flexigpt.decoding import BenchmarkOptions, GenerateOptions, SampleOptions
 from flexigpt.evaluation import EvalOptions
 from flexigpt.pruning import PRESETS, ExtendOptions, PruneOptions
 from flexigpt.recovery import RecoverOptions
@@ -215,6 +215,23 @@ def generate(asked: Asked, model: Model) -> None:
         print(statistics.line(), file=sys.stderr)
 
 
+def sample(
+    asked: Asked,
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="File to write, OUT.jsonl.")],
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the same, unfinished run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT, or an unfinished run.")] = False,
+) -> None:
+    """Have a model write text of its own: to calibrate it on, or to train what became of it, without a data set."""
+    options = asked.options()
+    from flexigpt.decoding import sample as write
+
+    with asked.reporting() as track:
+        written = write(model, out, options, resume=resume, overwrite=overwrite, track=track)
+    speed = f"{written['tokens_per_second']:,.0f} tokens/s"
+    show(f"{written['documents']:,} documents of {written['tokens']:,} tokens at {speed} written to {out}")
+
+
 def benchmark(asked: Asked, model: Model, as_json: Json = False) -> None:
     """Time a model and its variants, against its source where one is given: prefill, decoding, memory, storage."""
     options = asked.options()
@@ -256,6 +273,7 @@ def add_commands(app: typer.Typer) -> None:
         ("recover", recover, RecoverOptions, "flexigpt recover out/small out/again --data my-text.jsonl --tokens 10M"),
         ("eval", evaluate, EvalOptions, f"flexigpt eval out/small {data} --perplexity {data}/validation.jsonl"),
         ("generate", generate, GenerateOptions, 'flexigpt generate out/small --prompt "It was a dark"'),
+        ("sample", sample, SampleOptions, "flexigpt sample meta-llama/Llama-3.2-1B own.jsonl --tokens 1M"),
         ("benchmark", benchmark, BenchmarkOptions, f"flexigpt benchmark out/small --against {data}"),
         ("inspect", inspect, None, "flexigpt inspect out/small"),
         ("report", report, None, "flexigpt report out/small out/again --out report.html"),
