@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from flexigpt.runtime import InputError
+from flexigpt.runtime import InputError, replace_file
 
 Kept = list[tuple[dict[str, Any], int]]
 
@@ -49,9 +49,7 @@ class Rounds:
             self._take_over()
         elif resume:
             raise InputError(f"there is no unfinished run {self._path}: leave out --resume")
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [self._asked, *self.done]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        replace_file(self._path, "".join(json.dumps(line) + "\n" for line in [self._asked, *self.done]))
 
     def _take_over(self) -> None:
         try:

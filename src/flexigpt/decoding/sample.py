@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from flexigpt.decoding.options import SampleOptions
 from flexigpt.decoding.rounds import Rounds
 from flexigpt.model import cache_name, fast_half
 from flexigpt.runtime import InputError, Track, claimed, digest, parse_tokens, replace_file, silent
-from flexigpt.text import check_tokenizer, check_window_length, text_fingerprint
+from flexigpt.text import check_tokenizer, check_window_length, local_files, text_fingerprint
 from flexigpt.weights import load_model, load_tokenizer, model_fingerprint, read_config
 
 # Tokens that a document may have, where the model takes more: what is written is read again for every token.
@@ -57,27 +58,21 @@ def sample(
         InputError: a model or prompts that cannot be used; a run that was interrupted.
     """
     out = Path(out).expanduser()
-    if out.suffix != ".jsonl":
-        raise InputError(f"{out} is no name of a .jsonl file: give one, as own.jsonl")
-    if out.is_dir() or (out.exists() and not overwrite):
-        raise InputError(f"{out} is there: give another file, or --overwrite to replace a file")
+    _check_file(out, overwrite, options.prompts)
     config, tokenizer = read_config(model), load_tokenizer(model)
     check_tokenizer(model, tokenizer, config)
-    length = min(_WINDOW_LENGTH, check_window_length(None, config))
-    if options.window_length is not None:
-        length = check_window_length(options.window_length, config)
+    length = check_window_length(options.window_length, config)
+    if options.window_length is None:
+        length = min(length, _WINDOW_LENGTH)
     writer = Writer.of(model, tokenizer, options, length)
     with claimed(out):
         loaded = load_model(model, options.dtype, options.device)
         writer.stops_at(loaded.generation_config)
         batch_size = options.batch_size or (_ON_CPU if loaded.device.type == "cpu" else _ON_GPU)
         sizes = _rows_of_rounds(math.ceil(parse_tokens(options.tokens) / length), batch_size)
-        asked: dict[str, Any] = {
-            name: str(getattr(options, name)) for name in ("tokens", "kind", "top_p", "seed", "dtype")
-        }
+        asked = {name: value for name, value in asdict(options).items() if name != "device"}
         asked |= {"model": model_fingerprint(model), "window_length": length, "batch_size": batch_size}
-        asked["prompts"] = None if options.prompts is None else text_fingerprint(options.prompts)
-        rounds = Rounds(out, asked)
+        rounds = Rounds(out, asked | {"prompts": options.prompts and text_fingerprint(options.prompts)})
         rounds.open(resume, overwrite)
         began, fresh = time.perf_counter(), 0
         try:
@@ -100,6 +95,16 @@ def sample(
         rounds.remove()
     written = {"documents": len(lines), "tokens": rounds.tokens, "tokens_per_second": fresh / seconds}
     return written | {"window_length": length, "batch_size": batch_size}
+
+
+def _check_file(out: Path, overwrite: bool, prompts: str | None) -> None:
+    """Refuses a place for the output before the work begins."""
+    if out.suffix != ".jsonl":
+        raise InputError(f"{out} is no name of a .jsonl file: give one, as own.jsonl")
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise InputError(f"{out} is there: give another file, or --overwrite to replace a file")
+    if prompts is not None and out.resolve() in [file.resolve() for file in local_files(prompts)]:
+        raise InputError(f"{out} holds the prompts: give another file to write")
 
 
 def _rows_of_rounds(rows: int, most: int) -> list[int]:
