@@ -106,7 +106,7 @@ def test_top_p_leaves_the_likeliest() -> None:
 
 @pytest.fixture(scope="module")
 def writing(example: Path) -> SampleOptions:
-    return SampleOptions(tokens="1K", window_length=64, batch_size=6, seed=5)
+    return SampleOptions(tokens="500", window_length=40, batch_size=5, seed=5)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -124,11 +124,11 @@ def whole(example: Path, writing: SampleOptions, tmp_path_factory: pytest.TempPa
 def test_documents_are_text_that_the_model_finds_likely(example: Path, whole: Path, run: Run, text: Path) -> None:
     rows = rows_of(whole)
     assert {tuple(row) for row in rows} == {("text",)}
-    assert len(rows) >= 16
+    assert len(rows) >= 12
     assert all(row["text"].strip() and "<s>" not in row["text"] and "\ufffd" not in row["text"] for row in rows)
     perplexity = {}
     for name, path in (("own", whole), ("novels", text)):
-        code, printed, _ = run("eval", example, "--perplexity", path, "--window-length", "48", "--json")
+        code, printed, _ = run("eval", example, "--perplexity", path, "--window-length", "32", "--json")
         assert code == 0
         perplexity[name] = json.loads(printed)["models"][0]["perplexity"]["perplexity"]
     assert perplexity["own"] < 1.5 * perplexity["novels"]
@@ -140,7 +140,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 ) -> None:
     out = tmp_path / "own.jsonl"
     with pytest.raises(Killed):
-        sample(str(example), out, writing, track=KillingTrack(f"writing, round {at + 1} of 3", at=40))
+        sample(str(example), out, writing, track=KillingTrack(f"writing, round {at + 1} of 3", at=20))
     assert not out.exists()
     part = tmp_path / "own.jsonl.part"
     with part.open("a") as file:
@@ -158,7 +158,7 @@ def test_another_run_is_not_resumed(example: Path, writing: SampleOptions, tmp_p
     out = tmp_path / "own.jsonl"
     with pytest.raises(Killed):
         sample(str(example), out, writing, track=KillingTrack("writing, round 2 of 3"))
-    asked = ("sample", example, out, "--tokens", "1K", "--window-length", "64", "--batch-size", "6")
+    asked = ("sample", example, out, "--tokens", "500", "--window-length", "40", "--batch-size", "5")
     code, _, errors = run(*asked, "--seed", "6", "--top-p", "0.9", "--resume")
     assert code == 2
     assert "is of a run with another top_p, seed: start again with --overwrite" in errors
@@ -173,19 +173,23 @@ def test_another_run_is_not_resumed(example: Path, writing: SampleOptions, tmp_p
 
 @pytest.fixture(scope="module")
 def talker(example: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped model with a chat template, which it has never seen."""
+    """The shipped model with a chat template, which it has never seen; it says that its messages end at a full stop."""
     folder = tmp_path_factory.mktemp("talker") / "model"
     shutil.copytree(example, folder, ignore=shutil.ignore_patterns("*.jsonl"))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (stop,) = AutoTokenizer.from_pretrained(example)(".", add_special_tokens=False)["input_ids"][-1:]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, stop]}))
     return folder
 
 
 def test_a_chat_model_writes_conversations(talker: Path, tmp_path: Path, writing: SampleOptions) -> None:
     sample(str(talker), tmp_path / "own.jsonl", writing)
     rows = rows_of(tmp_path / "own.jsonl")
+    assert rows
     for row in rows:
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
         assert all(message["content"].strip() == message["content"] != "" for message in row["messages"])
+        assert all(not message["content"].endswith(".") for message in row["messages"])
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(talker)
     assert tokenize_text(str(tmp_path / "own.jsonl"), tokenizer, window_length=8).ids[0] == tokenizer.bos_token_id
 
@@ -214,7 +218,7 @@ def test_prompts_begin_documents_and_conversations(
 ) -> None:
     prompts = [f"It was the {word} of times" for word in ("best", "worst", "age", "season", "spring")]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in prompts))
-    asked = {"tokens": "600", "window_length": 48, "batch_size": 3, "prompts": str(tmp_path / "prompts.jsonl")}
+    asked = {"tokens": "300", "window_length": 40, "batch_size": 4, "prompts": str(tmp_path / "prompts.jsonl")}
     sample(str(example), tmp_path / "documents.jsonl", SampleOptions(**asked))
     texts = [row["text"] for row in rows_of(tmp_path / "documents.jsonl")]
     begun = [next(prompt for prompt in prompts if text.startswith(prompt)) for text in texts]
@@ -224,7 +228,7 @@ def test_prompts_begin_documents_and_conversations(
     rows = rows_of(tmp_path / "conversations.jsonl")
     assert {row["messages"][0]["content"] for row in rows} <= set(prompts)
     sample(str(talker), tmp_path / "plain.jsonl", SampleOptions(kind="documents", **asked))
-    assert (tmp_path / "plain.jsonl").read_bytes() == (tmp_path / "documents.jsonl").read_bytes()
+    assert all(row["text"].startswith("It was the ") for row in rows_of(tmp_path / "plain.jsonl"))
 
 
 def test_a_compact_model_writes_too(run: Run, tiny_compact: Path, tmp_path: Path) -> None:
