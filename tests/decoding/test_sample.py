@@ -183,14 +183,15 @@ def talker(example: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_chat_model_writes_conversations(talker: Path, tmp_path: Path, writing: SampleOptions) -> None:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(talker)
+    stop = GenerationConfig.from_pretrained(talker).eos_token_id[1]
     sample(str(talker), tmp_path / "own.jsonl", writing)
     rows = rows_of(tmp_path / "own.jsonl")
     assert rows
     for row in rows:
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
         assert all(message["content"].strip() == message["content"] != "" for message in row["messages"])
-        assert all(not message["content"].endswith(".") for message in row["messages"])
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(talker)
+        assert all(stop not in tokenizer(message["content"])["input_ids"] for message in row["messages"])
     assert tokenize_text(str(tmp_path / "own.jsonl"), tokenizer, window_length=8).ids[0] == tokenizer.bos_token_id
 
 
