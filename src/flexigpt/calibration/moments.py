@@ -42,3 +42,11 @@ class RunningSum:
         if not self._total.isfinite().all():
             raise overflow("sums over the calibration text")
         return self._total
+
+    def mean(self, count: int) -> torch.Tensor:
+        """Of what was added over so many; nothing more is added then.
+
+        Raises:
+            InputError: as `total`.
+        """
+        return self.total.div_(count)

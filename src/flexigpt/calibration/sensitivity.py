@@ -72,7 +72,7 @@ def gradient_moments(
                 for gradients in before.backward(block, index, stream.hidden, linears):
                     for path, gradient in gradients.items():
                         sums[path].add(second_moment(gradient.flatten(0, -2).float()))
-            yield index, {path: running.total / windows.numel() for path, running in sums.items()}
+            yield index, {path: running.mean(windows.numel()) for path, running in sums.items()}
             entering.pop()
             saved.save(depth - index, {})
 
@@ -111,7 +111,8 @@ def input_moments(
                 for path, running in sums.items():
                     running.add(second_moment(seen[path][0].flatten(0, -2).float()))
                 stream.hidden[number] = outputs
-        yield index, {path: running.total / windows.numel() for path, running in sums.items()}
+        # Nothing here refers to them any more: who takes one can let go of it.
+        yield index, {path: sums.pop(path).mean(windows.numel()) for path in linears}
         saved.save(index + 1, {})
 
 

@@ -1,7 +1,7 @@
 """Where bytes are spent: how many of its own units each MLP keeps, and which sublayers go."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from flexigpt.runtime import CachedStage, InputError, digest, parse_size
 from flexigpt.text import shown_texts
 
 # Gradients are taken on one window in so many: their second moments are small, and need less text than the units'.
-_SHARE = 4
+GRADIENT_SHARE = 4
 
 
 class Form(NamedTuple):
@@ -77,7 +77,7 @@ def _measure(workspace: Workspace[PruneOptions], stage: CachedStage) -> dict[str
     source, windows, track = workspace.source, workspace.windows, workspace.track
     roles = find_architecture(source.model.config).roles
     linears = (roles.output, roles.down)
-    few = windows[::_SHARE]
+    few = windows[::GRADIENT_SHARE]
     if any(stage.kept(f"errors-{block}.safetensors") is None for block in range(len(source))):
         spill = workspace.hidden_in(len(source) + 1, few)
         for block, errors in gradient_moments(source, few, linears, spill=spill, stage=stage, track=track):
@@ -86,13 +86,13 @@ def _measure(workspace: Workspace[PruneOptions], stage: CachedStage) -> dict[str
         source, windows, linears, spill=workspace.hidden_in(1), stage=stage, track=track
     ):
 
-        def make(block: int = block, inputs: Mapping[str, torch.Tensor] = inputs) -> dict[str, torch.Tensor]:
+        def make(block: int = block, inputs: dict[str, torch.Tensor] = inputs) -> dict[str, torch.Tensor]:
             errors = stage.tensors(f"errors-{block}", partial(_missing, stage))
             errors = {path: values.to(source.device) for path, values in errors.items()}
             weight = source.weight_matrix(block, roles.output).double()
             attention = ((errors[roles.output] @ weight) * (weight @ inputs[roles.output])).sum().view(1)
             down = source.weight_matrix(block, roles.down)
-            return {"attention": attention, **eliminate(down, inputs[roles.down], errors[roles.down])._asdict()}
+            return {"attention": attention, **eliminate(down, inputs.pop(roles.down), errors[roles.down])._asdict()}
 
         stage.tensors(f"block-{block}", make)
     found: dict[str, list[Any]] = {"mlps": [], "attentions": []}

@@ -49,7 +49,6 @@ def step_of(units: int) -> int:
     return step // 8 * 8 if step >= 8 else step
 
 
-@torch.no_grad()
 def eliminate(weight: torch.Tensor, inputs: torch.Tensor, errors: torch.Tensor) -> Elimination:
     """Takes all units away, step by step.
 
@@ -60,8 +59,10 @@ def eliminate(weight: torch.Tensor, inputs: torch.Tensor, errors: torch.Tensor) 
     """
     units = weight.shape[1]
     step = step_of(units)
-    inverse = torch.cholesky_inverse(damped(inputs, _DAMPING)[0])
-    weighed = damped(errors, _DAMPING)[0].T @ weight.double()
+    inverse = damped(inputs, _DAMPING)[0]
+    del inputs  # with its caller's: of a wide MLP each matrix is a gigabyte
+    inverse = torch.cholesky_inverse(inverse)
+    weighed = damped(errors, _DAMPING)[0].T @ weight.detach().double()
     here = torch.arange(units, device=weight.device)  # what the columns stand for; of some of them units are gone
     there = torch.ones(units, dtype=torch.bool, device=weight.device)
     order, left, costs, alive = [], [units], [0.0], units

@@ -5,6 +5,7 @@ change writes to the residual stream is fitted to where the source's stream is, 
 before it left.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import takewhile
@@ -17,14 +18,14 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from flexigpt.calibration import HiddenStates, RunningSum, Stream, calibration_batches, second_moment
-from flexigpt.model import find_architecture, replaced_forwards, watched, weight_matrix
+from flexigpt.model import ModelShape, find_architecture, replaced_forwards, watched, weight_matrix
 from flexigpt.replicas.least_squares import Moments, ridge_fit
 from flexigpt.runtime import CachedStage, Track, silent
 from flexigpt.weights import StreamedModel, exchange_parameters
 
-# Hidden states that a fit holds: both streams before a block, the source's behind it and behind the removed ones after
-# it, and what each of its two sublayers writes, before and after a norm of the family's own.
-HIDDEN_COPIES = 8
+# Hidden states that a fit holds: both streams before and behind a block, the source's behind the removed ones after it,
+# what the source's attention writes, what ours gathers, and what our block puts out before the MLP is fitted.
+_COPIES = 8
 
 # How far a block may be from adding its sublayers' outputs to its input, and still count as doing so.
 _ADDITIVE_TOLERANCE = 0.02
@@ -37,6 +38,12 @@ _UNITS_SHARE = 4
 
 # Of what a norm's weight is scaled by, the weight of leaving it as it is.
 _GAIN_RIDGE = 0.1
+
+
+def hidden_copies(shape: ModelShape) -> int:
+    """How many copies of the hidden states a fit holds, with what an MLP's last linear is given."""
+    widest = max(inputs for _, inputs in shape.linears.values())
+    return _COPIES + math.ceil(widest / shape.hidden_size)
 
 
 @torch.no_grad()
@@ -66,7 +73,7 @@ def refit_kept(
         windows: (windows, tokens) ids.
         units: by block of the pruned model, which of the source's hidden units its MLP has, where not all.
         changed: further blocks that differ from the source's, as those whose attention is gone.
-        spill: folder for files that hold the hidden states; None: memory does, HIDDEN_COPIES times.
+        spill: folder for files that hold the hidden states; None: memory does, `hidden_copies` times.
         stage: keeps what is fitted, which a run that was killed finds again.
         track: reports each block.
     """
