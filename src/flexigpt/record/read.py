@@ -306,7 +306,7 @@ def _read(path: Path) -> bytes:
 def _completed(found: Record, where: str) -> Record:
     """The record with its origins, in which what flows write together is there together, and nothing is null."""
     record = {key: value for key, value in found.items() if value is not None}
-    if "recovery" in record and not ("compared" in record and isinstance(record["options"].get("data"), str)):
+    if "recovery" in record and not ("compared" in record and isinstance(record["options"].get("data"), str | list)):
         raise _damaged(f"{where} has a recovery, but does not say of what")
     for name in record.get("compared", ()):
         record[name] = _checked(_Size, record.get(name), f"{where}: {name}")
