@@ -5,7 +5,7 @@
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -15,7 +15,7 @@ from typing_extensions import TypedDict  # pydantic wants it from there before P
 
 from flexigpt.evaluation import METRICS, Evaluation
 from flexigpt.model import FlexiGPTConfig, Plan, plan_of
-from flexigpt.record.record import EVALUATION, FORMAT, RECORD, Record, find_in
+from flexigpt.record.record import EVALUATION, FORMAT, FRONTIER, RECORD, Record, find_in
 from flexigpt.record.tables import shown_name
 from flexigpt.runtime import InputError
 from flexigpt.weights import read_config
@@ -45,7 +45,6 @@ def _in_numbers(measured: dict[str, Any]) -> dict[str, Any]:
 _Count = Annotated[int, Field(ge=0, le=2**63)]
 _Stored = Annotated[int, Field(gt=0, le=2**63)]
 _Block = Annotated[int, Field(ge=0, le=2**16)]
-_Size = TypedDict("_Size", {"parameters": _Stored, "bytes": _Stored, "parts": NotRequired[dict[str, _Count]]})
 _Perplexity = TypedDict("_Perplexity", {"perplexity": float, "tokens": _Count, "window_length": _Count})
 _Spectrum = TypedDict("_Spectrum", {"ranks": list[_Count], "mended": list[float]})
 _Calibration = TypedDict("_Calibration", {"text": str, "windows": tuple[_Count, _Count], "asked": _Count})
@@ -53,6 +52,13 @@ _Removed = TypedDict("_Removed", {"blocks": list[_Block], "num_blocks": _Block, 
 _Costs = TypedDict("_Costs", {"attention": list[float], "mlp": list[float]})
 _Text = TypedDict("_Text", {"text": str})
 _Parameters = TypedDict("_Parameters", {"parameters": _Count})
+
+
+class _Size(TypedDict):
+    parameters: _Stored
+    bytes: _Stored
+    parts: NotRequired[dict[str, _Count]]
+    blocks: NotRequired[list[_Count]]
 
 
 class _Step(TypedDict):
@@ -112,6 +118,11 @@ class _Fidelity(TypedDict):
     blocks: NotRequired[dict[int, _Error]]
 
 
+class _Continuation(TypedDict):
+    prompt: str
+    text: str
+
+
 class _Model(TypedDict):
     name: str
     parameters: _Count
@@ -120,6 +131,7 @@ class _Model(TypedDict):
     tasks: NotRequired[dict[str, _Task]]
     tasks_mean: NotRequired[float]
     fidelity: NotRequired[Annotated[_Fidelity, AfterValidator(_in_numbers)]]
+    continuations: NotRequired[list[_Continuation]]
 
 
 class _Evaluation(TypedDict):
@@ -132,14 +144,30 @@ class _Evaluation(TypedDict):
     models: list[_Model]
 
 
+class _Point(TypedDict):
+    series: str
+    bytes: _Stored
+    perplexity: float
+    chosen: NotRequired[bool]
+
+
+class _Frontier(TypedDict):
+    format: Annotated[int, Field(le=FORMAT)]
+    points: list[_Point]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What one state of a model stores: `parts` are parameters; a byte count is `itemsize` times as much."""
+    """What one state of a model stores: `parts` and `blocks` are parameters, a byte count is `itemsize` times as much.
+
+    `blocks` is empty where an older flexigpt wrote the record.
+    """
 
     label: str
     parameters: int
     bytes: int
     parts: dict[str, int]
+    blocks: list[int]
 
     @property
     def itemsize(self) -> float:
@@ -157,6 +185,8 @@ class Recorded:
         record: its fields checked; keys that are blocks are whole numbers.
         plan: of a compact model or a plan folder.
         evaluation: where the model was evaluated.
+        frontier: sizes and their perplexity, where a ladder of them was measured: rows of `series` (what was done to
+            the model), `bytes`, `perplexity`, and `chosen` (true) of the size that is recommended.
     """
 
     name: str
@@ -164,6 +194,7 @@ class Recorded:
     record: Record
     plan: Plan | None
     evaluation: Evaluation | None
+    frontier: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def chain(self) -> list[Record]:
@@ -208,9 +239,13 @@ class Recorded:
         """From the source to this model; what only repeats the one before is left out."""
         found: list[Size] = []
         for record, name, label in self._states():
-            parameters, size, parts = record[name]["parameters"], record[name]["bytes"], record[name].get("parts", {})
             if label != "before recovery" or not found:
-                found.append(Size(label=label, parameters=parameters, bytes=size, parts=parts))
+                stored = record[name]
+                parts, blocks = stored.get("parts", {}), stored.get("blocks", [])
+                size = Size(
+                    label=label, parameters=stored["parameters"], bytes=stored["bytes"], parts=parts, blocks=blocks
+                )
+                found.append(size)
         return found
 
     @property
@@ -256,8 +291,15 @@ def read_recorded(folder: str | Path) -> Recorded:
     if not path.is_file():
         raise InputError(f"{folder} holds no {RECORD}: give a checkpoint or plan folder that flexigpt wrote")
     record = read_record(path)
-    plan, evaluation = _read_plan(folder), read_evaluation(folder)
-    recorded = Recorded(name=folder.resolve().name, folder=folder, record=record, plan=plan, evaluation=evaluation)
+    recorded = Recorded(
+        name=folder.resolve().name,
+        folder=folder,
+        record=record,
+        plan=_read_plan(folder),
+        evaluation=read_evaluation(folder),
+        frontier=_read_frontier(folder / FRONTIER),
+    )
+    plan = recorded.plan
     scores = find_in(record, "scores")
     depth = len(scores) if scores else plan.num_blocks if plan else math.inf
     costs = find_in(record, "sublayer_costs")
@@ -285,6 +327,11 @@ def read_evaluation(folder: Path) -> Evaluation | None:
     """
     path = folder / EVALUATION
     return _checked(_Evaluation, _read(path), str(path)) if path.is_file() else None
+
+
+def _read_frontier(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = _checked(_Frontier, _read(path), str(path))["points"] if path.is_file() else []
+    return found
 
 
 def _read_plan(folder: Path) -> Plan | None:
