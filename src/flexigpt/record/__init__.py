@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
-    from flexigpt.record.read import Recorded, fidelities, held_out, read_record, read_recorded
+    from flexigpt.record.read import Recorded, Size, fidelities, held_out, read_record, read_recorded
     from flexigpt.record.record import (
         FRONTIER,
         RECORD,

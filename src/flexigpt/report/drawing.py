@@ -22,6 +22,8 @@ from flexigpt.record import GENERATOR
 
 WIDTH = 3.65  # inches: what a telephone shows in full; a wider page has several beside each other
 
+_LARGEST = 1.2  # as many times its size is a figure at most on a wide page
+
 _TITLE = 42  # characters of a line of a title
 
 DASHES = (0, (3, 1.5))
@@ -245,7 +247,7 @@ def to_svg(drawn: Drawn) -> str:
     body = re.sub(r"\n\s*", "\n", body)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img" '
-        f'aria-label="{escape(drawn.alt)}" style="max-width:{width / 72:.3g}in">{body}</svg>'
+        f'aria-label="{escape(drawn.alt)}" style="max-width:{_LARGEST * width / 72:.3g}in">{body}</svg>'
     )
 
 

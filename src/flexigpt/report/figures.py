@@ -6,7 +6,7 @@ from dataclasses import replace
 from matplotlib.lines import Line2D
 
 from flexigpt.model import REPLICA_PARTS
-from flexigpt.record import Recorded, find_in
+from flexigpt.record import Recorded, Size, find_in
 from flexigpt.report.drawing import (
     DASHES,
     Cell,
@@ -22,9 +22,12 @@ from flexigpt.report.drawing import (
     style,
     swatch,
 )
-from flexigpt.report.stack import blocks_figure, plan_figure
+from flexigpt.report.stack import blocks_figure, blocks_title, plan_figure
 
-_ROW = 0.21  # inches of a heat map's row
+_ROW, _LEAST_ROWS = 0.21, 4  # inches of a heat map's row, and as many rows as its label needs
+
+# Share of a model below which a part is not told from others, and what these are called.
+_SMALL, _REST = 0.005, "the rest"
 
 
 def figures_of(recorded: Recorded, prefix: str = "") -> dict[str, Drawn]:
@@ -51,7 +54,7 @@ def _plan(recorded: Recorded) -> Drawn | None:
     if recorded.plan is None:
         return None
     origins, units = (find_in(recorded.record, key) for key in ("source_blocks", "mlp_units"))
-    return plan_figure(recorded.plan, source_blocks=origins, units=units)
+    return plan_figure(recorded.plan, source_blocks=origins, units=units, beside=blocks_title(recorded))
 
 
 def distances_figure(recorded: Recorded) -> Drawn | None:
@@ -62,7 +65,7 @@ def distances_figure(recorded: Recorded) -> Drawn | None:
     candidates = sorted({j for row in rows.values() for j in row})
     more = {(i, j): distance / (min(row.values()) or 1.0) - 1 for i, row in rows.items() for j, distance in row.items()}
     furthest = max(more.values(), default=0) or 1.0
-    figure = new_figure(0.95 + _ROW * len(rows), _distances_title(rows, bases))
+    figure = new_figure(0.95 + _ROW * max(_LEAST_ROWS, len(rows)), _distances_title(rows, bases))
     axes = figure.add_subplot()
     cells = {
         (number, candidates.index(j)): Cell(
@@ -87,8 +90,8 @@ def _distances_title(rows: dict[int, dict[int, float]], bases: dict[int, int]) -
         return "Distances to the candidates"
     if len(found) > 1 and len(set(found.values())) == 1:
         return f"Block {next(iter(found.values()))} is the base of all {len(found)} pruned blocks"
-    nearest = sum(abs(i - j) == min(abs(i - other) for other in rows[i]) for i, j in found.items())
-    return f"A nearest kept block is the base of {nearest} of {len(found)} pruned blocks"
+    beside = sum(abs(i - j) == min(abs(i - other) for other in rows[i]) for i, j in found.items())
+    return f"{beside} of {len(found)} pruned blocks borrow from the kept block next to them"
 
 
 def adapters_figure(recorded: Recorded) -> Drawn | None:
@@ -142,7 +145,7 @@ def _shares_map(
     ylabel: str,
     xlabel: str = "",
 ) -> Drawn:
-    figure = new_figure(0.75 + _ROW * len(rows) + 0.06 * max(map(len, columns)), title)
+    figure = new_figure(0.75 + _ROW * max(_LEAST_ROWS, len(rows)) + 0.06 * max(map(len, columns)), title)
     axes = figure.add_subplot()
     heat_map(axes, rows, columns, cells)
     axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -174,16 +177,17 @@ def storage_figure(recorded: Recorded) -> Drawn | None:
     sizes = [size for size in recorded.sizes if size.parts]
     if not sizes:
         return None
-    parts = list(dict.fromkeys(part for size in sizes for part in size.parts))
+    stored = [_large_parts(size, sizes) for size in sizes]
+    parts = list(dict.fromkeys(part for its in stored for part in its))
     first, last = sizes[0], sizes[-1]
     scale, unit = (1e9, "GB") if max(size.bytes for size in sizes) >= 1e9 else (1e6, "MB")
     title = f"Stored: {first.bytes / scale:.2f} {unit} became {last.bytes / scale:.2f} {unit}"
     figure = new_figure(0.95 + 0.42 * len(sizes) + 0.2 * (-(-(len(parts) + 1) // 2)), title)
     axes = figure.add_subplot()
-    for row, size in enumerate(sizes):
+    for row, (size, its) in enumerate(zip(sizes, stored, strict=True)):
         left = 0.0
         for number, part in enumerate(parts):
-            width = size.parts.get(part, 0) * size.itemsize / scale
+            width = its.get(part, 0) * size.itemsize / scale
             (bar,) = axes.barh(row, width, left=left, height=0.62, color=_part_shade(part, number))
             bar.set_gid(f"stored-{row}-{part.replace(' ', '-').replace(',', '')}")
             left += width
@@ -201,22 +205,30 @@ def storage_figure(recorded: Recorded) -> Drawn | None:
     entries = [(part, swatch(_part_shade(part, number))) for number, part in enumerate(parts)]
     if removal:
         dashed = line_key(colour("ink"), DASHES)
-        entries.append(("plain removal would store", dashed))
+        entries.append(("plain removal", dashed))
     key(figure, entries, 2)
     told = ", ".join(f"{size.label} {size.bytes / scale:.2f} {unit}" for size in sizes)
     return Drawn(name="storage", alt=f"Stacked bars: stored bytes by part. {told}.", figure=figure)
 
 
+def _large_parts(size: Size, sizes: Sequence[Size]) -> dict[str, int]:
+    """Parameters by part; parts that are small in all of the sizes together."""
+    large = [part for part in size.parts if any(one.parts.get(part, 0) > _SMALL * one.parameters for one in sizes)]
+    rest = sum(number for part, number in size.parts.items() if part not in large)
+    return {part: size.parts[part] for part in large} | ({_REST: rest} if rest else {})
+
+
 def _part_shade(part: str, number: int) -> str:
     """What dominates is quiet, what is new stands out."""
     replicas = dict.fromkeys(REPLICA_PARTS.values())
-    known = dict(zip(replicas, ("orange", "red", "purple"), strict=True)) | {
+    known = dict(zip(replicas, ("orange", "red", "blue"), strict=True)) | {
         "embeddings": "slate",
         "output head": "green",
         "kept blocks, linears": "kept",
-        "kept blocks, norms and biases": "ink",
+        "kept blocks, norms and biases": "purple",
         "replicas, norms and biases": "amber",
         "outside the blocks, other": "muted",
+        _REST: "ink",
     }
     return colour(known[part]) if part in known else series(number)
 

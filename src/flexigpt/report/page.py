@@ -45,7 +45,6 @@ _OF_ALL = {
 
 # What records a section that is left out.
 _RECORDED_BY = {
-    "frontier": "flexigpt frontier measures a ladder of sizes",
     "continuations": "flexigpt eval OUT SOURCE --perplexity TEXT --record writes how both continue the same words",
     "recovery": "flexigpt recover trains a model back",
     "evaluation": "flexigpt eval --record measures models side by side",
@@ -95,7 +94,7 @@ def page(models: Sequence[Recorded], own: Sequence[Svgs], shared: Svgs, palette:
         evaluations=there["evaluation"],
         continuations=there["continuations"],
         near=bool(fidelities(models)),
-        unrecorded=[_RECORDED_BY[name] for name, found in there.items() if not found],
+        unrecorded=[told for name, told in _RECORDED_BY.items() if not there[name]],
         **(_recovery(models) if there["recovery"] else {}),
     )
 

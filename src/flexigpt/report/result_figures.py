@@ -102,7 +102,7 @@ def _recovery_figure(field: str, title: str, trained: Sequence[Recorded]) -> Dra
 def _recovery_title(measured: Sequence[Recorded], trained: int) -> str:
     if trained == 1 and measured:
         (_, was), *_, (_, became) = held_out(measured[0])
-        return f"Held-out perplexity went from {was:.2f} to {became:.2f}"
+        return f"Held-out perplexity: {was:.2f} became {became:.2f}"
     return "Held-out perplexity"
 
 

@@ -44,23 +44,22 @@ _CARD_COLOURS = 48
 
 
 def plan_figure(
-    plan: Plan, name: str = "plan", source_blocks: Sequence[int] | None = None, units: int | None = None
+    plan: Plan, source_blocks: Sequence[int] | None = None, units: int | None = None, beside: str = ""
 ) -> Drawn:
     """The plan of a compact model, first block at the top.
 
     Args:
         plan: to draw.
-        name: of the figure.
         source_blocks: of an extended model, the source's block behind each block.
         units: hidden units of the source's MLPs; None: as many as the widest that is named.
+        beside: title of the figure that stands beside it, with rows at the same places.
     """
     borrowers: dict[int, list[int]] = {}
     for replica in plan.replicas:
         borrowers.setdefault(replica.base, []).append(replica.block)
     lanes = _lanes(borrowers)
-    title = plan_title(plan, units)
     with style():
-        figure, axes_at = _stacked(title, plan.num_blocks)
+        figure, axes_at = _stacked(plan_title(plan, units), beside, plan.num_blocks)
         axes = axes_at(_MARGIN, WIDTH - 2 * _MARGIN)
         plain_axes(axes)
         size = min(8.5, 72 * _block_inches(plan.num_blocks) * 0.58)
@@ -86,21 +85,23 @@ def plan_figure(
             key(figure, [*shares, *([replicas] if borrowers else [])], 3)
         else:
             key(figure, [("kept", swatch(colour("kept"))), replicas], 2)
-    return Drawn(name=name, alt=plan_in_words(plan, units), figure=figure)
+    return Drawn(name="plan", alt=plan_in_words(plan, units), figure=figure)
 
 
-def plan_title(plan: Plan, units: int | None) -> list[str]:
-    """The lines above its figure."""
-    return wrapped("\n".join(plan_summary(plan, units).split("; ")))
+def plan_title(plan: Plan, units: int | None) -> str:
+    """What stands above its figure."""
+    return "\n".join(plan_summary(plan, units).split("; "))
 
 
-def _stacked(title: Sequence[str], num_blocks: int) -> tuple[Figure, Callable[[float, float], Axes]]:
-    """A figure with rows at the same places for as many blocks, and what adds axes from so many inches on, so wide."""
+def _stacked(title: str, beside: str, num_blocks: int) -> tuple[Figure, Callable[[float, float], Axes]]:
+    """A figure with its rows where the one beside it has them, and what adds axes from so many inches on, so wide."""
     rows = num_blocks * _block_inches(num_blocks)
-    height = 0.17 * len(title) + _ABOVE + rows + _BELOW
+    height = 0.17 * max(len(wrapped(title)), len(wrapped(beside))) + _ABOVE + rows + _BELOW
     figure = Figure(figsize=(WIDTH, height), facecolor="none")
     FigureCanvasAgg(figure)
-    figure.suptitle("\n".join(title), x=0.012, y=1 - 0.06 / height, ha="left", va="top", size=10, weight="bold")
+    figure.suptitle(
+        "\n".join(wrapped(title)), x=0.012, y=1 - 0.06 / height, ha="left", va="top", size=10, weight="bold"
+    )
 
     def axes_at(left: float, width: float) -> Axes:
         axes = figure.add_axes((left / WIDTH, _BELOW / height, width / WIDTH, rows / height))
@@ -234,10 +235,9 @@ def blocks_figure(recorded: Recorded) -> Drawn | None:
     columns = _columns(recorded)
     if not columns:
         return None
-    title, count = _blocks_title(recorded), len(columns[0].values)
-    lines = [] if recorded.plan is None else plan_title(recorded.plan, find_in(recorded.record, "mlp_units"))
-    told = wrapped(title)
-    figure, axes_at = _stacked([*told, *[""] * (len(lines) - len(told))], count)
+    count = len(columns[0].values)
+    beside = "" if recorded.plan is None else plan_title(recorded.plan, find_in(recorded.record, "mlp_units"))
+    figure, axes_at = _stacked(blocks_title(recorded), beside, count)
     left, size = 0.34, min(8, 72 * _block_inches(count) * 0.62)
     for number, column in enumerate(columns):
         width = (WIDTH - left - _MARGIN) / len(columns)
@@ -257,7 +257,8 @@ def blocks_figure(recorded: Recorded) -> Drawn | None:
     return Drawn(name="blocks", alt=alt, figure=figure)
 
 
-def _blocks_title(recorded: Recorded) -> str:
+def blocks_title(recorded: Recorded) -> str:
+    """What stands above the bars."""
     scores, name = find_in(recorded.record, "scores"), find_in(recorded.record, "block_score")
     if recorded.plan is not None and recorded.plan.sublayers and find_in(recorded.record, "sublayer_costs"):
         return "What leaving out the attention or the MLP would cost"
