@@ -19,7 +19,8 @@ BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
-MEASURE = """<script>addEventListener("load", () => { for (const all of document.querySelectorAll("details")) all.open = true;
+MEASURE = """<script>addEventListener("load", () => {
+  for (const all of document.querySelectorAll("details")) all.open = true;
   const shown = [...document.querySelectorAll("body *")].filter(e => e.clientWidth && !e.parentElement.closest("svg"));
   parent.postMessage(JSON.stringify({
   scrolls: shown.filter(e => getComputedStyle(e).overflowX != "visible" && e.scrollWidth > e.clientWidth + 1).map(
