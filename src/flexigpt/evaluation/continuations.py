@@ -16,11 +16,9 @@ def prompts_from(text: TokenizedText, tokenizer: PreTrainedTokenizerBase, window
     """Some words from the beginning of a text and from its middle, which other models' tokenizers take too."""
     given = min(_GIVEN, window_length // 2)
     starts = [place * len(text.ids) // _PROMPTS for place in range(_PROMPTS)]
-    found = (tokenizer.decode(text.ids[start : start + given], skip_special_tokens=True) for start in starts)
-    # A window may begin within a word, and at a line's end.
-    words = (
-        " ".join(prompt.partition(" ")[2].split() if number else prompt.split()) for number, prompt in enumerate(found)
-    )
+    found = (str(tokenizer.decode(text.ids[at : at + given], skip_special_tokens=True)) for at in starts)
+    # From the middle it may begin within a word.
+    words = (" ".join((prompt.partition(" ")[2] if number else prompt).split()) for number, prompt in enumerate(found))
     return [prompt for prompt in words if prompt]
 
 
@@ -29,7 +27,8 @@ def continuations(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], window_length: int
 ) -> list[dict[str, str]]:
     """`prompt` and the `text` that follows it, of each prompt: the likeliest token each time."""
-    found = []
+    found: list[dict[str, str]] = []
+    generator: Any = model
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
         length = inputs["input_ids"].shape[1]
@@ -39,6 +38,6 @@ def continuations(
         if room < 1:  # another model's tokenizer may need more tokens for it
             continue
         with fast_half(model):
-            ids = model.generate(**inputs, max_new_tokens=room, pad_token_id=pad, **settings)
-        found.append({"prompt": prompt, "text": tokenizer.decode(ids[0, length:], skip_special_tokens=True)})
+            ids = generator.generate(**inputs, max_new_tokens=room, pad_token_id=pad, **settings)
+        found.append({"prompt": prompt, "text": str(tokenizer.decode(ids[0, length:], skip_special_tokens=True))})
     return found

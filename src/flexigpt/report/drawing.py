@@ -37,7 +37,8 @@ _STEPS = 7
 
 
 def _between(low: str, high: str, share: float) -> str:
-    return to_hex([(1 - share) * a + share * b for a, b in zip(to_rgb(low), to_rgb(high), strict=True)])
+    red, green, blue = ((1 - share) * a + share * b for a, b in zip(to_rgb(low), to_rgb(high), strict=True))
+    return to_hex((red, green, blue))
 
 
 # name -> (in the light, in the dark). Figures are drawn in the light colours; in an SVG they become CSS variables.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from matplotlib.lines import Line2D
 
@@ -120,7 +121,7 @@ def adapter_ranks_figure(recorded: Recorded) -> Drawn | None:
     for block in spectra.values():
         for linear, one in block.items():
             for rank, share in zip(one["ranks"], one["mended"], strict=True):
-                found.setdefault(linear, {}).setdefault(rank, []).append(share)
+                found.setdefault(linear, {}).setdefault(int(rank), []).append(share)
     ranks = sorted({rank for own in found.values() for rank in own})
     if len(ranks) < 2:
         return None
@@ -192,7 +193,7 @@ def storage_figure(recorded: Recorded) -> Drawn | None:
             bar.set_gid(f"stored-{row}-{part.replace(' ', '-').replace(',', '')}")
             left += width
         share = "" if row == 0 else f"\n{size.bytes / first.bytes:.1%}"
-        place = {"textcoords": "offset points", "va": "center", "size": 8}
+        place: dict[str, Any] = {"textcoords": "offset points", "va": "center", "size": 8}
         axes.annotate(f"{size.bytes / scale:.2f}{share}", (left, row), (3, 0), **place)
     removal = find_in(recorded.record, "plain_removal")
     if removal:

@@ -50,7 +50,7 @@ def frontier_figure(points: Sequence[Mapping[str, Any]]) -> Drawn:
         if point.get("chosen"):
             at = (point["bytes"] / scale, point["perplexity"])
             axes.plot(*at, "o", markersize=11, markerfacecolor="none", markeredgecolor=colour("ink"))
-            note = f"{at[0]:,.0f} {unit}: {at[1]:.1f}"
+            note = f"{at[0]:.3g} {unit}: {at[1]:.1f}"
             axes.annotate(note, at, (6, 9), textcoords="offset points", size=8, weight="bold")
     finite = [point["perplexity"] for point in points if 0 < point["perplexity"] < math.inf]
     if finite and max(finite) > 5 * min(finite):

@@ -244,7 +244,7 @@ def blocks_figure(recorded: Recorded) -> Drawn | None:
         axes = axes_at(left + number * width, width - 0.06)
         _draw_column(axes, column, size)
         for block in range(count if number == 0 else 0):
-            place = {"ha": "right", "va": "center_baseline", "size": size, "color": colour("muted")}
+            place: dict[str, Any] = {"ha": "right", "va": "center_baseline", "size": size, "color": colour("muted")}
             axes.annotate(str(block), (0, block), (-5, 0), textcoords="offset points", **place)
     narrow = recorded.plan is not None and recorded.plan.sublayers
     what = "removed" if recorded.removed else "narrowed or gone" if narrow else "pruned"
@@ -335,5 +335,5 @@ def _draw_column(axes: Axes, column: _Column, size: float) -> None:
         place: dict[str, Any] = {"va": "center_baseline", "size": size, "color": colour("ink")}
         axes.annotate(text, (end, block), (3, 0), textcoords="offset points", **place)
     axes.set_xlim(0, 1.75)
-    place = {"ha": "left", "va": "bottom", "size": 8, "color": colour("muted")}
-    axes.annotate(column.heading, (0, -0.5), (0, 3), textcoords="offset points", linespacing=1.1, **place)
+    heading: dict[str, Any] = {"ha": "left", "va": "bottom", "size": 8, "color": colour("muted")}
+    axes.annotate(column.heading, (0, -0.5), (0, 3), textcoords="offset points", linespacing=1.1, **heading)
