@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from flexigpt.model import Plan, Replica
-from flexigpt.record import read_recorded
+from flexigpt.record import read_recorded, verdict
 from flexigpt.report.drawing import Drawn, colour, heat, number_ranges, to_svg
 from flexigpt.report.figures import figures_of
 from flexigpt.report.result_figures import frontier_figure, shared_figures
@@ -211,10 +211,20 @@ def test_the_frontier_is_a_line_for_each_series_with_the_chosen_size_marked(tmp_
     }
     assert len({line.get_marker() for line in axes.lines if line.get_gid()}) == 3, "told apart without colour"
     assert [text.get_text() for text in axes.texts] == ["80 MB: 12.0"]
-    folder = write(tmp_path, record(), None)
-    assert "frontier" not in shared_figures([read_recorded(folder)])
-    (folder / "frontier.json").write_text(json.dumps({"format": 1, "points": points}))
-    assert "frontier" in shared_figures([read_recorded(folder)])
+    assert "frontier" not in shared_figures([read_recorded(write(tmp_path / "model", record(), None))])
+    worth = {"bytes": 900, "perplexity": 11.0, "removed": {"bytes": 900, "perplexity": 20.0}}
+    ladder = {
+        "format": 1,
+        "source_name": "someone/model",
+        "versions": {"flexigpt": "1"},
+        "options": {},
+        "source": {"bytes": 1000, "perplexity": 10.0},
+        "points": [worth],
+        "knee": 0,
+    }
+    read = read_recorded(write(tmp_path / "ladder", ladder, None))
+    assert "source" in shared_figures([read])["frontier"].alt
+    assert verdict(read).startswith("Down to 90% of the bytes, perplexity 10.0 \u2192 11.0")
 
 
 def test_recovery_is_drawn_step_by_step_with_what_was_held_out(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -15,7 +15,7 @@ from typing_extensions import TypedDict  # pydantic wants it from there before P
 
 from flexigpt.evaluation import METRICS, Evaluation
 from flexigpt.model import FlexiGPTConfig, Plan, plan_of
-from flexigpt.record.record import EVALUATION, FORMAT, FRONTIER, RECORD, Record, find_in
+from flexigpt.record.record import EVALUATION, FORMAT, RECORD, Record, find_in
 from flexigpt.record.tables import shown_name
 from flexigpt.runtime import InputError
 from flexigpt.weights import read_config
@@ -47,10 +47,12 @@ _Stored = Annotated[int, Field(gt=0, le=2**63)]
 _Block = Annotated[int, Field(ge=0, le=2**16)]
 _Perplexity = TypedDict("_Perplexity", {"perplexity": float, "tokens": _Count, "window_length": _Count})
 _Spectrum = TypedDict("_Spectrum", {"ranks": list[_Count], "mended": list[float]})
-_Calibration = TypedDict("_Calibration", {"text": str, "windows": tuple[_Count, _Count], "asked": _Count})
+_Calibration = TypedDict("_Calibration", {"text": str, "windows": tuple[_Count, _Count], "asked": NotRequired[_Count]})
 _Removed = TypedDict("_Removed", {"blocks": list[_Block], "num_blocks": _Block, "source": str})
 _Costs = TypedDict("_Costs", {"attention": list[float], "mlp": list[float]})
 _Text = TypedDict("_Text", {"text": str})
+_Worth = TypedDict("_Worth", {"bytes": _Stored, "perplexity": float})
+_Rung = TypedDict("_Rung", {"bytes": _Stored, "perplexity": float, "removed": _Worth})
 _Parameters = TypedDict("_Parameters", {"parameters": _Count})
 
 
@@ -100,6 +102,8 @@ class _Record(TypedDict):
     plain_removal: NotRequired[_Parameters | None]
     removed: NotRequired[_Removed | None]
     source_blocks: NotRequired[list[_Block] | None]
+    points: NotRequired[list[_Rung] | None]
+    knee: NotRequired[_Count | None]
     recovery: NotRequired[_Recovery | None]
     files: NotRequired[list[str] | None]
     origin: NotRequired["_Record | None"]
@@ -144,18 +148,6 @@ class _Evaluation(TypedDict):
     models: list[_Model]
 
 
-class _Point(TypedDict):
-    series: str
-    bytes: _Stored
-    perplexity: float
-    chosen: NotRequired[bool]
-
-
-class _Frontier(TypedDict):
-    format: Annotated[int, Field(le=FORMAT)]
-    points: list[_Point]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Size:
     """What one state of a model stores: `parts` and `blocks` are parameters, a byte count is `itemsize` times as much.
@@ -185,8 +177,6 @@ class Recorded:
         record: its fields checked; keys that are blocks are whole numbers.
         plan: of a compact model or a plan folder.
         evaluation: where the model was evaluated.
-        frontier: sizes and their perplexity, where a ladder of them was measured: rows of `series` (what was done to
-            the model), `bytes`, `perplexity`, and `chosen` (true) of the size that is recommended.
     """
 
     name: str
@@ -194,7 +184,6 @@ class Recorded:
     record: Record
     plan: Plan | None
     evaluation: Evaluation | None
-    frontier: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def chain(self) -> list[Record]:
@@ -226,6 +215,20 @@ class Recorded:
     def distances(self) -> dict[int, dict[int, float]]:
         """Pruned block -> candidate -> distance, by which the bases were chosen."""
         return find_in(self.record, "distances") or {}
+
+    @property
+    def frontier(self) -> list[dict[str, Any]]:
+        """Of a ladder of sizes: `series` (what was done to the model), `bytes`, `perplexity`, `chosen` of the knee."""
+        record, points = self.record, self.record.get("points") or ()
+        rows = [
+            row
+            for number, one in enumerate(points)
+            for row in (
+                {"series": "flexigpt prune", "chosen": number == record.get("knee")} | one,
+                {"series": "plain removal"} | one["removed"],
+            )
+        ]
+        return [*rows, {"series": "source"} | record["source"]] if rows else []
 
     def _states(self) -> Iterator[tuple[Record, str, str]]:
         """(record, name in it, name to show) of each state that was compared, from the source to this model."""
@@ -297,7 +300,6 @@ def read_recorded(folder: str | Path) -> Recorded:
         record=record,
         plan=_read_plan(folder),
         evaluation=read_evaluation(folder),
-        frontier=_read_frontier(folder / FRONTIER),
     )
     plan = recorded.plan
     scores = find_in(record, "scores")
@@ -329,11 +331,6 @@ def read_evaluation(folder: Path) -> Evaluation | None:
     return _checked(_Evaluation, _read(path), str(path)) if path.is_file() else None
 
 
-def _read_frontier(path: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = _checked(_Frontier, _read(path), str(path))["points"] if path.is_file() else []
-    return found
-
-
 def _read_plan(folder: Path) -> Plan | None:
     if (folder / "plan.json").is_file():
         return Plan.read(folder / "plan.json")
@@ -360,6 +357,8 @@ def _completed(found: Record, where: str) -> Record:
         if "perplexity" in record:
             measured = record["perplexity"]
             measured[name] = _checked(_Perplexity, measured.get(name), f"{where}: perplexity.{name}")
+    if record.get("points"):
+        _checked(_Worth, record.get("source"), f"{where}: source")
     for key, named_by in (("distances", "base_distance"), ("scores", "block_score")):
         if record.get(key) and named_by not in record:
             raise _damaged(f"{where} has {key} but no {named_by}")

@@ -26,8 +26,8 @@ from flexigpt.weights import Source, StreamedModel, open_empty
 
 Record = dict[str, Any]
 
-# What a flow recorded; beside it, where they were measured, what the model is worth, and what other sizes would be.
-RECORD, EVALUATION, FRONTIER = "record.json", "evaluation.json", "frontier.json"
+# What a flow recorded; beside it, where the model was evaluated, what was measured.
+RECORD, EVALUATION = "record.json", "evaluation.json"
 
 FORMAT = 1  # of what is recorded; raised when an older flexigpt could no longer read it
 

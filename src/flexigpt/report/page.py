@@ -151,6 +151,8 @@ def _sections(model: Recorded, svgs: Svgs) -> list[str]:
 def _what_it_is(model: Recorded) -> str:
     trained = ", after recovery training" if "recovery" in model.record else ""
     source = shown_name(model.chain[0]["source_name"])
+    if model.frontier:
+        return f"{source} at {len(model.record['points'])} sizes, before any training."
     if model.plan is not None:
         count, depth = len(model.plan.replicas), model.plan.num_blocks
         if model.plan.sublayers:
