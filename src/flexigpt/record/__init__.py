@@ -10,7 +10,6 @@ from flexigpt.runtime.doors import lazy_door
 if TYPE_CHECKING:
     from flexigpt.record.read import Recorded, Size, fidelities, held_out, read_record, read_recorded
     from flexigpt.record.record import (
-        FRONTIER,
         RECORD,
         Record,
         find_in,
