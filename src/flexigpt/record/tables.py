@@ -235,7 +235,7 @@ def notes(record: Record) -> list[str]:
     calibration = find_in(record, "calibration")
     if calibration:
         text, (windows, length) = calibration["text"], calibration["windows"]
-        short = calibration["asked"] - windows
+        short = calibration.get("asked", windows) - windows
         fewer = f"; the text is {short} windows short of the {windows + short} asked for" if short else ""
         judged = calibration.get("judged", windows)
         judging = f"the first {judged} of " if judged < windows else ""
