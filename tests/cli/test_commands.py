@@ -16,6 +16,7 @@ from flexigpt.cli.commands import (
     BenchmarkOptions,
     EvalOptions,
     ExtendOptions,
+    FrontierOptions,
     GenerateOptions,
     PruneOptions,
     SampleOptions,
@@ -29,6 +30,7 @@ from flexigpt.runtime import flag
 COMMANDS = typer.main.get_command(app).commands
 CLASSES = {
     "prune": PruneOptions,
+    "frontier": FrontierOptions,
     "extend": ExtendOptions,
     "recover": Recover,
     "eval": EvalOptions,
@@ -60,6 +62,7 @@ def test_every_field_is_described_and_is_an_option_or_pythons_alone(name: str) -
 def test_no_value_of_an_option_is_a_traceback(run: Run, name: str) -> None:
     """Of any option, of which many are numbers; those that are allowed end at a model that is not there."""
     needed = {"prune": ["out", "--ratio", "0.4"], "extend": ["out", "--blocks", "1:2"], "recover": ["out"]}
+    needed |= {"frontier": ["out", "--perplexity", "no/such/text"]}
     needed |= {"eval": ["--perplexity", "no/such/text"], "generate": ["--prompt", "Hi"], "sample": ["own.jsonl"]}
     for option in options_of(name):
         if option.is_flag:
