@@ -15,8 +15,11 @@ from flexigpt import FlexiGPTForCausalLM, Plan, Replica
 from flexigpt.model import SharedLinear, SublayerReplica, plan_of
 from flexigpt.model.peft_layers import SharedIa3Linear, SharedLoraLinear
 
-# PEFT asks for an attribute that transformers gave another name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+# PEFT asks for an attribute that transformers gave another name, and (0.19) for the file of a model without one.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
+]
 
 FAMILIES = ["llama-gqa", "gpt2", "opt-norm-before", "gemma2"]
 REPLICAS = (Replica(block=2, base=1, rank=3), Replica(block=4, base=1, rank=3))
@@ -150,7 +153,7 @@ def test_ia3_is_trained_saved_and_opened_but_not_merged_into_replicas(family: st
 
 @pytest.mark.parametrize("setting", [{"init_lora_weights": "pissa"}, {"lora_bias": True}, {"use_dora": True}])
 def test_what_would_change_the_bases_weight_is_refused(setting: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"layers_to_transform|use_dora"):
+    with pytest.raises(ValueError, match="name kept blocks alone by layers_to_transform"):
         lora(compact("llama-biases-tied"), **setting)
 
 

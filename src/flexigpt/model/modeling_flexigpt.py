@@ -207,7 +207,7 @@ class FlexiGPTPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         self._body = source_class.base_model_prefix
         self.language_model: Any = self._source_part(config.text_config, dtype=torch.get_default_dtype())
-        self._cache_name = cache_name(self.model)
+        self._cache_name = cache_name(self._whole)
         for replica in config.replicas:
             self._share(**replica)
         for row in config.sublayers:
@@ -288,7 +288,7 @@ class FlexiGPTPreTrainedModel(PreTrainedModel):
         kwargs[self._cache_name] = past_key_values if cache is None else cache
         if labels is not None:
             kwargs["labels"] = labels
-        return self._run(
+        return self._whole(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -297,8 +297,10 @@ class FlexiGPTPreTrainedModel(PreTrainedModel):
             **kwargs,
         )
 
-    def _run(self, **kwargs: Any) -> Any:
-        return self.language_model(**kwargs)
+    @property
+    def _whole(self) -> Any:
+        """What runs: the source's part with its head, where there is one."""
+        return self.language_model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -344,8 +346,9 @@ class FlexiGPTModel(FlexiGPTPreTrainedModel):
         part.add_module(self._body, AutoModel.from_config(config, **settings))
         return part
 
-    def _run(self, **kwargs: Any) -> Any:
-        return self.model(**kwargs)
+    @property
+    def _whole(self) -> Any:
+        return self.model
 
 
 class FlexiGPTForCausalLM(FlexiGPTPreTrainedModel, GenerationMixin):

@@ -30,7 +30,7 @@ class SharedLoraLinear(LoraLinear):
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], None]:
-        """None: DoRA and its like scale the weight, which is the base's."""
+        """None: they scale or split the weight, which is the base's."""
         return {(): None}
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
@@ -126,11 +126,11 @@ def _finding(stock: Callable[..., None]) -> Callable[..., None]:
             target, name, parent = target.inner, "inner", target
         linear = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if isinstance(linear, SharedLinear) and isinstance(self, LoraModel):
-            if config.lora_bias or config.init_lora_weights not in _INITS:
+            if config.use_dora or config.lora_bias or config.init_lora_weights not in _INITS:
+                given = {name: getattr(config, name) for name in ("use_dora", "lora_bias", "init_lora_weights")}
                 raise ValueError(
-                    f"lora_bias={config.lora_bias}, init_lora_weights={config.init_lora_weights!r}: a replica's linear "
-                    "shares its weight and bias with its base, so that neither can be changed for it alone; leave them "
-                    "out, or name only the kept blocks by layers_to_transform"
+                    "a replica's linear shares its weight and bias with its base, so that neither can be changed for "
+                    f"it alone: {given} asks for it; leave that out, or name kept blocks alone by layers_to_transform"
                 )
             config._register_custom_module({SharedLinear: SharedLoraLinear})
         stock(self, config, adapter_name, target, name, parent, *a, **k)
