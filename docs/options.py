@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from flexigpt.cli.options import descriptions
-from flexigpt.decoding import BenchmarkOptions, GenerateOptions
+from flexigpt.decoding import BenchmarkOptions, GenerateOptions, SampleOptions
 from flexigpt.evaluation import EvalOptions
-from flexigpt.pruning import ExtendOptions, PruneOptions
+from flexigpt.pruning import ExtendOptions, FrontierOptions, PruneOptions
 from flexigpt.recovery import RecoverOptions
 from flexigpt.runtime import choices_of, flag
 
 COMMANDS: dict[str, Any] = {
     "prune": PruneOptions,
+    "frontier": FrontierOptions,
     "extend": ExtendOptions,
     "recover": RecoverOptions,
     "eval": EvalOptions,
     "generate": GenerateOptions,
+    "sample": SampleOptions,
     "benchmark": BenchmarkOptions,
 }
 PLACE = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -10,6 +10,7 @@ from flexigpt.calibration import TEXT_GROUP, CalibrationOptions
 from flexigpt.model import Plan
 from flexigpt.replicas import MOST_GAMMA, REPLICA_GROUP, ReplicaOptions
 from flexigpt.runtime import InputError, RunOptions, flag, option, parse_numbers, parse_share
+from flexigpt.text import shares_of
 
 _WHAT = "What to prune"
 
@@ -60,7 +61,7 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
     ratio: float | None = option(None, group=_WHAT, everyday=True)
     blocks: Sequence[int] | None = option(None, group=_WHAT, metavar="12,13,...", parse=_BLOCKS)
     target_size: str | None = option(None, group=_WHAT, everyday=True, metavar="4.8B|3.2GB")
-    max_loss: str | None = option(None, group=_WHAT, everyday=True, metavar="10%")
+    max_loss: str | None = option(None, group=_WHAT, metavar="10%")
     plan: str | Path | None = option(None, group=_WHAT)
     form: FormOfReplicas = option("units", group=_WHAT, command=False)
     block_score: BlockScoreName = option("influence", group=_WHAT)
@@ -71,6 +72,7 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
 
     def __post_init__(self) -> None:
         ReplicaOptions.__post_init__(self)  # which checks the fields of all of them
+        shares_of(self.calibration)
         how_much = ("ratio", "blocks", "target_size", "max_loss", "plan")
         given = [flag(name) for name in how_much if getattr(self, name) is not None]
         if len(given) != 1:
