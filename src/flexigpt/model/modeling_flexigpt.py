@@ -109,7 +109,8 @@ class SharedLinear(nn.Module):
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
     """What this process has of a parameter."""
-    return parameter.to_local() if hasattr(parameter, "device_mesh") else parameter
+    given: Any = parameter
+    return given.to_local() if hasattr(given, "device_mesh") else given
 
 
 class NormedOutput(nn.Module):

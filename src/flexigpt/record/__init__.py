@@ -1,6 +1,6 @@
 """What a flow was asked and what it measured: made, written, read back, shown as tables.
 
-Read `record`, `tables`, `write`, then `read`.
+Read `record`, `tables`, `read`, `card`, then `write`.
 """
 
 from typing import TYPE_CHECKING
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
+    from flexigpt.record.card import Picture, write_card
     from flexigpt.record.read import Recorded, fidelities, held_out, read_record, read_recorded
     from flexigpt.record.record import RECORD, Record, find_in, inspect_model, measure_both, model_size, new_record
     from flexigpt.record.tables import (

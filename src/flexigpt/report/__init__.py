@@ -9,6 +9,6 @@ from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
     from flexigpt.report.drawing import plan_picture
-    from flexigpt.report.report import report
+    from flexigpt.report.report import card_pictures, report
 else:
     lazy_door(__name__)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from flexigpt.record import FIGURES, GENERATOR, is_report, read_recorded
-from flexigpt.report.drawing import palette_css, to_png, to_svg
+from flexigpt.model import plan_in_words
+from flexigpt.record import FIGURES, GENERATOR, PLAN_PICTURE, Picture, find_in, is_report, read_recorded
+from flexigpt.report.drawing import palette_css, plan_png, to_png, to_svg
 from flexigpt.report.figures import figures_of
 from flexigpt.report.page import page
 from flexigpt.report.result_figures import shared_figures
@@ -47,6 +48,22 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
             (folder / f"{drawn.name}.png").write_bytes(to_png(drawn))
     replace_file(target, text)
     return target
+
+
+def card_pictures(folder: str | Path) -> list[Picture]:
+    """What a model card shows of a checkpoint that flexigpt wrote: what is stored, recovery, and the plan.
+
+    Raises:
+        InputError: a folder without a record, or with one that is damaged or of a newer version.
+    """
+    model = read_recorded(folder)
+    drawn = figures_of(model) | shared_figures([model])
+    found = [drawn[name] for name in ("storage", "recovery") if name in drawn]
+    pictures = [Picture(f"{one.name}.png", one.alt, to_png(one, dpi=110)) for one in found]
+    if model.plan is not None:
+        units = find_in(model.record, "mlp_units")
+        pictures.append(Picture(PLAN_PICTURE, plan_in_words(model.plan, units), plan_png(model.plan, units)))
+    return pictures
 
 
 def _target(folders: Sequence[str | Path], out: str | Path | None) -> Path:
