@@ -126,6 +126,7 @@ def test_no_folder_of_ours_stands_on_it(run: Run, compact: Path, text: Path) -> 
     assert run("card", compact)[0] == 0
     card = (compact / "README.md").read_text()
     assert str(compact.parent) not in card
+    assert str(text.parent) not in card
     assert card.count("## Evaluation\n") == 1
 
 

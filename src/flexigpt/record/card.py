@@ -127,7 +127,8 @@ def inherited(source: str) -> dict[str, Any]:
     """
     front = front_matter(find_file(source, CARD))
     said = {name: front[name] for name in _LICENSE if name in front}
-    in_config = getattr(read_config(source), "license", None)
+    config = find_file(source, "config.json")
+    in_config = None if config is None else json.loads(config.read_text(encoding="utf-8")).get("license")
     if not said and isinstance(in_config, str):
         said["license"] = in_config
     made = find_file(source, RECORD) is not None
@@ -199,15 +200,16 @@ def model_card(
         versions=", ".join(f"{name} {number}" for name, number in record["versions"].items()),
     )
     text = text if evaluation is None else with_evaluation(text, evaluation)
-    for path in sorted(_local_paths(record), key=len, reverse=True):
+    for path in sorted(_local_paths(record) | _local_paths(evaluation or {}), key=len, reverse=True):
         text = text.replace(path, Path(path).name)
     return text
 
 
-def _local_paths(record: Record) -> set[str]:
+def _local_paths(told: Record | Evaluation) -> set[str]:
     """What was given by its whole path, which means nothing elsewhere and may tell who worked where."""
-    words = [*shlex.split(record.get("command") or ""), record["source_name"], *map(str, record["options"].values())]
-    more = _local_paths(record["origin"]) if "origin" in record else set()
+    words = [*shlex.split(told.get("command") or ""), *map(str, told.get("options", {}).values())]
+    words.append(told.get("source_name", ""))
+    more = _local_paths(told["origin"]) if "origin" in told else set()
     return more | {word for word in words if Path(word).is_absolute() and Path(word).name}
 
 
