@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import metadata_load
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment
 from transformers import PreTrainedConfig
 

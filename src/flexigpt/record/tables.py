@@ -211,7 +211,7 @@ def _on_same_text(before: Record, name: str, measured: Record, names: Sequence[s
     return there if alike and before["text"] == measured["text"] else None
 
 
-def _compared(title: str, values: Sequence[float | None], shown: Callable[[float], str]) -> list[str]:
+def _compared(title: str, values: Sequence[float | None], shown: Callable[[Any], str]) -> list[str]:
     """A row, and the last value's share of the first one."""
     first, last = values[0], values[-1]
     share = f"{last / first:.1%}" if first and last is not None else ""
