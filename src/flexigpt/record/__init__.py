@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         Rows,
         cost_rows,
         evaluation_rows,
+        frontier_rows,
         inspection_rows,
         notes,
         plan_rows,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         record_evaluation,
         reserved,
         write_checkpoint,
+        write_frontier,
         write_plan,
     )
 else:
