@@ -1,6 +1,6 @@
 """What a flow was asked and what it measured: made, written, read back, shown as tables.
 
-Read `record`, `tables`, `read`, `card`, then `write`.
+Read `record`, `tables`, `read`, `card`, `write`, then `verdict`.
 """
 
 from typing import TYPE_CHECKING
@@ -9,8 +9,16 @@ from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
     from flexigpt.record.card import Picture, write_card
-    from flexigpt.record.read import Recorded, fidelities, held_out, read_record, read_recorded
-    from flexigpt.record.record import RECORD, Record, find_in, inspect_model, measure_both, model_size, new_record
+    from flexigpt.record.read import Recorded, Size, fidelities, held_out, read_record, read_recorded
+    from flexigpt.record.record import (
+        RECORD,
+        Record,
+        find_in,
+        inspect_model,
+        measure_both,
+        model_size,
+        new_record,
+    )
     from flexigpt.record.tables import (
         Rows,
         cost_rows,
@@ -23,6 +31,7 @@ if TYPE_CHECKING:
         result_rows,
         shown_name,
     )
+    from flexigpt.record.verdict import verdict
     from flexigpt.record.write import (
         FIGURES,
         GENERATOR,

@@ -8,10 +8,11 @@ from markupsafe import Markup
 
 from flexigpt.model import plan_in_words
 from flexigpt.record import FIGURES, GENERATOR, PLAN_PICTURE, Picture, find_in, is_report, read_recorded
-from flexigpt.report.drawing import palette_css, plan_png, to_png, to_svg
+from flexigpt.report.drawing import palette_css, to_png, to_svg
 from flexigpt.report.figures import figures_of
 from flexigpt.report.page import page
 from flexigpt.report.result_figures import shared_figures
+from flexigpt.report.stack import plan_png
 from flexigpt.runtime import InputError, existing_parent, replace_file, replaced_folder
 
 _PAGE = "report.html"
@@ -58,8 +59,9 @@ def card_pictures(folder: str | Path) -> list[Picture]:
     """
     model = read_recorded(folder)
     drawn = figures_of(model) | shared_figures([model])
-    found = [drawn[name] for name in ("storage", "recovery") if name in drawn]
-    pictures = [Picture(f"{one.name}.png", one.alt, to_png(one, dpi=110)) for one in found]
+    curve = next((name for name in ("recovery-perplexity", "recovery-cross-entropy") if name in drawn), "")
+    chosen = {"storage.png": drawn.get("storage"), "recovery.png": drawn.get(curve)}
+    pictures = [Picture(file, one.alt, to_png(one, dpi=110)) for file, one in chosen.items() if one is not None]
     if model.plan is not None:
         units = find_in(model.record, "mlp_units")
         pictures.append(Picture(PLAN_PICTURE, plan_in_words(model.plan, units), plan_png(model.plan, units)))
