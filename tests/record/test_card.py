@@ -160,6 +160,9 @@ def test_after_recovery_it_still_compares_with_the_source(run: Run, compact: Pat
     assert front(recovered)["license"] == "llama3.2"
     assert "was not trained" in (compact / "README.md").read_text()
     assert "was not trained" not in card
+    assert run("card", recovered, "me/small")[0] == 0
+    assert "](recovery.png)" in (recovered / "README.md").read_text()
+    check_replaceable(recovered)
 
 
 def test_after_recovery_the_sources_name_is_known_from_the_card(run: Run, compact: Path, text: Path) -> None:
