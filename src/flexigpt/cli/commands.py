@@ -299,6 +299,30 @@ def report(
     show(f"report written to {written}, its figures to {written.parent / FIGURES}")
 
 
+def card(
+    model: Annotated[Path, typer.Argument(help="Folder of a checkpoint that flexigpt wrote.")],
+    repository: Annotated[
+        str | None, typer.Argument(help="Its name on the hub, OWNER/NAME. [default: what the card says already]")
+    ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(help="licence, as the hub calls it. [default: the source's]", metavar="ID", show_default=False),
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            help="the source's name on the hub. [default: as known]", metavar="OWNER/NAME", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Write a checkpoint's model card again, with its name on the hub, pictures and what was measured since."""
+    from flexigpt.record import write_card
+    from flexigpt.report import card_pictures
+
+    write_card(model, repository, license=license, base_model=base_model, pictures=card_pictures(model))
+    show(f"model card written to {model / 'README.md'}")
+
+
 def add_commands(app: typer.Typer) -> None:
     """Adds every command to the app."""
     data = "examples/novel16"
@@ -319,5 +343,6 @@ def add_commands(app: typer.Typer) -> None:
         ("benchmark", benchmark, BenchmarkOptions, f"flexigpt benchmark out/small --against {data}"),
         ("inspect", inspect, None, "flexigpt inspect out/small"),
         ("report", report, None, "flexigpt report out/small out/again --out report.html"),
+        ("card", card, None, "flexigpt card out/small me/small-llama"),
     ):
         add_command(app, name, function, options, example=example)

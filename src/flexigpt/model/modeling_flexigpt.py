@@ -35,6 +35,15 @@ from .configuration_flexigpt import FlexiGPTConfig
 CACHE_NAMES = ("cache", "past_key_values")
 
 
+# Which of a replica's tensors are split, by the base's rule of tensor parallelism: along the outputs, or the inputs.
+_SPLIT_LIKE_BASE = {
+    "colwise": ("adapter_B", "bias_difference"),
+    "packed_colwise": ("adapter_B", "bias_difference"),
+    "rowwise": ("adapter_A",),
+    "packed_rowwise": ("adapter_A",),
+}
+
+
 def cache_name(model: nn.Module) -> str:
     """The name under which the forward of this model takes its key/value cache."""
     known = inspect.signature(model.forward).parameters
@@ -109,11 +118,30 @@ class SharedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
-        y = self.base(x)
+        base = self.base
+        weight = getattr(base, "weight", None)
+        # On several devices the base may lie elsewhere, and the hooks of its block are passed by: the input goes there.
+        # Offloaded weights are on the meta device, until the base's own hook fetches them and moves the input itself.
+        there = weight.device if isinstance(weight, torch.Tensor) and weight.device.type != "meta" else x.device
+        y = base(x.to(there)).to(x.device)
         # Under autocast y is in half precision and the scale is not: what follows would carry float32.
         y = y if self.base_scale is None else y * self.base_scale.to(y.dtype)
-        y = y + F.linear(F.linear(x, self.adapter_A), self.adapter_B)
-        return y if self.bias_difference is None else y + self.bias_difference
+        y = y + self._adapted(x)
+        return y if self.bias_difference is None else y + _local(self.bias_difference)
+
+    def _adapted(self, x: torch.Tensor) -> torch.Tensor:
+        """The adapter's part; under tensor parallelism of this process's share of the inputs, or of the outputs."""
+        a, b = self.adapter_A, self.adapter_B
+        hidden = F.linear(x, _local(a))
+        split = a if hasattr(a, "device_mesh") else b
+        if hasattr(split, "device_mesh"):
+            from torch.distributed.tensor import DTensor, Partial, Replicate  # noqa: PLC0415 - not in every build
+
+            # Of some inputs the sum of all processes is wanted; of some outputs, on the way back, that of gradients.
+            placed = DTensor.from_local(hidden, split.device_mesh, [Partial() if split is a else Replicate()])
+            summed = placed.redistribute(placements=[Replicate()])
+            hidden = summed.to_local(grad_placements=[Replicate() if split is a else Partial()])
+        return F.linear(hidden, _local(b))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.adapter_A.shape[0]}"
@@ -122,6 +150,12 @@ class SharedLinear(nn.Module):
 def _wide(values: torch.Tensor) -> torch.dtype:
     """What sums of such values are taken in, to be rounded once."""
     return torch.float32 if values.dtype in (torch.bfloat16, torch.float16) else torch.float64
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    """What this process has of a parameter."""
+    given: Any = parameter
+    return given.to_local() if hasattr(given, "device_mesh") else given
 
 
 class NormedOutput(nn.Module):
@@ -333,6 +367,26 @@ class FlexiGPTPreTrainedModel(PreTrainedModel):
             row["ranks"] = {path: rank for path, rank in now.items() if rank != row["rank"]}
             if not row["ranks"]:
                 del row["ranks"]
+
+    def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
+        """The source's rules of tensor parallelism, module by module (transformers asks), and those of replicas.
+
+        The base's rule splits inputs or outputs, and sums; its replicas follow by how their own tensors lie.
+        """
+        expanded: dict[str, str] = super()._expand_parallel_plan(plan)  # type: ignore[misc,unused-ignore]
+        for path, module in self.named_modules():
+            if isinstance(module, NormedOutput):
+                expanded.pop(f"{path}.output_norm.weight", None)
+                if path in expanded and isinstance(module.inner, SharedLinear):
+                    expanded[f"{path}.inner"] = expanded[path]
+            if not isinstance(module, SharedLinear | NormedOutput | NoSublayer | nn.Identity):
+                continue
+            style = expanded.pop(path, "")  # the rest is no linear, or computes with ones that have their rule
+            for name, _ in module.named_parameters(recurse=False):
+                expanded.pop(f"{path}.{name}", None)
+                if name in _SPLIT_LIKE_BASE.get(style, ()):
+                    expanded[f"{path}.{name}"] = style
+        return expanded
 
 
 class FlexiGPTModel(FlexiGPTPreTrainedModel):

@@ -1,5 +1,6 @@
 """The record: what a flow was asked, what it ran on, and what it measured. JSON-ready."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -96,6 +97,18 @@ def find_in(record: Record, key: str) -> Any:
     while key not in record and "origin" in record:
         record = record["origin"]
     return record.get(key)
+
+
+def first_record(record: Record) -> Record:
+    """The record of the flow that all began with."""
+    while "origin" in record:
+        record = record["origin"]
+    return record
+
+
+def json_text(data: dict[str, Any]) -> str:
+    """What is recorded, as it is written."""
+    return json.dumps(data, indent=2, default=str) + "\n"
 
 
 def inspect_model(model: str) -> dict[str, Any]:

@@ -15,7 +15,17 @@ import torch
 from transformers import PreTrainedModel
 
 from flexigpt.model import all_tensors, fill_model, layout_of, stored_bytes
-from flexigpt.record import RECORD, Record, find_in, model_size, new_record, read_record, reserved, write_checkpoint
+from flexigpt.record import (
+    PLAN_PICTURE,
+    RECORD,
+    Record,
+    find_in,
+    model_size,
+    new_record,
+    read_record,
+    reserved,
+    write_checkpoint,
+)
 from flexigpt.recovery.checkpoints import RunFolder
 from flexigpt.recovery.measuring import HeldOut
 from flexigpt.recovery.options import RecoverOptions
@@ -298,7 +308,9 @@ class _Run:
         merge_lora(model)
         hold_in(model, stored)
         record = self._record(model, before) | ({} if command is None else {"command": command})
-        write_checkpoint(self.out, model, record, source=self.model)
+        picture = find_file(self.model, PLAN_PICTURE)  # the plan is the same
+        extras = {} if picture is None else {PLAN_PICTURE: picture.read_bytes()}
+        write_checkpoint(self.out, model, record, source=self.model, extras=extras)
         self.folder.remove()
         return record
 

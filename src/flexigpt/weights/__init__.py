@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         move,
         open_empty,
         read_config,
+        travelling,
     )
     from flexigpt.weights.shards import write_shards
     from flexigpt.weights.sources import (

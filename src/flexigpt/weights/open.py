@@ -24,6 +24,12 @@ from flexigpt.weights.files import FILE_DTYPES, find_file, located, names_in_fil
 
 _ADAPTER = "adapter_config.json"
 
+# Of a source; they go where its weights go.
+_TRAVEL = (
+    "tokenizer.model",
+    *(f"{name}{end}" for name in ("LICENSE", "NOTICE", "USE_POLICY") for end in ("", ".md", ".txt")),
+)
+
 
 def read_config(model: str) -> PreTrainedConfig:
     """The configuration of a local or hub model.
@@ -149,6 +155,11 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         tokenizer("a")  # settings of a wrong kind come to light here
     return tokenizer
+
+
+def travelling(model: str) -> list[Path]:
+    """What goes along with a model's weights: the older form of its tokenizer, its licence, notices, use policy."""
+    return [file for file in (find_file(model, name) for name in _TRAVEL) if file is not None]
 
 
 def has_replicas(model: str) -> bool:
