@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from flexigpt.cli.options import descriptions
-from flexigpt.decoding import BenchmarkOptions, GenerateOptions
+from flexigpt.decoding import BenchmarkOptions, ChatOptions, GenerateOptions
 from flexigpt.evaluation import EvalOptions
 from flexigpt.pruning import ExtendOptions, PruneOptions
 from flexigpt.recovery import RecoverOptions
@@ -21,6 +21,7 @@ COMMANDS: dict[str, Any] = {
     "recover": RecoverOptions,
     "eval": EvalOptions,
     "generate": GenerateOptions,
+    "chat": ChatOptions,
     "benchmark": BenchmarkOptions,
 }
 PLACE = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -12,7 +12,14 @@ import pytest
 import typer
 
 from conftest import Run
-from flexigpt.cli.commands import BenchmarkOptions, EvalOptions, ExtendOptions, GenerateOptions, PruneOptions
+from flexigpt.cli.commands import (
+    BenchmarkOptions,
+    ChatOptions,
+    EvalOptions,
+    ExtendOptions,
+    GenerateOptions,
+    PruneOptions,
+)
 from flexigpt.cli.commands import RecoverOptions as Recover
 from flexigpt.cli.console import Lines
 from flexigpt.cli.main import app
@@ -26,6 +33,7 @@ CLASSES = {
     "recover": Recover,
     "eval": EvalOptions,
     "generate": GenerateOptions,
+    "chat": ChatOptions,
     "benchmark": BenchmarkOptions,
 }
 

@@ -12,7 +12,7 @@ import typer
 from flexigpt.cli.console import print_json, show, step_line, wants_line
 from flexigpt.cli.effects import warn_idle
 from flexigpt.cli.options import Asked, add_command
-from flexigpt.decoding import BenchmarkOptions, GenerateOptions
+from flexigpt.decoding import BenchmarkOptions, ChatOptions, GenerateOptions
 from flexigpt.evaluation import EvalOptions
 from flexigpt.pruning import PRESETS, ExtendOptions, PruneOptions
 from flexigpt.recovery import RecoverOptions
@@ -204,14 +204,24 @@ def evaluate(
 
 
 def generate(asked: Asked, model: Model) -> None:
-    """Continue a prompt; the text appears as it is made."""
+    """Continue or answer a prompt; the text appears as it is made."""
     options = asked.options()
     from flexigpt.decoding import generate as write
 
-    statistics = write(model, options, lambda piece: print(piece, end="", flush=True))
+    notes: list[str] = []
+    write(model, options, lambda piece: print(piece, end="", flush=True), notes.append)
     print()
-    if statistics is not None:
-        print(statistics.line(), file=sys.stderr)
+    for line in notes:
+        print(line, file=sys.stderr)
+
+
+def chat(asked: Asked, model: Model) -> None:
+    """Talk with a model in the terminal: /reset begins anew, Ctrl-C stops an answer, Ctrl-D ends."""
+    options = asked.options()
+    from flexigpt.cli.chat import converse
+    from flexigpt.decoding import Conversation
+
+    converse(Conversation(model, options))
 
 
 def benchmark(asked: Asked, model: Model, as_json: Json = False) -> None:
@@ -255,6 +265,7 @@ def add_commands(app: typer.Typer) -> None:
         ("recover", recover, RecoverOptions, "flexigpt recover out/small out/again --data my-text.jsonl --tokens 10M"),
         ("eval", evaluate, EvalOptions, f"flexigpt eval out/small {data} --perplexity {data}/validation.jsonl"),
         ("generate", generate, GenerateOptions, 'flexigpt generate out/small --prompt "It was a dark"'),
+        ("chat", chat, ChatOptions, "flexigpt chat out/small"),
         ("benchmark", benchmark, BenchmarkOptions, f"flexigpt benchmark out/small --against {data}"),
         ("inspect", inspect, None, "flexigpt inspect out/small"),
         ("report", report, None, "flexigpt report out/small out/again --out report.html"),

@@ -1,6 +1,6 @@
 """Generates text, drafts and verifies, times both.
 
-Read `options`, `draft`, `split`, `speculate`, `generate`, then `benchmark`.
+Read `options`, `draft`, `split`, `speculate`, `generate`, `chat`, then `benchmark`.
 """
 
 from typing import TYPE_CHECKING
@@ -9,9 +9,10 @@ from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
     from flexigpt.decoding.benchmark import benchmark, benchmark_rows
+    from flexigpt.decoding.chat import Conversation
     from flexigpt.decoding.draft import SpeculateStatistics
     from flexigpt.decoding.generate import generate
-    from flexigpt.decoding.options import BenchmarkOptions, GenerateOptions, SpeculateOptions
+    from flexigpt.decoding.options import BenchmarkOptions, ChatOptions, GenerateOptions, SpeculateOptions
     from flexigpt.decoding.speculate import speculative_generate
 else:
     lazy_door(__name__)
