@@ -14,6 +14,7 @@ from flexigpt.evaluation import EvalOptions
 from flexigpt.pruning import ExtendOptions, PruneOptions
 from flexigpt.recovery import RecoverOptions
 from flexigpt.runtime import choices_of, flag
+from flexigpt.serving import ServeOptions
 
 COMMANDS: dict[str, Any] = {
     "prune": PruneOptions,
@@ -22,6 +23,7 @@ COMMANDS: dict[str, Any] = {
     "eval": EvalOptions,
     "generate": GenerateOptions,
     "chat": ChatOptions,
+    "serve": ServeOptions,
     "benchmark": BenchmarkOptions,
 }
 PLACE = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

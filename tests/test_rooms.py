@@ -14,7 +14,7 @@ ROOMS = (
     "calibration",
     "replicas evaluation",
     "record",
-    "pruning recovery decoding report",
+    "pruning recovery decoding serving report",
     "cli",
 )
 FLOOR = {room: floor for floor, names in enumerate(ROOMS) for room in names.split()}

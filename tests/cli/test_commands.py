@@ -25,6 +25,7 @@ from flexigpt.cli.console import Lines
 from flexigpt.cli.main import app
 from flexigpt.cli.options import descriptions
 from flexigpt.runtime import flag
+from flexigpt.serving import ServeOptions
 
 COMMANDS = typer.main.get_command(app).commands
 CLASSES = {
@@ -34,6 +35,7 @@ CLASSES = {
     "eval": EvalOptions,
     "generate": GenerateOptions,
     "chat": ChatOptions,
+    "serve": ServeOptions,
     "benchmark": BenchmarkOptions,
 }
 

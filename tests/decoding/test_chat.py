@@ -17,26 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import Run
 from flexigpt import InputError
 from flexigpt.decoding import ChatOptions, Conversation
-
-MESSAGES = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-TEMPLATE = MESSAGES + "{% if add_generation_prompt %}assistant:{% endif %}"
-
-
-@pytest.fixture(scope="module")
-def talker(tiny_compact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A compact model whose tokenizer has a chat template."""
-    folder = tmp_path_factory.mktemp("talker") / "model"
-    shutil.copytree(tiny_compact, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
-
-
-def expected(folder: Path, text: str, tokens: int) -> str:
-    """What stock transformers continue that text with."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    ids = tokenizer(text, return_tensors="pt").input_ids
-    made = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=2)
-    return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+from talking import expected
 
 
 def type_in(monkeypatch: pytest.MonkeyPatch, typed: bytes) -> None:

@@ -17,6 +17,7 @@ from flexigpt.evaluation import EvalOptions
 from flexigpt.pruning import PRESETS, ExtendOptions, PruneOptions
 from flexigpt.recovery import RecoverOptions
 from flexigpt.runtime import InputError
+from flexigpt.serving import ServeOptions
 
 if TYPE_CHECKING:
     from flexigpt.pruning import Estimate
@@ -224,6 +225,14 @@ def chat(asked: Asked, model: Model) -> None:
     converse(Conversation(model, options))
 
 
+def serve(asked: Asked, model: Model) -> None:
+    """Serve a model to OpenAI's clients: chat and completions, streamed or whole."""
+    options = asked.options()
+    from flexigpt.serving import serve as listen
+
+    listen(model, options, lambda line: print(line, file=sys.stderr, flush=True))
+
+
 def benchmark(asked: Asked, model: Model, as_json: Json = False) -> None:
     """Time a model and its variants, against its source where one is given: prefill, decoding, memory, storage."""
     options = asked.options()
@@ -266,6 +275,7 @@ def add_commands(app: typer.Typer) -> None:
         ("eval", evaluate, EvalOptions, f"flexigpt eval out/small {data} --perplexity {data}/validation.jsonl"),
         ("generate", generate, GenerateOptions, 'flexigpt generate out/small --prompt "It was a dark"'),
         ("chat", chat, ChatOptions, "flexigpt chat out/small"),
+        ("serve", serve, ServeOptions, "flexigpt serve out/small"),
         ("benchmark", benchmark, BenchmarkOptions, f"flexigpt benchmark out/small --against {data}"),
         ("inspect", inspect, None, "flexigpt inspect out/small"),
         ("report", report, None, "flexigpt report out/small out/again --out report.html"),
