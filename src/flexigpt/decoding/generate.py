@@ -121,7 +121,7 @@ def continued(
 
 def why_empty(model: Any, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> str | None:
     """Why a reader sees nothing of the new ids; None: there is something to see."""
-    if tokenizer.decode(ids, skip_special_tokens=True).strip():
+    if str(tokenizer.decode(ids, skip_special_tokens=True)).strip():
         return None
     made = tokenizer.decode(ids)
     if len(ids) == 1 and ends_text(model, ids):

@@ -16,7 +16,6 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVPar
 from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.model_executor.models.utils import PPMissingLayer, init_vllm_registered_model, maybe_prefix
 
-from flexigpt.model import FlexiGPTConfig
 from flexigpt.serving.vllm_layers import NormedOutput, NoSublayer, SharedColumns, SharedRows
 
 # Those that vLLM has a model of its own for with the linears below.
@@ -44,7 +43,7 @@ class FlexiGPTForCausalLM(nn.Module, SupportsPP):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        config: FlexiGPTConfig = vllm_config.model_config.hf_config
+        config: Any = vllm_config.model_config.hf_config
         _check(config, vllm_config)
         prefix = maybe_prefix(prefix, "language_model")
         with _sized(_sizes(config, f"{prefix}.{_BLOCKS}")):
@@ -75,7 +74,7 @@ class FlexiGPTForCausalLM(nn.Module, SupportsPP):
         return {f"language_model.{name}" for name in self.language_model.load_weights(inner)}
 
 
-def _check(config: FlexiGPTConfig, vllm_config: VllmConfig) -> None:
+def _check(config: Any, vllm_config: VllmConfig) -> None:
     """Raises ValueError for what this cannot serve."""
     way = "`flexigpt export --to stock` makes a model that vLLM serves as any other"
     family, linears = config.text_config.model_type, {name for names in _LINEARS.values() for name in names}
@@ -92,7 +91,7 @@ def _check(config: FlexiGPTConfig, vllm_config: VllmConfig) -> None:
             )
 
 
-def _sizes(config: FlexiGPTConfig, blocks: str) -> dict[str, int]:
+def _sizes(config: Any, blocks: str) -> dict[str, int]:
     """vLLM's linears that have not their source's size -> units of the MLP; 0: another module takes the place."""
     attention, mlp = tuple(_LINEARS)[:2], tuple(_LINEARS)[2:]
     sizes = {f"{blocks}.{row['block']}.{path}": 0 for row in config.replicas for path in _LINEARS}
@@ -140,7 +139,7 @@ def _remove(block: Any, path: str, vllm_config: VllmConfig) -> None:
         del layers[name]
 
 
-def _share(block: Any, base: Any, row: dict[str, Any], config: FlexiGPTConfig) -> None:
+def _share(block: Any, base: Any, row: dict[str, Any], config: Any) -> None:
     """Turns one block into a replica of another."""
     if isinstance(block, PPMissingLayer) or isinstance(base, PPMissingLayer):
         raise ValueError(
