@@ -26,6 +26,14 @@ def free_port() -> int:
         return int(tried.getsockname()[1])
 
 
+def _answers(port: int) -> bool:
+    try:
+        urllib.request.urlopen(f"http://localhost:{port}/health").close()
+    except urllib.error.URLError:
+        return False
+    return True
+
+
 @pytest.fixture(scope="module")
 def client(talker: Path) -> Iterator[Any]:
     """A client of a server that runs in a process of its own; interrupted, it ends in peace."""
@@ -36,13 +44,11 @@ def client(talker: Path) -> Iterator[Any]:
     command = [sys.executable, "-m", "flexigpt", "serve", str(talker), "--port", str(port)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         try:
-            for _ in range(600):
-                try:
-                    urllib.request.urlopen(f"http://localhost:{port}/health").close()
-                    break
-                except urllib.error.URLError:
-                    assert server.poll() is None, "the server ended"
-                    time.sleep(0.1)
+            until = time.monotonic() + 240  # a busy machine loads torch for a minute
+            while not _answers(port):
+                assert server.poll() is None, "the server ended"
+                assert time.monotonic() < until, "the server does not answer"
+                time.sleep(0.1)
             with openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0) as made:
                 yield made
             server.send_signal(signal.SIGINT)
