@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from flexigpt.cli.options import descriptions
-from flexigpt.decoding import BenchmarkOptions, ChatOptions, GenerateOptions
+from flexigpt.decoding import BenchmarkOptions, ChatOptions, GenerateOptions, SampleOptions
 from flexigpt.evaluation import EvalOptions
 from flexigpt.pruning import ExtendOptions, PruneOptions
 from flexigpt.recovery import RecoverOptions
@@ -24,6 +24,7 @@ COMMANDS: dict[str, Any] = {
     "generate": GenerateOptions,
     "chat": ChatOptions,
     "serve": ServeOptions,
+    "sample": SampleOptions,
     "benchmark": BenchmarkOptions,
 }
 PLACE = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -75,7 +75,7 @@ def test_with_vllms_layers_it_computes_what_transformers_does(
     ids = token_ids(batch=1, tokens=12)[0]  # within every window
     with torch.no_grad():
         expected = model(ids[None]).logits[0]
-    for name in ("llama", "mistral", "qwen2-tied", "qwen3", "granite", "gemma2", "gemma3"):
+    for name in ("llama", "mistral", "qwen2", "qwen3", "granite", "gemma2", "gemma3"):
         theirs = importlib.import_module(f"vllm.model_executor.models.{name}")
         monkeypatch.setattr(theirs, "Attention", PlainAttention, raising=False)
     ModelRegistry.register_model("FlexiGPTForCausalLM", FlexiGPTForCausalLM)
