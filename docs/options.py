@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from flexigpt.cli.options import descriptions
-from flexigpt.decoding import BenchmarkOptions, GenerateOptions, SampleOptions
+from flexigpt.decoding import BenchmarkOptions, ChatOptions, GenerateOptions, SampleOptions
 from flexigpt.evaluation import EvalOptions
 from flexigpt.pruning import ExtendOptions, FrontierOptions, PruneOptions
 from flexigpt.recovery import RecoverOptions
 from flexigpt.runtime import choices_of, flag
+from flexigpt.serving import ServeOptions
 
 COMMANDS: dict[str, Any] = {
     "prune": PruneOptions,
@@ -22,6 +23,8 @@ COMMANDS: dict[str, Any] = {
     "recover": RecoverOptions,
     "eval": EvalOptions,
     "generate": GenerateOptions,
+    "chat": ChatOptions,
+    "serve": ServeOptions,
     "sample": SampleOptions,
     "benchmark": BenchmarkOptions,
 }

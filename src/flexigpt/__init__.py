@@ -7,6 +7,7 @@ used. The rooms of the code; imports go down this table only:
     pruning      source -> plan -> compact model; plain removal; extension
     recovery     trains a model back
     decoding     generates, drafts and verifies, times both; has a model write its own text
+    serving      other programs' servers, taught what a compact model is
     report       records -> figures and a page
     record       what a flow was asked and measured: made, written, read back, as tables
     replicas     what stands in for what is pruned: units chosen, adapters started; what is left, refitted

@@ -13,11 +13,12 @@ import typer
 from flexigpt.cli.console import print_json, show, step_line, wants_line
 from flexigpt.cli.effects import warn_idle
 from flexigpt.cli.options import Asked, add_command
-from flexigpt.decoding import BenchmarkOptions, GenerateOptions, SampleOptions
+from flexigpt.decoding import BenchmarkOptions, ChatOptions, GenerateOptions, SampleOptions
 from flexigpt.evaluation import EvalOptions
 from flexigpt.pruning import PRESETS, ExtendOptions, FrontierOptions, PruneOptions
 from flexigpt.recovery import RecoverOptions
 from flexigpt.runtime import InputError
+from flexigpt.serving import ServeOptions
 
 if TYPE_CHECKING:
     from flexigpt.pruning import Estimate
@@ -241,14 +242,32 @@ def evaluate(
 
 
 def generate(asked: Asked, model: Model) -> None:
-    """Continue a prompt; the text appears as it is made."""
+    """Continue or answer a prompt; the text appears as it is made."""
     options = asked.options()
     from flexigpt.decoding import generate as write
 
-    statistics = write(model, options, lambda piece: print(piece, end="", flush=True))
+    notes: list[str] = []
+    write(model, options, lambda piece: print(piece, end="", flush=True), notes.append)
     print()
-    if statistics is not None:
-        print(statistics.line(), file=sys.stderr)
+    for line in notes:
+        print(line, file=sys.stderr)
+
+
+def chat(asked: Asked, model: Model) -> None:
+    """Talk with a model in the terminal: /reset begins anew, Ctrl-C stops an answer, Ctrl-D ends."""
+    options = asked.options()
+    from flexigpt.cli.chat import converse
+    from flexigpt.decoding import Conversation
+
+    converse(Conversation(model, options))
+
+
+def serve(asked: Asked, model: Model) -> None:
+    """Serve a model to OpenAI's clients: chat and completions, streamed or whole."""
+    options = asked.options()
+    from flexigpt.serving import serve as listen
+
+    listen(model, options, lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def sample(
@@ -339,6 +358,8 @@ def add_commands(app: typer.Typer) -> None:
         ("recover", recover, RecoverOptions, "flexigpt recover out/small out/again --data my-text.jsonl --tokens 10M"),
         ("eval", evaluate, EvalOptions, f"flexigpt eval out/small {data} {measured}"),
         ("generate", generate, GenerateOptions, 'flexigpt generate out/small --prompt "It was a dark"'),
+        ("chat", chat, ChatOptions, "flexigpt chat out/small"),
+        ("serve", serve, ServeOptions, "flexigpt serve out/small"),
         ("sample", sample, SampleOptions, "flexigpt sample meta-llama/Llama-3.2-1B own.jsonl --tokens 1M"),
         ("benchmark", benchmark, BenchmarkOptions, f"flexigpt benchmark out/small --against {data}"),
         ("inspect", inspect, None, "flexigpt inspect out/small"),
