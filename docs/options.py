@@ -12,6 +12,7 @@ from flexigpt.cli.options import descriptions
 from flexigpt.decoding import BenchmarkOptions, GenerateOptions
 from flexigpt.evaluation import EvalOptions
 from flexigpt.pruning import ExtendOptions, PruneOptions
+from flexigpt.quantization import QuantizeOptions
 from flexigpt.recovery import RecoverOptions
 from flexigpt.runtime import choices_of, flag
 
@@ -19,6 +20,7 @@ COMMANDS: dict[str, Any] = {
     "prune": PruneOptions,
     "extend": ExtendOptions,
     "recover": RecoverOptions,
+    "quantize": QuantizeOptions,
     "eval": EvalOptions,
     "generate": GenerateOptions,
     "benchmark": BenchmarkOptions,

@@ -52,6 +52,7 @@ IDLE: Mapping[str, Sequence[Rule]] = {
             lambda asked: asked.tasks is None,
         ),
     ),
+    "quantize": ((("window_length",), "there is no --perplexity", lambda asked: asked.perplexity is None),),
     "generate": ((("top_p", "seed"), "there is no --temperature", lambda asked: not asked.temperature),),
 }
 

@@ -28,9 +28,11 @@ if TYPE_CHECKING:
         count_parts,
         layout_of,
         model_shape,
+        parameter_bytes,
         plan_of,
         source_units,
         stored_bytes,
+        stored_tensors,
         sublayer_paths,
     )
     from flexigpt.model.modeling_flexigpt import (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
-    from flexigpt.record.read import Recorded, fidelities, held_out, read_record, read_recorded
+    from flexigpt.record.read import Recorded, fidelities, held_out, read_record, read_recorded, record_of
     from flexigpt.record.record import RECORD, Record, find_in, inspect_model, measure_both, model_size, new_record
     from flexigpt.record.tables import (
         Rows,

@@ -2,6 +2,7 @@
 
 # ruff: noqa: UP013 - what has few fields is a line
 
+import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from flexigpt.model import FlexiGPTConfig, Plan, plan_of
 from flexigpt.record.record import EVALUATION, FORMAT, RECORD, Record, find_in
 from flexigpt.record.tables import shown_name
 from flexigpt.runtime import InputError
-from flexigpt.weights import read_config
+from flexigpt.weights import find_file, read_config
 
 
 def _alike(columns: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +46,10 @@ def _in_numbers(measured: dict[str, Any]) -> dict[str, Any]:
 _Count = Annotated[int, Field(ge=0, le=2**63)]
 _Stored = Annotated[int, Field(gt=0, le=2**63)]
 _Block = Annotated[int, Field(ge=0, le=2**16)]
-_Size = TypedDict("_Size", {"parameters": _Stored, "bytes": _Stored, "parts": NotRequired[dict[str, _Count]]})
+_Parts = dict[str, _Count]
+_Size = TypedDict(
+    "_Size", {"parameters": _Stored, "bytes": _Stored, "parts": NotRequired[_Parts], "part_bytes": NotRequired[_Parts]}
+)
 _Perplexity = TypedDict("_Perplexity", {"perplexity": float, "tokens": _Count, "window_length": _Count})
 _Spectrum = TypedDict("_Spectrum", {"ranks": list[_Count], "mended": list[float]})
 _Calibration = TypedDict("_Calibration", {"text": str, "windows": tuple[_Count, _Count], "asked": _Count})
@@ -53,6 +57,10 @@ _Removed = TypedDict("_Removed", {"blocks": list[_Block], "num_blocks": _Block, 
 _Costs = TypedDict("_Costs", {"attention": list[float], "mlp": list[float]})
 _Text = TypedDict("_Text", {"text": str})
 _Parameters = TypedDict("_Parameters", {"parameters": _Count})
+
+
+_Quantization = TypedDict("_Quantization", {"bits": _Count, "library": str, "version": str})
+_Nearness = TypedDict("_Nearness", {"agreement": float, "divergence": float, "tokens": _Count})
 
 
 class _Step(TypedDict):
@@ -95,6 +103,8 @@ class _Record(TypedDict):
     removed: NotRequired[_Removed | None]
     source_blocks: NotRequired[list[_Block] | None]
     recovery: NotRequired[_Recovery | None]
+    quantization: NotRequired[_Quantization | None]
+    fidelity: NotRequired[_Nearness | None]
     files: NotRequired[list[str] | None]
     origin: NotRequired["_Record | None"]
 
@@ -132,19 +142,28 @@ class _Evaluation(TypedDict):
     models: list[_Model]
 
 
+# States that only repeat the one before.
+_REPEATED = ("before recovery", "before quantisation")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What one state of a model stores: `parts` are parameters; a byte count is `itemsize` times as much."""
+    """What one state of a model stores: `parts` are parameters; `part_bytes` their bytes where they are quantised."""
 
     label: str
     parameters: int
     bytes: int
     parts: dict[str, int]
+    part_bytes: dict[str, int]
 
     @property
     def itemsize(self) -> float:
         """Bytes of a parameter."""
         return self.bytes / self.parameters if self.parameters else 0.0
+
+    def bytes_of(self, part: str) -> int:
+        """Bytes of a part."""
+        return self.part_bytes.get(part, 0) if self.part_bytes else round(self.parts.get(part, 0) * self.itemsize)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +220,7 @@ class Recorded:
         for record in self.chain:
             names = record.get("compared", ())
             shown = ("before recovery", "recovered") if "recovery" in record else names
+            shown = ("before quantisation", "quantised") if "quantization" in record else shown
             yield from ((record, name, label) for name, label in zip(names, shown, strict=False))
 
     @property
@@ -208,9 +228,10 @@ class Recorded:
         """From the source to this model; what only repeats the one before is left out."""
         found: list[Size] = []
         for record, name, label in self._states():
-            parameters, size, parts = record[name]["parameters"], record[name]["bytes"], record[name].get("parts", {})
-            if label != "before recovery" or not found:
-                found.append(Size(label=label, parameters=parameters, bytes=size, parts=parts))
+            one = record[name]
+            parts = {"parts": one.get("parts", {}), "part_bytes": one.get("part_bytes", {})}
+            if label not in _REPEATED or not found:
+                found.append(Size(label=label, parameters=one["parameters"], bytes=one["bytes"], **parts))
         return found
 
     @property
@@ -222,7 +243,7 @@ class Recorded:
                 continue
             one = record["perplexity"][name] | {"text": record["perplexity"]["text"], "label": label}
             same = found and round(one["perplexity"], 2) == round(found[-1]["perplexity"], 2)
-            if label != "before recovery" or not same:  # the same model, measured twice
+            if label not in _REPEATED or not same:  # the same model, measured twice
                 found.append(one)
         return found
 
@@ -275,6 +296,21 @@ def read_record(path: Path) -> Record:
         InputError: one that cannot be read, is damaged, of a newer version, or not flexigpt's.
     """
     return _completed(_checked(_Record, _read(path), str(path)), str(path))
+
+
+def record_of(model: str) -> Record | None:
+    """What is recorded beside a local or hub model's weights, if anything is: the origin of what is made of it.
+
+    Raises:
+        InputError: a record that cannot be read.
+    """
+    file = find_file(model, RECORD)
+    if file is None:
+        return None
+    read_record(file)
+    found: Record = json.loads(file.read_text(encoding="utf-8"))
+    found.pop("files", None)  # of another folder
+    return found
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:

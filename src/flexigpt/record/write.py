@@ -260,6 +260,7 @@ def model_card(config: PreTrainedConfig, record: Record, picture: bool = False) 
         removed=removed,
         removed_from=removed and shown_name(removed["source"]),
         cost=cost_rows(record),
+        quantization=find_in(record, "quantization"),
         blocks=block_rows(config, record),
         picture=PLAN_PICTURE if picture else "",
         summary=plan_summary(plan, source_units(config)) if plan else "",

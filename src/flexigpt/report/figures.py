@@ -223,7 +223,7 @@ def storage_figure(recorded: Recorded) -> Drawn | None:
     for row, size in enumerate(sizes):
         left = 0.0
         for number, part in enumerate(parts):
-            width = size.parts.get(part, 0) * size.itemsize / scale
+            width = size.bytes_of(part) / scale
             (bar,) = axes.barh(row, width, left=left, height=0.62, color=_part_shade(part, number))
             bar.set_gid(f"stored-{row}-{part.replace(' ', '-').replace(',', '')}")
             left += width
