@@ -120,7 +120,8 @@ def variants_of(model: str, options: BenchmarkOptions) -> dict[str, str]:
         variants["source"] = options.against
     if not has_replicas(model):
         return variants | {"model": model}
-    own_variants = ("compact", "materialised", *(["speculative"] if 1 in options.batch_sizes else []))
+    folded = ["materialised"] if quantised_by(read_config(model)) is None else []
+    own_variants = ("compact", *folded, *(["speculative"] if 1 in options.batch_sizes else []))
     return variants | dict.fromkeys(own_variants, model)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
-    from flexigpt.model.architecture import ARCHITECTURES, find_architecture, num_blocks, weight_matrix
+    from flexigpt.model.architecture import ARCHITECTURES, find_architecture, num_blocks, quantised_by, weight_matrix
     from flexigpt.model.build import (
         all_tensors,
         check_depth,

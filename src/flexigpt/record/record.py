@@ -16,12 +16,13 @@ from flexigpt.model import (
     config_dtype,
     count_parts,
     plan_of,
+    quantised_by,
     source_units,
     stored_bytes,
 )
 from flexigpt.runtime import Cache, Track, digest, versions
 from flexigpt.text import TokenizedText
-from flexigpt.weights import Source, StreamedModel, open_empty, open_weights, quantised_by, quantised_parts
+from flexigpt.weights import Source, StreamedModel, open_empty, open_weights, quantised_parts
 
 Record = dict[str, Any]
 
@@ -100,9 +101,9 @@ def inspect_model(model: str) -> dict[str, Any]:
     """What a local or hub model consists of; its weights are not read.
 
     Returns:
-        JSON-ready: `plan` (None for a source model), `quantised_by` (None: it is not), `parameters` stored and effective
-        (the linears of a base counted again for each of its replicas), `bytes` stored and, for a folder, of its weight
-        files, `parts`: parameters and bytes of each, and `cache`: what the key/value cache takes.
+        JSON-ready: `plan` (None for a source model), `quantised_by` (a library or None), `parameters` stored and
+        effective (the linears of a base counted again for each of its replicas), `bytes` stored and, for a folder, of
+        its weight files, `parts`: parameters and bytes of each, and `cache`: what the key/value cache takes.
 
     Raises:
         InputError: a model that cannot be opened or is of a family that is not supported.

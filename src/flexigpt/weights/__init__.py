@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         open_empty,
         read_config,
     )
-    from flexigpt.weights.quantised import quantised_by, quantised_parts
+    from flexigpt.weights.quantised import quantised_parts
     from flexigpt.weights.shards import write_shards
     from flexigpt.weights.sources import (
         Assembly,

@@ -19,10 +19,10 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from flexigpt.model import FlexiGPTConfig, empty_model, plan_of, stored_tensors
+from flexigpt.model import FlexiGPTConfig, empty_model, plan_of, quantised_by, stored_tensors
 from flexigpt.runtime import InputError, check_dtype, find_device, fingerprint, one_line
 from flexigpt.weights.files import FILE_DTYPES, find_file, located, names_in_files, open_weights, opening
-from flexigpt.weights.quantised import quantised_by, quantised_parts
+from flexigpt.weights.quantised import quantised_parts
 
 _ADAPTER = "adapter_config.json"
 

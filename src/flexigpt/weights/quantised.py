@@ -1,26 +1,15 @@
-"""Quantised checkpoints: what quantised them, and which tensors in the files a parameter consists of."""
+"""Quantised checkpoints: which tensors in the files a parameter consists of."""
 
 import re
 from collections.abc import Mapping
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from flexigpt.runtime import InputError
 from flexigpt.weights.files import StoredTensor, WeightFiles
 
-# What `quantize` writes by; others are opened as what they are not, and refused.
-_LIBRARIES = ("torchao", "bitsandbytes")
-
 # Numbers, scales and zero points of torchao; what bitsandbytes knows of a weight beside its numbers.
 _PARTS = re.compile(r"\._weight_\w+$|\.weight\..+$")
-
-
-def quantised_by(config: PreTrainedConfig) -> str | None:
-    """The library that quantised a model, if it is one that we open."""
-    found = getattr(config, "quantization_config", None)
-    settings = found if isinstance(found, dict) else {} if found is None else found.to_dict()
-    method = settings.get("quant_method")
-    return method if method in _LIBRARIES else None
 
 
 def quantised_parts(weights: WeightFiles, model: PreTrainedModel) -> Mapping[str, list[StoredTensor]]:
