@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 from flexigpt.decoding.draft import SpeculateStatistics
 from flexigpt.decoding.options import BenchmarkOptions
 from flexigpt.decoding.speculate import speculative_generate
-from flexigpt.model import fast_half, materialize
+from flexigpt.model import fast_half, materialize, quantised_by
 from flexigpt.record import Rows, inspect_model
 from flexigpt.runtime import (
     InputError,
