@@ -18,6 +18,7 @@ from flexigpt import Plan, PruneOptions, inspect_model, prune, write_checkpoint
 from flexigpt.decoding import BenchmarkOptions
 from flexigpt.decoding.benchmark import variants_of
 from flexigpt.model import SublayerReplica
+from flexigpt.weights import load_model
 
 pytest.importorskip("torchao")
 pytest.importorskip("bitsandbytes")
@@ -71,12 +72,16 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 @torch.no_grad()
-def rounded(model: PreTrainedModel) -> PreTrainedModel:
-    """Each linear of a block rounded to 255 steps between minus and plus its row's largest number."""
+def decoded(model: PreTrainedModel, out: Path) -> PreTrainedModel:
+    """The model with its linears as they lie in the files: whole numbers times a scale for each row."""
+    tensors = stored(out)
     for name, parameter in model.named_parameters():
         if name.endswith(tuple(f"{linear}.weight" for linear in LINEARS)):
-            step = parameter.abs().amax(1, keepdim=True) / 127.5
-            parameter.copy_((parameter / step).round().clamp(-128, 127) * step)
+            parts = name.removesuffix("weight") + "_weight_"
+            step, numbers = tensors[f"{parts}scale"], tensors[f"{parts}qdata"]
+            assert not tensors[f"{parts}zero_point"].any()
+            assert (numbers * step - parameter).abs().le(0.51 * step).all(), "no weight moves by more than half a step"
+            parameter.copy_(numbers * step)
     return model
 
 
@@ -86,7 +91,7 @@ def test_8_bits_compute_what_rounding_to_them_does(
 ) -> None:
     source = request.getfixturevalue(form)
     out = quantised(source, 8)
-    torch.testing.assert_close(logits(opened(out)), logits(rounded(opened(source))), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(opened(out)), logits(decoded(opened(source), out)), atol=1e-4, rtol=1e-4)
     assert not torch.equal(logits(opened(out)), logits(opened(source)))
 
 
@@ -94,7 +99,9 @@ def test_8_bits_compute_what_rounding_to_them_does(
 def test_4_bits_stay_near_and_take_4_bits(form: str, quantised: Quantised, request: pytest.FixtureRequest) -> None:
     source = request.getfixturevalue(form)
     out = quantised(source, 4)
-    before, after = logits(opened(source)), logits(opened(out))
+    # bitsandbytes itself fails on an ordinary model of such odd shapes, where the CPU multiplies bfloat16.
+    again = load_model(str(out)) if form == "tiny_source" else opened(out)
+    before, after = logits(opened(source)), logits(again)
     assert 0 < (after - before).norm() < 0.25 * before.norm()
     tensors, was = stored(out), stored(source)
     linears = [name for name in was if name.endswith(tuple(f"{linear}.weight" for linear in LINEARS))]
@@ -184,7 +191,7 @@ def test_weights_that_are_not_all_there_are_refused(quantised: Quantised, tiny_s
     out = quantised(tiny_source, 4)
     tensors = {name: t for name, t in stored(out).items() if "layers.2.mlp.up_proj.weight" not in name}
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    code, _, errors = run("generate", out, "--prompt", "It was")
+    code, _, errors = run("generate", out, "--prompt", "It was", "--max-new-tokens", 2)
     assert code == 2
     assert "lack model.layers.2.mlp.up_proj.weight" in errors
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         SharedLinear,
         cache_name,
         linear_size,
+        unpacked_where_odd,
     )
     from flexigpt.model.plan import (
         ModelShape,

@@ -112,6 +112,18 @@ class NoSublayer(nn.Module):
         return (nothing, None) if self._is_attention else nothing
 
 
+def unpacked_where_odd(model: nn.Module) -> None:
+    """Keeps bitsandbytes from packing 4-bit weights for a CPU where their shape does not allow it: it would fail.
+
+    On CPUs that multiply bfloat16 it packs each weight when it is first used, and takes 32 rows and 64 columns at once.
+    MLPs with fewer units may have any number of them.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            outputs, inputs = linear_size(module)
+            module.support_avx512bf16_for_cpu = not (outputs % 32 or inputs % 64)
+
+
 def resized(linear: nn.Module, outputs: int, inputs: int) -> nn.Module:
     """A new linear of the same class, (outputs, inputs) large, with a bias where this has one."""
     weight: Any = linear.weight
@@ -219,6 +231,11 @@ class FlexiGPTForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def train(self, mode: bool = True) -> "FlexiGPTForCausalLM":
+        """nn.Module's own; `from_pretrained` ends with it, when quantised linears are in their places."""
+        unpacked_where_odd(self)
+        return super().train(mode)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

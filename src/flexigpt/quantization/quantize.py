@@ -11,7 +11,7 @@ from flexigpt.model import count_parts, parameter_bytes, stored_bytes
 from flexigpt.quantization.options import LIBRARIES, QuantizeOptions
 from flexigpt.record import Record, model_size, new_record, record_of
 from flexigpt.runtime import InputError, Track, silent
-from flexigpt.text import check_tokenizer, check_window_length, tokenize_text
+from flexigpt.text import TokenizedText, check_tokenizer, check_window_length, tokenize_text
 from flexigpt.weights import load_model, load_tokenizer, open_empty
 
 BEFORE, AFTER = "unquantised", "quantised"
@@ -38,27 +38,34 @@ def quantize(model: str, options: QuantizeOptions, track: Track = silent) -> tup
     check_tokenizer(model, tokenizer, empty.config)
     window_length = check_window_length(options.window_length, empty.config)
     how = _configuration(options.bits, empty.dtype)
-    text = None
+    measured: Record = {}
     if options.perplexity is not None:
         text = tokenize_text(options.perplexity, tokenizer, window_length=window_length)
+        measured = _measured(model, text, how, options, track)
+    record = new_record(model, options, {"window_length": window_length} if measured else {}) | measured
+    # Read again: on some CPUs bitsandbytes packs the weights of a model that has run, and would write others.
     quantised = load_model(model, device=options.device, quantization=how)
     before, after = model_size(empty), stored_bytes(quantised)
-    part_bytes = count_parts(quantised, lambda _, parameter: parameter_bytes(parameter))
     if after >= before["bytes"]:
         raise InputError(f"{model} has no linear that {LIBRARIES[options.bits]} quantises: give other --bits")
-    record = new_record(model, options, {} if text is None else {"window_length": window_length})
-    record["quantization"] = {"bits": options.bits, "library": LIBRARIES[options.bits]}
-    record["quantization"]["version"] = version(LIBRARIES[options.bits])
-    record |= {"compared": [BEFORE, AFTER], BEFORE: before, AFTER: before | {"bytes": after, "part_bytes": part_bytes}}
-    if text is not None:
-        source = load_model(model, device=options.device)
-        both = {BEFORE: source, AFTER: quantised}
-        measured = {name: perplexity(one, text, window_length=window_length, track=track) for name, one in both.items()}
-        record["perplexity"] = {"text": options.perplexity, **measured}
-        near = measure_fidelity(quantised, source, text, window_length=window_length, against=model, track=track)
-        record["fidelity"] = {name: near[name] for name in ("agreement", "divergence", "tokens")}
+    parts = count_parts(quantised, lambda _, parameter: parameter_bytes(parameter))
+    record |= {"compared": [BEFORE, AFTER], BEFORE: before, AFTER: before | {"bytes": after, "part_bytes": parts}}
+    library = LIBRARIES[options.bits]
+    record["quantization"] = {"bits": options.bits, "library": library, "version": version(library)}
     origin = record_of(model)
     return quantised, record | ({} if origin is None else {"origin": origin})
+
+
+def _measured(model: str, text: TokenizedText, how: Any, options: QuantizeOptions, track: Track) -> Record:
+    """Perplexity before and after, and how near they are."""
+    both = [load_model(model, device=options.device, quantization=one) for one in (None, how)]
+    length = check_window_length(options.window_length, both[0].config)
+    found = [perplexity(one, text, window_length=length, track=track) for one in both]
+    near = measure_fidelity(both[1], both[0], text, window_length=length, against=model, track=track)
+    return {
+        "perplexity": {"text": options.perplexity, BEFORE: found[0], AFTER: found[1]},
+        "fidelity": {name: near[name] for name in ("agreement", "divergence", "tokens")},
+    }
 
 
 def _configuration(bits: int, dtype: torch.dtype) -> Any:

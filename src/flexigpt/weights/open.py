@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from flexigpt.model import FlexiGPTConfig, empty_model, plan_of, quantised_by, stored_tensors
+from flexigpt.model import FlexiGPTConfig, empty_model, plan_of, quantised_by, stored_tensors, unpacked_where_odd
 from flexigpt.runtime import InputError, check_dtype, find_device, fingerprint, one_line
 from flexigpt.weights.files import FILE_DTYPES, find_file, located, names_in_files, open_weights, opening
 from flexigpt.weights.quantised import quantised_parts
@@ -115,6 +115,7 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto", quantizati
     for name, values in loaded.named_parameters():
         for tensor in stored_tensors(values):
             check_numbers(name, tensor, f"in {model}")  # logits need not tell: attention on a CPU makes 0 of NaN
+    unpacked_where_odd(loaded)
     return move(loaded.eval(), where)
 
 
