@@ -3,7 +3,7 @@
 examples/smollm2/get.sh && python examples/smollm2/texts.py out/smollm2-texts && python benchmarks/quantization.py
 
 Every row is a file that `from_pretrained` opens: the source and its prunings by 10, 20 and 30 %, each as it is, in 8
-and in 4 bits. Perplexity and agreement with the source are measured on the first tokens of two held-out texts. Three
+and in 4 bits. Perplexity and agreement with the source are measured on the first tokens of held-out texts. Three
 rows are simulated, by rounding the weights in memory: they are what `quantize` might do instead. What each row gave is
 kept in benchmarks/results/quantization.json and not measured again; the table lies beside it.
 """
@@ -26,7 +26,6 @@ from flexigpt.text import TokenizedText, tokenize_text
 from flexigpt.weights import load_model, load_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
-KINDS = ("novels", "technical")
 RATIOS = (0.0, 0.1, 0.2, 0.3)
 BITS = (16, 8, 4)
 LENGTH = 256
@@ -39,10 +38,13 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.work = arguments, Path(arguments.work)
         self.model = str(Path(arguments.model).resolve())
-        self.file = RESULTS / "quantization.json"
+        self.file = RESULTS / f"{arguments.out}.json"
         self.known: dict[str, Found] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.kinds: list[str] = arguments.kinds
         tokenizer = load_tokenizer(self.model)
-        self.texts = {kind: self.first_tokens(Path(arguments.texts) / f"{kind}.jsonl", tokenizer) for kind in KINDS}
+        self.texts = {
+            kind: self.first_tokens(Path(arguments.texts) / f"{kind}.jsonl", tokenizer) for kind in self.kinds
+        }
         self.likeliest: dict[str, list[torch.Tensor]] = {}
 
     def first_tokens(self, path: Path, tokenizer: Any) -> TokenizedText:
@@ -105,14 +107,15 @@ class Bench:
 
     def write(self) -> None:
         source = self.known["0, 16"]
+        headings = [*self.kinds, *(f"{kind}, same" for kind in self.kinds)]
         lines = [
-            "# Pruning on top of quantisation: SmolLM2-135M\n",
+            f"# Pruning on top of quantisation: {Path(self.model).name}\n",
             f"`python benchmarks/quantization.py`, {platform.machine()}, torch {torch.__version__}. Perplexity on the",
-            f"first {self.arguments.tokens:,} tokens of two held-out texts, windows of {LENGTH}; same: how often the",
+            f"first {self.arguments.tokens:,} tokens of held-out text, windows of {LENGTH}; same: how often the",
             "likeliest token is the bfloat16 source's. Pruned by `prune --ratio`, calibrated on 64 windows of other",
             "text, nothing recovered.\n",
-            "| pruned | stored as | MB | of the source | novels | technical | same, novels | same, technical |",
-            "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+            f"| {' | '.join(['pruned', 'stored as', 'MB', 'of the source', *headings])} |",
+            f"| ---: | --- | {' | '.join(['---:'] * (2 + len(headings)))} |",
         ]
         kinds = {16: "bfloat16", 8: "8 bits", 4: "4 bits"}
         rows = [(f"{ratio:g}, {bits}", f"{ratio:.0%}", kinds[bits]) for ratio in RATIOS for bits in BITS]
@@ -124,9 +127,11 @@ class Bench:
         for name, ratio, kind in rows:
             if (found := self.known.get(name)) is not None:
                 cells = [f"{found['bytes'] / 1e6:.1f}", f"{found['bytes'] / source['bytes']:.1%}"]
-                cells += [f"{found[text]:.2f}" for text in KINDS] + [f"{found[f'{text}, same']:.1%}" for text in KINDS]
+                cells += [f"{found[text]:.2f}" for text in self.kinds] + [
+                    f"{found[f'{text}, same']:.1%}" for text in self.kinds
+                ]
                 lines.append(f"| {' | '.join([ratio, kind, *cells])} |")
-        (RESULTS / "quantization.md").write_text("\n".join(lines) + "\n")
+        self.file.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 @torch.no_grad()
@@ -152,8 +157,10 @@ def by_groups(model: PreTrainedModel, group: int = 32) -> PreTrainedModel:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="shared/models/smollm2")
+    parser.add_argument("--model", default="out/smollm2-135m")
     parser.add_argument("--texts", default="out/smollm2-texts")
+    parser.add_argument("--kinds", nargs="*", default=["novels", "technical"], help="held-out texts, KIND.jsonl each")
+    parser.add_argument("--out", default="quantization", help="name of the results")
     parser.add_argument("--work", default="out/quantization")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS)
