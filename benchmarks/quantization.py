@@ -124,13 +124,13 @@ class Bench:
             ("embeddings, 4", "0%", "4 bits, embeddings in 8 (simulated)"),
             ("groups, 4", "0%", "4 bits, evenly spaced, groups of 32 (simulated)"),
         ]
-        for name, ratio, kind in rows:
+        for name, ratio, stored in rows:
             if (found := self.known.get(name)) is not None:
                 cells = [f"{found['bytes'] / 1e6:.1f}", f"{found['bytes'] / source['bytes']:.1%}"]
                 cells += [f"{found[text]:.2f}" for text in self.kinds] + [
                     f"{found[f'{text}, same']:.1%}" for text in self.kinds
                 ]
-                lines.append(f"| {' | '.join([ratio, kind, *cells])} |")
+                lines.append(f"| {' | '.join([ratio, stored, *cells])} |")
         self.file.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
