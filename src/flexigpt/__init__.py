@@ -40,11 +40,13 @@ if TYPE_CHECKING:
     from flexigpt.model import materialize as materialize
     from flexigpt.pruning import PRESETS as PRESETS
     from flexigpt.pruning import ExtendOptions as ExtendOptions
+    from flexigpt.pruning import FrontierOptions as FrontierOptions
     from flexigpt.pruning import PruneOptions as PruneOptions
     from flexigpt.pruning import assemble_extended as assemble_extended
     from flexigpt.pruning import assemble_pruned as assemble_pruned
     from flexigpt.pruning import assemble_removed as assemble_removed
     from flexigpt.pruning import extend as extend
+    from flexigpt.pruning import frontier as frontier
     from flexigpt.pruning import plan_only as plan_only
     from flexigpt.pruning import prune as prune
     from flexigpt.pruning import remove as remove

@@ -2,6 +2,7 @@
 
 # ruff: noqa: PLC0415 - so that help and usage errors wait for neither torch nor transformers
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from flexigpt.cli.effects import warn_idle
 from flexigpt.cli.options import Asked, add_command
 from flexigpt.decoding import BenchmarkOptions, GenerateOptions
 from flexigpt.evaluation import EvalOptions
-from flexigpt.pruning import PRESETS, ExtendOptions, PruneOptions
+from flexigpt.pruning import PRESETS, ExtendOptions, FrontierOptions, PruneOptions
 from flexigpt.quantization import QuantizeOptions
 from flexigpt.recovery import RecoverOptions
 from flexigpt.runtime import InputError
@@ -82,6 +83,35 @@ def prune(
             return
         with assemble_pruned(*given) as (made, _, record):
             _write(asked, out, source, made, record, track)
+
+
+def frontier(asked: Asked, source: Source, out: Out, overwrite: Overwrite = False, as_json: Json = False) -> None:
+    """Measure how small a source model can go: perplexity at a ladder of sizes, beside plain removal."""
+    options = asked.options()
+    from flexigpt.pruning import frontier as measure
+    from flexigpt.record import frontier_rows, reserved, write_frontier
+
+    with reserved(out, (source, options.calibration, options.perplexity), overwrite), asked.reporting() as track:
+
+        def note(point: dict[str, Any]) -> None:
+            plain = point["removed"]["perplexity"]
+            track.note(f"{point['share']:.1%}: perplexity {point['perplexity']:.2f}, plain removal {plain:.2f}")
+
+        record = measure(source, options, track, note) | {"command": asked.call.command}
+        write_frontier(out, record)
+    if as_json:
+        print_json(record)
+        return
+    knee = record["points"][record["knee"]]
+    show(frontier_rows(record), f"written to {out}; flexigpt report {out} draws it; the model at the knee:")
+    show(_command_for(source, knee["parameters"], options))
+
+
+def _command_for(source: str, parameters: int, options: FrontierOptions) -> str:
+    words = ["flexigpt", "prune", source, "OUT", "--target-size", str(parameters), "--calibration", options.calibration]
+    words += ["--windows", str(options.windows)] if options.windows != FrontierOptions.windows else []
+    words += ["--window-length", str(options.window_length)] if options.window_length is not None else []
+    return shlex.join([*words, "--perplexity", options.perplexity])
 
 
 def extend(asked: Asked, source: Source, out: Out, overwrite: Overwrite = False) -> None:
@@ -265,6 +295,12 @@ def add_commands(app: typer.Typer) -> None:
     text = f"--calibration {data}/calibration.jsonl"
     for name, function, options, example in (
         ("prune", prune, PruneOptions, f"flexigpt prune {data} out/small --ratio 0.3 {text} --window-length 256"),
+        (
+            "frontier",
+            frontier,
+            FrontierOptions,
+            f"flexigpt frontier {data} out/sizes {text} --perplexity {data}/validation.jsonl",
+        ),
         ("extend", extend, ExtendOptions, f"flexigpt extend {data} out/deep --blocks 4:12 --times 2"),
         ("recover", recover, RecoverOptions, "flexigpt recover out/small out/again --data my-text.jsonl --tokens 10M"),
         ("quantize", quantize, QuantizeOptions, "flexigpt quantize out/small out/small-8 --bits 8"),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         Rows,
         cost_rows,
         evaluation_rows,
+        frontier_rows,
         inspection_rows,
         notes,
         plan_rows,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         record_evaluation,
         reserved,
         write_checkpoint,
+        write_frontier,
         write_plan,
     )
 else:

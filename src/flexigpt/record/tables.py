@@ -1,5 +1,6 @@
 """What a record says, as tables: what became of each block, what it cost, on which text; models side by side."""
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
@@ -92,6 +93,8 @@ def _sentence(note: str) -> str:
     return f"{note[0].upper()}{note[1:]}."
 
 
+_BAR = 12  # characters of the longest bar
+
 _COSTS = "costs are of leaving the whole attention or MLP out: second-order estimates, up to a factor in nats a token"
 
 
@@ -172,6 +175,26 @@ def result_rows(config: PreTrainedConfig, record: Record) -> list[Rows]:
     """What became of each block, where there is something to say, and what it cost."""
     rows = block_rows(config, record)
     return [cost_rows(record)] if rows is None else [rows, cost_rows(record)]
+
+
+def frontier_rows(record: Record) -> Rows:
+    """Sizes from the largest to the smallest: perplexity of what `prune` makes, and of plain removal."""
+    source, points = record["source"], record["points"]
+    low = math.log(source["perplexity"])
+    high = max(math.log(point["perplexity"]) for point in points)
+    rows = [["100.0%", f"{source['parameters']:,}", megabytes(source["bytes"]), f"{source['perplexity']:.2f}", "", ""]]
+    for point in points:
+        filled = round(_BAR * (math.log(point["perplexity"]) - low) / (high - low)) if high > low else 0
+        sizes = [f"{point['share']:.1%}", f"{point['parameters']:,}", megabytes(point["bytes"])]
+        plain = f"{point['removed']['perplexity']:.2f}"
+        rows.append([*sizes, f"{point['perplexity']:.2f}", plain, "#" * filled])
+    knee = points[record["knee"]]
+    notes = [
+        f"perplexity on {shown_name(record['text'])}, untrained; bars: its logarithm above the source's",
+        f"the knee is at {knee['share']:.0%}: below it the perplexity rises faster than before",
+    ]
+    headings = ["size", "parameters", "MB", "perplexity", "plain removal", "loss"]
+    return Rows(headings, rows, align="rrrrrl", notes=notes)
 
 
 def cost_rows(record: Record) -> Rows:

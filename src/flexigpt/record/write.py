@@ -118,6 +118,16 @@ def write_plan(out: str | Path, plan: Plan, record: Record) -> None:
         _write_record(folder, record, out)
 
 
+def write_frontier(out: str | Path, record: Record) -> None:
+    """Writes record.json: the sizes, and what was measured of them.
+
+    Raises:
+        InputError: as `write_plan`.
+    """
+    with replaced_folder(out) as folder:
+        _write_record(folder, record, out)
+
+
 def _write_record(folder: Path, record: Record, out: str | Path) -> None:
     """The record, last, with the names of all files, so that the next run knows whose they are."""
     files = sorted([RECORD, *(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())])
