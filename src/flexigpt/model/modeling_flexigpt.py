@@ -118,7 +118,8 @@ def unpacked_where_odd(model: nn.Module) -> None:
     On CPUs that multiply bfloat16 it packs each weight when it is first used, and takes 32 rows and 64 columns at once.
     MLPs with fewer units may have any number of them.
     """
-    for module in model.modules():
+    linears: Any = model.modules()
+    for module in linears:
         if getattr(module, "support_avx512bf16_for_cpu", False):
             outputs, inputs = linear_size(module)
             module.support_avx512bf16_for_cpu = not (outputs % 32 or inputs % 64)
