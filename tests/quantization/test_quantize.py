@@ -88,7 +88,7 @@ def read_4(tensors: dict[str, torch.Tensor], name: str) -> tuple[torch.Tensor, t
     outer = part["nested_absmax"].repeat_interleave(256)[: len(part["absmax"])]
     scales = part["nested_quant_map"][part["absmax"].long()] * outer + state["nested_offset"]
     scales = scales.repeat_interleave(64)[: len(values)].view(state["shape"])
-    return values.view(state["shape"]) * scales, 0.16 * scales
+    return values.view(state["shape"]) * scales, 0.2 * scales
 
 
 READ = {8: read_8, 4: read_4}
