@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from flexigpt.cli.options import descriptions
-from flexigpt.decoding import BenchmarkOptions, GenerateOptions
+from flexigpt.decoding import BenchmarkOptions, GenerateOptions, SampleOptions
 from flexigpt.evaluation import EvalOptions
 from flexigpt.pruning import ExtendOptions, PruneOptions
 from flexigpt.quantization import QuantizeOptions
@@ -23,6 +23,7 @@ COMMANDS: dict[str, Any] = {
     "quantize": QuantizeOptions,
     "eval": EvalOptions,
     "generate": GenerateOptions,
+    "sample": SampleOptions,
     "benchmark": BenchmarkOptions,
 }
 PLACE = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -7,7 +7,7 @@ used. The rooms of the code; imports go down this table only:
     pruning      source -> plan -> compact model; plain removal; extension
     recovery     trains a model back
     quantization linears in 8 or 4 bits
-    decoding     generates, drafts and verifies, times both
+    decoding     generates, drafts and verifies, times both; has a model write its own text
     report       records -> figures and a page
     record       what a flow was asked and measured: made, written, read back, as tables
     replicas     what stands in for what is pruned: units chosen, adapters started; what is left, refitted
@@ -27,9 +27,11 @@ from flexigpt.runtime.doors import lazy_door
 if TYPE_CHECKING:
     __version__: str
     from flexigpt.decoding import BenchmarkOptions as BenchmarkOptions
+    from flexigpt.decoding import SampleOptions as SampleOptions
     from flexigpt.decoding import SpeculateOptions as SpeculateOptions
     from flexigpt.decoding import SpeculateStatistics as SpeculateStatistics
     from flexigpt.decoding import benchmark as benchmark
+    from flexigpt.decoding import sample as sample
     from flexigpt.decoding import speculative_generate as speculative_generate
     from flexigpt.evaluation import EvalOptions as EvalOptions
     from flexigpt.evaluation import evaluate as evaluate

@@ -19,6 +19,7 @@ from flexigpt.cli.commands import (
     GenerateOptions,
     PruneOptions,
     QuantizeOptions,
+    SampleOptions,
 )
 from flexigpt.cli.commands import RecoverOptions as Recover
 from flexigpt.cli.console import Lines
@@ -34,6 +35,7 @@ CLASSES = {
     "eval": EvalOptions,
     "generate": GenerateOptions,
     "quantize": QuantizeOptions,
+    "sample": SampleOptions,
     "benchmark": BenchmarkOptions,
 }
 
@@ -60,7 +62,7 @@ def test_every_field_is_described_and_is_an_option_or_pythons_alone(name: str) -
 def test_no_value_of_an_option_is_a_traceback(run: Run, name: str) -> None:
     """Of any option, of which many are numbers; those that are allowed end at a model that is not there."""
     needed = {"prune": ["out", "--ratio", "0.4"], "extend": ["out", "--blocks", "1:2"], "recover": ["out"]}
-    needed |= {"eval": ["--perplexity", "no/such/text"], "generate": ["--prompt", "Hi"]}
+    needed |= {"eval": ["--perplexity", "no/such/text"], "generate": ["--prompt", "Hi"], "sample": ["own.jsonl"]}
     needed["quantize"] = ["out", "--bits", "8"]
     for option in options_of(name):
         if option.is_flag:

@@ -13,7 +13,7 @@ import typer
 from flexigpt.cli.console import print_json, show, step_line, wants_line
 from flexigpt.cli.effects import warn_idle
 from flexigpt.cli.options import Asked, add_command
-from flexigpt.decoding import BenchmarkOptions, GenerateOptions
+from flexigpt.decoding import BenchmarkOptions, GenerateOptions, SampleOptions
 from flexigpt.evaluation import EvalOptions
 from flexigpt.pruning import PRESETS, ExtendOptions, FrontierOptions, PruneOptions
 from flexigpt.quantization import QuantizeOptions
@@ -67,8 +67,9 @@ def prune(
     from flexigpt.pruning import assemble_pruned, assemble_removed
     from flexigpt.pruning import plan_only as decide
     from flexigpt.record import notes, plan_rows, reserved, write_plan
+    from flexigpt.text import shares_of
 
-    inputs = (source, options.plan, options.calibration, options.perplexity)
+    inputs = (source, options.plan, *shares_of(options.calibration), options.perplexity)
     with reserved(out, inputs, overwrite), asked.reporting() as track:
         if plan_only:
             plan, record = decide(source, options, track, announced_to(out, track.note))
@@ -90,8 +91,12 @@ def frontier(asked: Asked, source: Source, out: Out, overwrite: Overwrite = Fals
     options = asked.options()
     from flexigpt.pruning import frontier as measure
     from flexigpt.record import frontier_rows, reserved, write_frontier
+    from flexigpt.text import shares_of
 
-    with reserved(out, (source, options.calibration, options.perplexity), overwrite), asked.reporting() as track:
+    with (
+        reserved(out, (source, *shares_of(options.calibration), options.perplexity), overwrite),
+        asked.reporting() as track,
+    ):
 
         def note(point: dict[str, Any]) -> None:
             plain = point["removed"]["perplexity"]
@@ -108,7 +113,9 @@ def frontier(asked: Asked, source: Source, out: Out, overwrite: Overwrite = Fals
 
 
 def _command_for(source: str, parameters: int, options: FrontierOptions) -> str:
-    words = ["flexigpt", "prune", source, "OUT", "--target-size", str(parameters), "--calibration", options.calibration]
+    texts = [options.calibration] if isinstance(options.calibration, str) else options.calibration
+    words = ["flexigpt", "prune", source, "OUT", "--target-size", str(parameters)]
+    words += [word for text in texts for word in ("--calibration", text)]
     words += ["--windows", str(options.windows)] if options.windows != FrontierOptions.windows else []
     words += ["--window-length", str(options.window_length)] if options.window_length is not None else []
     return shlex.join([*words, "--perplexity", options.perplexity])
@@ -258,6 +265,23 @@ def generate(asked: Asked, model: Model) -> None:
         print(statistics.line(), file=sys.stderr)
 
 
+def sample(
+    asked: Asked,
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="File to write, OUT.jsonl.")],
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the same, unfinished run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT, or an unfinished run.")] = False,
+) -> None:
+    """Have a model write text of its own: to calibrate it on, or to train what became of it, without a data set."""
+    options = asked.options()
+    from flexigpt.decoding import sample as write
+
+    with asked.reporting() as track:
+        written = write(model, out, options, resume=resume, overwrite=overwrite, track=track)
+    speed = f"{written['tokens_per_second']:,.0f} tokens/s"
+    show(f"{written['documents']:,} documents of {written['tokens']:,} tokens at {speed} written to {out}")
+
+
 def benchmark(asked: Asked, model: Model, as_json: Json = False) -> None:
     """Time a model and its variants, against its source where one is given: prefill, decoding, memory, storage."""
     options = asked.options()
@@ -292,7 +316,7 @@ def report(
 def add_commands(app: typer.Typer) -> None:
     """Adds every command to the app."""
     data = "examples/novel16"
-    text = f"--calibration {data}/calibration.jsonl"
+    text, measured = f"--calibration {data}/calibration.jsonl", f"--perplexity {data}/validation.jsonl"
     for name, function, options, example in (
         ("prune", prune, PruneOptions, f"flexigpt prune {data} out/small --ratio 0.3 {text} --window-length 256"),
         (
@@ -304,8 +328,9 @@ def add_commands(app: typer.Typer) -> None:
         ("extend", extend, ExtendOptions, f"flexigpt extend {data} out/deep --blocks 4:12 --times 2"),
         ("recover", recover, RecoverOptions, "flexigpt recover out/small out/again --data my-text.jsonl --tokens 10M"),
         ("quantize", quantize, QuantizeOptions, "flexigpt quantize out/small out/small-8 --bits 8"),
-        ("eval", evaluate, EvalOptions, f"flexigpt eval out/small {data} --perplexity {data}/validation.jsonl"),
+        ("eval", evaluate, EvalOptions, f"flexigpt eval out/small {data} {measured}"),
         ("generate", generate, GenerateOptions, 'flexigpt generate out/small --prompt "It was a dark"'),
+        ("sample", sample, SampleOptions, "flexigpt sample meta-llama/Llama-3.2-1B own.jsonl --tokens 1M"),
         ("benchmark", benchmark, BenchmarkOptions, f"flexigpt benchmark out/small --against {data}"),
         ("inspect", inspect, None, "flexigpt inspect out/small"),
         ("report", report, None, "flexigpt report out/small out/again --out report.html"),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         INNER,
         OUTPUT_NORM,
         REPLICA_PARTS,
+        count_blocks,
         count_parts,
         layout_of,
         model_shape,

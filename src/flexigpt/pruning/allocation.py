@@ -15,6 +15,7 @@ from flexigpt.pruning.source import CheckedSource, Workspace
 from flexigpt.record import Record
 from flexigpt.replicas import Elimination, eliminate
 from flexigpt.runtime import CachedStage, InputError, digest, parse_size
+from flexigpt.text import shown_texts
 
 # Gradients are taken on one window in so many: their second moments are small, and need less text than the units'.
 GRADIENT_SHARE = 4
@@ -49,7 +50,11 @@ class Measured(NamedTuple):
         """What the record says of it: the text, what it costs to leave out each whole sublayer, and an MLP's units."""
         options = workspace.options
         costs = {"attention": list(self.attentions), "mlp": [mlp.costs[-1].item() for mlp in self.mlps]}
-        text = {"text": options.calibration, "windows": list(workspace.windows.shape), "asked": options.windows}
+        text = {
+            "text": shown_texts(options.calibration),
+            "windows": list(workspace.windows.shape),
+            "asked": options.windows,
+        }
         return {"calibration": text, "sublayer_costs": costs, "mlp_units": len(self.mlps[0].order)}
 
 

@@ -11,6 +11,7 @@ from flexigpt.pruning.remove import assemble_removed
 from flexigpt.pruning.source import CheckedSource, Workspace
 from flexigpt.record import Record, measure_both
 from flexigpt.runtime import InputError, Track, digest, parse_share, silent
+from flexigpt.text import shown_texts
 
 # Of the source's parameters, between which sizes `prune` looks for the smallest that loses no more than asked, and how
 # near it comes.
@@ -55,7 +56,8 @@ def frontier(
             note(points[-1])
     workspace = ladder.workspace
     record = workspace.record() | {"source": ladder.source(), "points": points, "text": options.perplexity}
-    record["calibration"] = {"text": options.calibration, "windows": list(workspace.windows.shape)}
+    shape = list(workspace.windows.shape)
+    record["calibration"] = {"text": shown_texts(options.calibration), "windows": shape, "asked": options.windows}
     record["options"] = dataclasses.asdict(options)
     return record | {"knee": knee([(p["share"], p["perplexity"]) for p in points])} | workspace.took()
 

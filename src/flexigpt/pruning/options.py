@@ -10,6 +10,7 @@ from flexigpt.calibration import TEXT_GROUP, CalibrationOptions
 from flexigpt.model import Plan
 from flexigpt.replicas import MOST_GAMMA, REPLICA_GROUP, ReplicaOptions
 from flexigpt.runtime import InputError, RunOptions, flag, option, parse_numbers, parse_share
+from flexigpt.text import shares_of
 
 _WHAT = "What to prune"
 
@@ -71,6 +72,7 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
 
     def __post_init__(self) -> None:
         ReplicaOptions.__post_init__(self)  # which checks the fields of all of them
+        shares_of(self.calibration)
         how_much = ("ratio", "blocks", "target_size", "max_loss", "plan")
         given = [flag(name) for name in how_much if getattr(self, name) is not None]
         if len(given) != 1:

@@ -17,6 +17,7 @@ from flexigpt.evaluation import METRICS, Evaluation
 from flexigpt.model import FlexiGPTConfig, Plan, Replica, SublayerReplica, plan_of, plan_summary, source_units
 from flexigpt.record.record import Record, find_in
 from flexigpt.runtime import megabytes
+from flexigpt.text import shown_texts
 
 _FRAMED = 6  # columns at most of a table with a frame: with more it would not fit into 80 columns of a terminal
 
@@ -236,7 +237,7 @@ def notes(record: Record) -> list[str]:
     calibration = find_in(record, "calibration")
     if calibration:
         text, (windows, length) = calibration["text"], calibration["windows"]
-        short = calibration["asked"] - windows
+        short = calibration.get("asked", windows) - windows
         fewer = f"; the text is {short} windows short of the {windows + short} asked for" if short else ""
         judged = calibration.get("judged", windows)
         judging = f"the first {judged} of " if judged < windows else ""
@@ -245,8 +246,8 @@ def notes(record: Record) -> list[str]:
     if "recovery" in record:
         recovery = record["recovery"]
         lines.append(
-            f"trained ({recovery['train']}) on {recovery['tokens']:,} tokens of {record['options']['data']} in "
-            f"{recovery['steps']:,} steps"
+            f"trained ({recovery['train']}) on {recovery['tokens']:,} tokens of "
+            f"{shown_texts(record['options']['data'])} in {recovery['steps']:,} steps"
         )
     if "quantization" in record:
         how = "linears of the blocks in {bits} bits ({library} {version}), the rest as it was"

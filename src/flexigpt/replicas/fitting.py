@@ -33,9 +33,6 @@ _ADDITIVE_TOLERANCE = 0.02
 # Of the mean variance of an MLP's units, the weight of leaving its last linear as it was, where fewer units are left.
 _UNITS_RIDGE = 1e-3
 
-# What units give is added up over one batch in so many: only the start of a fit rests on it.
-_UNITS_SHARE = 4
-
 # Of what a norm's weight is scaled by, the weight of leaving it as it is.
 _GAIN_RIDGE = 0.1
 
@@ -153,10 +150,10 @@ class _Noted:
         """What the block makes of the stream, batch by batch."""
         down = self.linears[1]
         with watched(self.own, {*self.writes, down}) as seen:
-            for number, output in enumerate(self.theirs.outputs(self.own, self.index)):
+            for output in self.theirs.outputs(self.own, self.index):
                 for path, writes in self.writes.items():
                     writes.append(seen[path][1].reshape(output.shape))
-                if self._units is not None and number % _UNITS_SHARE == 0:
+                if self._units is not None:
                     given, written = (values.flatten(0, -2).float() for values in seen[down])
                     given = with_one(self.own, down, given[:, self._units.to(given.device)])
                     self._of_units[0].add(second_moment(given))
