@@ -12,6 +12,7 @@ from flexigpt.cli.options import descriptions
 from flexigpt.decoding import BenchmarkOptions, ChatOptions, GenerateOptions, SampleOptions
 from flexigpt.evaluation import EvalOptions
 from flexigpt.pruning import ExtendOptions, FrontierOptions, PruneOptions
+from flexigpt.quantization import QuantizeOptions
 from flexigpt.recovery import RecoverOptions
 from flexigpt.runtime import choices_of, flag
 from flexigpt.serving import ServeOptions
@@ -21,6 +22,7 @@ COMMANDS: dict[str, Any] = {
     "frontier": FrontierOptions,
     "extend": ExtendOptions,
     "recover": RecoverOptions,
+    "quantize": QuantizeOptions,
     "eval": EvalOptions,
     "generate": GenerateOptions,
     "chat": ChatOptions,

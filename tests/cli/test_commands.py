@@ -20,6 +20,7 @@ from flexigpt.cli.commands import (
     FrontierOptions,
     GenerateOptions,
     PruneOptions,
+    QuantizeOptions,
     SampleOptions,
 )
 from flexigpt.cli.commands import RecoverOptions as Recover
@@ -39,6 +40,7 @@ CLASSES = {
     "generate": GenerateOptions,
     "chat": ChatOptions,
     "serve": ServeOptions,
+    "quantize": QuantizeOptions,
     "sample": SampleOptions,
     "benchmark": BenchmarkOptions,
 }
@@ -68,6 +70,7 @@ def test_no_value_of_an_option_is_a_traceback(run: Run, name: str) -> None:
     needed = {"prune": ["out", "--ratio", "0.4"], "extend": ["out", "--blocks", "1:2"], "recover": ["out"]}
     needed |= {"frontier": ["out", "--perplexity", "no/such/text"]}
     needed |= {"eval": ["--perplexity", "no/such/text"], "generate": ["--prompt", "Hi"], "sample": ["own.jsonl"]}
+    needed["quantize"] = ["out", "--bits", "8"]
     for option in options_of(name):
         if option.is_flag:
             continue
@@ -78,7 +81,7 @@ def test_no_value_of_an_option_is_a_traceback(run: Run, name: str) -> None:
 
 
 def test_there_are_not_too_many_options() -> None:
-    assert sum(len(options_of(name)) for name in COMMANDS) <= 113
+    assert sum(len(options_of(name)) for name in COMMANDS) <= 119
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

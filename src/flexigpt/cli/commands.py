@@ -16,6 +16,7 @@ from flexigpt.cli.options import Asked, add_command
 from flexigpt.decoding import BenchmarkOptions, ChatOptions, GenerateOptions, SampleOptions
 from flexigpt.evaluation import EvalOptions
 from flexigpt.pruning import PRESETS, ExtendOptions, FrontierOptions, PruneOptions
+from flexigpt.quantization import QuantizeOptions
 from flexigpt.recovery import RecoverOptions
 from flexigpt.runtime import InputError
 from flexigpt.serving import ServeOptions
@@ -202,6 +203,19 @@ def recover(
     show(f"checkpoint written to {out}")
 
 
+def quantize(asked: Asked, model: Model, out: Out, overwrite: Overwrite = False) -> None:
+    """Store the linears of a model in 8 or 4 bits a weight; from_pretrained opens it."""
+    options = asked.options()
+    from flexigpt.quantization import quantize as convert
+    from flexigpt.record import cost_rows, reserved, write_checkpoint
+
+    with reserved(out, (model, options.perplexity), overwrite), asked.reporting() as track:
+        made, record = convert(model, options, track)
+        record |= {"command": asked.call.command}
+        write_checkpoint(out, made, record, source=model)
+        show(cost_rows(record), f"checkpoint written to {out}")
+
+
 def inspect(model: Model, as_json: Json = False) -> None:
     """Show the plan, stored and effective parameters, and the bytes of each part."""
     from flexigpt.record import inspect_model, inspection_rows
@@ -356,6 +370,7 @@ def add_commands(app: typer.Typer) -> None:
         ),
         ("extend", extend, ExtendOptions, f"flexigpt extend {data} out/deep --blocks 4:12 --times 2"),
         ("recover", recover, RecoverOptions, "flexigpt recover out/small out/again --data my-text.jsonl --tokens 10M"),
+        ("quantize", quantize, QuantizeOptions, "flexigpt quantize out/small out/small-8 --bits 8"),
         ("eval", evaluate, EvalOptions, f"flexigpt eval out/small {data} {measured}"),
         ("generate", generate, GenerateOptions, 'flexigpt generate out/small --prompt "It was a dark"'),
         ("chat", chat, ChatOptions, "flexigpt chat out/small"),

@@ -53,6 +53,7 @@ IDLE: Mapping[str, Sequence[Rule]] = {
             lambda asked: asked.tasks is None,
         ),
     ),
+    "quantize": ((("window_length",), "there is no --perplexity", lambda asked: asked.perplexity is None),),
     "generate": (_SAMPLES,),
     "chat": (_SAMPLES,),
 }

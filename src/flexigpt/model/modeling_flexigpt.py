@@ -195,6 +195,19 @@ class NoLinear(nn.Identity):
     """In the place of an inner linear of an MLP that is gone, where a family has no module for the MLP."""
 
 
+def unpacked_where_odd(model: nn.Module) -> None:
+    """Keeps bitsandbytes from packing 4-bit weights for a CPU where their shape does not allow it: it would fail.
+
+    On CPUs that multiply bfloat16 it packs each weight when it is first used, and takes 32 rows and 64 columns at once.
+    MLPs with fewer units may have any number of them.
+    """
+    linears: Any = model.modules()
+    for module in linears:
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            outputs, inputs = linear_size(module)
+            module.support_avx512bf16_for_cpu = not (outputs % 32 or inputs % 64)
+
+
 def resized(linear: nn.Module, outputs: int, inputs: int) -> nn.Module:
     """A new linear of the same class, (outputs, inputs) large, with a bias where this has one."""
     weight: Any = linear.weight
@@ -335,6 +348,11 @@ class FlexiGPTPreTrainedModel(PreTrainedModel):
     def _whole(self) -> Any:
         """What runs: the source's part with its head, where there is one."""
         return self.language_model
+
+    def train(self, mode: bool = True) -> "FlexiGPTPreTrainedModel":
+        """nn.Module's own; `from_pretrained` ends with it, when quantised linears are in their places."""
+        unpacked_where_odd(self)
+        return super().train(mode)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

@@ -9,7 +9,7 @@ from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
     from flexigpt.record.card import Picture, write_card
-    from flexigpt.record.read import Recorded, Size, fidelities, held_out, read_record, read_recorded
+    from flexigpt.record.read import Recorded, Size, fidelities, held_out, read_record, read_recorded, record_of
     from flexigpt.record.record import (
         RECORD,
         Record,

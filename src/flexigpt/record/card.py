@@ -192,6 +192,7 @@ def model_card(
         removed=removed,
         removed_from=removed and shown_name(removed["source"]),
         cost=cost_rows(record),
+        quantization=find_in(record, "quantization"),
         limits=list(_limits(config, record, evaluation)),
         blocks=block_rows(config, record),
         pictures=pictures,

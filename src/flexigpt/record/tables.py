@@ -225,6 +225,9 @@ def cost_rows(record: Record) -> Rows:
                     ("draft accepted", "acceptance", "{:.1%}".format),
                 )
             ]
+    if "fidelity" in record:
+        blank = [""] * (len(headings) - 1)
+        rows.append(["same likeliest token", *blank, f"{record['fidelity']['agreement']:.1%}", ""])
     return Rows(["", *headings, f"of {headings[0]}"], rows, notes=notes(record))
 
 
@@ -264,9 +267,12 @@ def notes(record: Record) -> list[str]:
             f"trained ({recovery['train']}) on {recovery['tokens']:,} tokens of "
             f"{shown_texts(record['options']['data'])} in {recovery['steps']:,} steps"
         )
+    if "quantization" in record:
+        how = "linears of the blocks in {bits} bits ({library} {version}), the rest as it was"
+        lines.append(how.format(**record["quantization"]))
     if "perplexity" in record:
         measured = record["perplexity"][record["compared"][1]]
-        untrained = "" if "recovery" in record else ", before any recovery training"
+        untrained = "" if "recovery" in record or "quantization" in record else ", before any recovery training"
         lines.append(
             f"perplexity per token on {measured['tokens']:,} tokens of {record['perplexity']['text']}, windows of "
             f"{measured['window_length']} without overlap{untrained}"
@@ -293,7 +299,8 @@ def inspection_rows(inspection: dict[str, Any]) -> list[Rows]:
         ["effective", f"{parameters['effective']:,}", ""],
         *([["weight files", "", megabytes(stored["files"])]] if stored["files"] else []),
     ]
-    title = f"{inspection['model']} ({kind}, {inspection['dtype']})"
+    by = "" if inspection["quantised_by"] is None else f", quantised by {inspection['quantised_by']}"
+    title = f"{inspection['model']} ({kind}, {inspection['dtype']}{by})"
     notes = [_cache_note(inspection["cache"], inspection["blocks"])]
     tables = [Rows(["part", "parameters", "MB"], rows + sums, title=title, sums=len(rows), notes=notes)]
     if plan is not None and plan.sublayers:
