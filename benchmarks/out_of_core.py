@@ -4,7 +4,7 @@ python benchmarks/out_of_core.py --shape llama-2-7b
 python benchmarks/out_of_core.py --shape tinyllama --memory 128MiB --kills 6
 python benchmarks/out_of_core.py --growth
 python benchmarks/out_of_core.py --pair llama-2-7b
-python benchmarks/out_of_core.py --preset default --source out/smollm2-135m --calibration TEXT --windows 64 --window-length 256
+python benchmarks/out_of_core.py --preset default --shape llama-2-7b
 
 Checkpoints are random, their spectra like trained ones'; they are made in --work and deleted afterwards. Every run is
 a `flexigpt prune` in a process of its own, whose memory is sampled. The floor is each byte read once, and what has to be
