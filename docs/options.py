@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 from flexigpt.cli.options import descriptions
 from flexigpt.decoding import BenchmarkOptions, GenerateOptions
 from flexigpt.evaluation import EvalOptions
+from flexigpt.export import ExportOptions
 from flexigpt.pruning import ExtendOptions, PruneOptions
 from flexigpt.recovery import RecoverOptions
 from flexigpt.runtime import choices_of, flag
@@ -22,6 +23,7 @@ COMMANDS: dict[str, Any] = {
     "eval": EvalOptions,
     "generate": GenerateOptions,
     "benchmark": BenchmarkOptions,
+    "export": ExportOptions,
 }
 PLACE = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

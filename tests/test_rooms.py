@@ -14,11 +14,11 @@ ROOMS = (
     "calibration",
     "replicas evaluation",
     "record",
-    "pruning recovery decoding report",
+    "pruning recovery decoding report export",
     "cli",
 )
 FLOOR = {room: floor for floor, names in enumerate(ROOMS) for room in names.split()}
-MOST_ARROWS = 53
+MOST_ARROWS = 58
 # Loaded by a room's `__init__.py` before the door is there.
 DOOR_ITSELF = "flexigpt.runtime.doors"
 

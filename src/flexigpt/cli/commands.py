@@ -14,6 +14,7 @@ from flexigpt.cli.effects import warn_idle
 from flexigpt.cli.options import Asked, add_command
 from flexigpt.decoding import BenchmarkOptions, GenerateOptions
 from flexigpt.evaluation import EvalOptions
+from flexigpt.export import ExportOptions
 from flexigpt.pruning import PRESETS, ExtendOptions, PruneOptions
 from flexigpt.recovery import RecoverOptions
 from flexigpt.runtime import InputError
@@ -164,6 +165,16 @@ def recover(
     show(f"checkpoint written to {out}")
 
 
+def export(asked: Asked, model: Model, out: Out, overwrite: Overwrite = False) -> None:
+    """Write a compact model in a form that other programs read: transformers, llama.cpp, MLX, ONNX, ExecuTorch."""
+    options = asked.options()
+    from flexigpt.export import export as write
+    from flexigpt.export import export_rows
+
+    record = write(model, out, options, overwrite=overwrite, command=asked.call.command)
+    show(export_rows(record), f"{options.to} written to {out}")
+
+
 def inspect(model: Model, as_json: Json = False) -> None:
     """Show the plan, stored and effective parameters, and the bytes of each part."""
     from flexigpt.record import inspect_model, inspection_rows
@@ -256,6 +267,7 @@ def add_commands(app: typer.Typer) -> None:
         ("eval", evaluate, EvalOptions, f"flexigpt eval out/small {data} --perplexity {data}/validation.jsonl"),
         ("generate", generate, GenerateOptions, 'flexigpt generate out/small --prompt "It was a dark"'),
         ("benchmark", benchmark, BenchmarkOptions, f"flexigpt benchmark out/small --against {data}"),
+        ("export", export, ExportOptions, "flexigpt export out/small out/stock --to stock"),
         ("inspect", inspect, None, "flexigpt inspect out/small"),
         ("report", report, None, "flexigpt report out/small out/again --out report.html"),
     ):

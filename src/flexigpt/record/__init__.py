@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         reserved,
         write_checkpoint,
         write_plan,
+        write_record,
     )
 else:
     lazy_door(__name__)
