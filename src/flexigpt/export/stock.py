@@ -106,9 +106,8 @@ def with_older_rope(settings: dict[str, Any]) -> dict[str, Any]:
     rope = settings.get("rope_parameters") or {}
     if "rope_theta" not in rope:  # by the type of layer, or none
         return settings
-    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-    plain = scaling.get("rope_type", "default") == "default"
-    return settings | {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else scaling}
+    plain = rope.get("rope_type", "default") == "default"
+    return settings | {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else rope}
 
 
 def write_tokenizer(model: str, out: Path) -> None:
