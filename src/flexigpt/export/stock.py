@@ -78,11 +78,16 @@ def unshrunk(compact: FlexiGPTForCausalLM) -> PreTrainedModel:
     return _filled(empty_model(config), there, compact)
 
 
-def rounded(compact: FlexiGPTForCausalLM, multiple: int) -> FlexiGPTForCausalLM:
-    """The compact model with units of zeros that make the number of each narrow MLP's units a multiple of another."""
+def rounded(compact: FlexiGPTForCausalLM, multiple: int, fill_gone: bool = False) -> FlexiGPTForCausalLM:
+    """The compact model with units of zeros that make the number of each narrow MLP's units a multiple of another.
+
+    With `fill_gone`, an MLP that is gone gets that many units of zeros.
+    """
     config = copy.deepcopy(compact.config)
     config.sublayers = [
-        row | {"units": -(-row["units"] // multiple) * multiple} if "units" in row else row
+        row | {"form": "units", "units": -(-row.get("units", 1) // multiple) * multiple}
+        if "units" in row or (fill_gone and row["sublayer"] == "mlp")
+        else row
         for row in compact.config.sublayers
     ]
     return cast(FlexiGPTForCausalLM, _filled(empty_model(config), all_tensors(compact), compact))
