@@ -117,8 +117,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
 
 def mlp_widths(model: PreTrainedModel) -> list[int]:
     """How many hidden units each block's MLP has; 0 where it is gone."""
-    config = model.config
-    down = find_architecture(config.text_config if isinstance(config, FlexiGPTConfig) else config).roles.down
+    down = find_architecture(model.config.get_text_config()).roles.down
     found = (dict(block.named_modules()).get(down) for block in layout_of(model).blocks)
     return [0 if linear is None or isinstance(linear, NoSublayer) else linear_size(linear)[1] for linear in found]
 
