@@ -155,6 +155,17 @@ def count_parts(model: PreTrainedModel) -> dict[str, int]:
     return parts
 
 
+def count_blocks(model: PreTrainedModel) -> list[int]:
+    """Parameters that each logical block stores; what a replica borrows counts in its base."""
+    layout, counted = layout_of(model), set[int]()
+    counts = [0] * len(layout.blocks)
+    for number in sorted(range(len(counts)), key=lambda block: block in layout.bases):  # bases before their replicas
+        for parameter in layout.blocks[number].parameters():
+            counts[number] += parameter.numel() * (id(parameter) not in counted)
+            counted.add(id(parameter))
+    return counts
+
+
 def stored_bytes(model: PreTrainedModel) -> int:
     """Bytes of the stored parameters, each counted once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
