@@ -4,10 +4,13 @@ python benchmarks/out_of_core.py --shape llama-2-7b
 python benchmarks/out_of_core.py --shape tinyllama --memory 128MiB --kills 6
 python benchmarks/out_of_core.py --growth
 python benchmarks/out_of_core.py --pair llama-2-7b
+python benchmarks/out_of_core.py --preset default --source out/smollm2-135m --calibration TEXT --windows 64 --window-length 256
 
 Checkpoints are random, their spectra like trained ones'; they are made in --work and deleted afterwards. Every run is
-a `flexigpt prune` in a process of its own, whose memory is sampled. The floor is each byte read once, one forward pass
-and the products of the factorisations, at the rates of this machine. Rows are added to
+a `flexigpt prune` in a process of its own, whose memory is sampled. The floor is each byte read once, and what has to be
+multiplied at least, at the rates of this machine: of the paper's preset one forward pass and the products of the
+factorisations; of the default what docs/speed.md counts. A forward pass of the same text through the same blocks, without
+logits, is timed beside it. Rows are added to
 benchmarks/results/out_of_core.json and the table made anew. --pair measures the distance of one pair of blocks by a
 full SVD for each linear, and adds to the row of that shape how long all pairs would take so.
 """
@@ -175,9 +178,49 @@ def floor_seconds(folder: Path, config: LlamaConfig, tokens: int, rank: int, pru
     }
 
 
-def matmul_rate() -> float:
-    """FLOPs a second of a float32 matrix product, the best of three."""
-    side = torch.ones(1024, 1024)
+def floor_of_units(folder: Path, config: LlamaConfig, tokens: int, ratio: float) -> dict[str, float]:
+    """The same of the default preset, by docs/speed.md."""
+    rate, double = matmul_rate(), matmul_rate(torch.float64)
+    blocks = [t for name, t in empty_model(config).named_parameters() if ".layers." in name and t.ndim == 2]
+    hidden, units, depth = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    attention = 4 * tokens * hidden * depth * 512 / 2
+    forward = (2 * tokens * sum(t.numel() for t in blocks) + attention) / rate
+    # Of a symmetric product half is computed.
+    moments = tokens * depth * (units**2 + 3 * hidden**2) / rate
+    kept = 1 - ratio * sum(t.numel() for t in blocks) / (3 * hidden * units * depth)
+    left = kept * units
+    fits = tokens * depth * (2 * left**2 + hidden**2 + 6 * hidden * left + 2 * hidden**2) / rate
+    num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return {
+        "reading": num_bytes / read_rate(next(iter(sorted(folder.glob("*.safetensors"))))),
+        "gradients": 3 * forward + 3 * 2 * tokens * config.vocab_size * hidden / rate,
+        "moments": moments,
+        "units": depth * 2 * units**3 / double,
+        "source": forward,
+        "ours": (1 - ratio) * forward,
+        "fits": fits,
+    }
+
+
+def forward_seconds(source: Path, text: str, windows: int, window_length: int, threads: int) -> float:
+    """CPU seconds of the text's way through the blocks, once, in a process of its own."""
+    code = (
+        "import sys, time\nfrom flexigpt.calibration import block_means\nfrom flexigpt.text import calibration_windows\n"
+        "from flexigpt.weights import Source, load_tokenizer\nname, text, windows, length = sys.argv[1:]\n"
+        "ids = calibration_windows(text, load_tokenizer(name), windows=int(windows), window_length=int(length), seed=0)\n"
+        "source, began = Source(name), time.process_time()\nblock_means(source, ids, {})\n"
+        "print(time.process_time() - began)"
+    )
+    command = [sys.executable, "-c", code, str(source), text, str(windows), str(window_length)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    return float(
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()[-1]
+    )
+
+
+def matmul_rate(dtype: torch.dtype = torch.float32) -> float:
+    """FLOPs a second of a matrix product, the best of three."""
+    side = torch.ones(1024, 1024, dtype=dtype)
     best = 0.0
     for _ in range(3):
         began = time.perf_counter()

@@ -9,19 +9,25 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from flexigpt.cli.options import descriptions
-from flexigpt.decoding import BenchmarkOptions, GenerateOptions, SampleOptions
+from flexigpt.decoding import BenchmarkOptions, ChatOptions, GenerateOptions, SampleOptions
 from flexigpt.evaluation import EvalOptions
 from flexigpt.export import ExportOptions
-from flexigpt.pruning import ExtendOptions, PruneOptions
+from flexigpt.pruning import ExtendOptions, FrontierOptions, PruneOptions
+from flexigpt.quantization import QuantizeOptions
 from flexigpt.recovery import RecoverOptions
 from flexigpt.runtime import choices_of, flag
+from flexigpt.serving import ServeOptions
 
 COMMANDS: dict[str, Any] = {
     "prune": PruneOptions,
+    "frontier": FrontierOptions,
     "extend": ExtendOptions,
     "recover": RecoverOptions,
+    "quantize": QuantizeOptions,
     "eval": EvalOptions,
     "generate": GenerateOptions,
+    "chat": ChatOptions,
+    "serve": ServeOptions,
     "sample": SampleOptions,
     "benchmark": BenchmarkOptions,
     "export": ExportOptions,

@@ -17,6 +17,7 @@ from families import tiny_config
 from flexigpt import PruneOptions, prune, write_checkpoint
 from flexigpt.cli.main import main
 from flexigpt.recovery import checkpoints
+from talking import TEMPLATE
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "novel16"
 
@@ -70,6 +71,15 @@ def tiny_compact(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("tiny") / "compact"
     model, _, record = prune(str(tiny_source), PruneOptions.paper(blocks=(2, 4), rank=4))
     write_checkpoint(folder, model, record, source=str(tiny_source))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def talker(tiny_compact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny compact model, whose tokenizer has a chat template: the one in `talking`."""
+    folder = tmp_path_factory.mktemp("talker") / "model"
+    shutil.copytree(tiny_compact, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 
 

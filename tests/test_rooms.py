@@ -14,11 +14,11 @@ ROOMS = (
     "calibration",
     "replicas evaluation",
     "record",
-    "pruning recovery decoding report export",
+    "pruning recovery quantization decoding serving report export",
     "cli",
 )
 FLOOR = {room: floor for floor, names in enumerate(ROOMS) for room in names.split()}
-MOST_ARROWS = 58
+MOST_ARROWS = 70
 # Loaded by a room's `__init__.py` before the door is there.
 DOOR_ITSELF = "flexigpt.runtime.doors"
 

@@ -6,7 +6,9 @@ used. The rooms of the code; imports go down this table only:
     cli          arguments in, one flow called, its result printed
     pruning      source -> plan -> compact model; plain removal; extension
     recovery     trains a model back
+    quantization linears in 8 or 4 bits
     decoding     generates, drafts and verifies, times both; has a model write its own text
+    serving      other programs' servers, taught what a compact model is
     report       records -> figures and a page
     export       a compact model in the forms that other programs read
     record       what a flow was asked and measured: made, written, read back, as tables
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
     from flexigpt.pruning import plan_only as plan_only
     from flexigpt.pruning import prune as prune
     from flexigpt.pruning import remove as remove
+    from flexigpt.quantization import QuantizeOptions as QuantizeOptions
+    from flexigpt.quantization import quantize as quantize
     from flexigpt.record import inspect_model as inspect_model
     from flexigpt.record import write_checkpoint as write_checkpoint
     from flexigpt.recovery import RecoverOptions as RecoverOptions

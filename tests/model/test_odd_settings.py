@@ -89,7 +89,8 @@ def test_no_method_of_the_source_is_passed_over(family: str) -> None:
         if callable(value) and name in names_of_stock and not name.startswith("__")
     }
     # The source's own model is built, and its weights drawn, by its own class.
-    assert own - {"_init_weights", "config_class"} <= {*vars(FlexiGPTForCausalLM), *vars(full_rank(source, 1))}
+    ours = FlexiGPTForCausalLM
+    assert own - {"_init_weights", "config_class"} <= {*vars(ours), *vars(ours.__base__), *vars(full_rank(source, 1))}
 
 
 @pytest.mark.parametrize("family", ALL)

@@ -67,7 +67,7 @@ def test_a_killed_run_finds_its_points_again(example: Path, short: dict[str, Any
     points = frontier(str(example), options, track)["points"]
     assert len(points) == 3
     assert stages.count("fitting blocks") == 4  # of two sizes: what prune makes, and what removal leaves
-    assert "measuring units" not in stages
+    assert "measuring sensitivities" not in stages
     assert frontier(str(example), options)["points"] == points
 
 

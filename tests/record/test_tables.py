@@ -41,6 +41,19 @@ def test_the_cost_of_training_stands_between_before_and_after() -> None:
     assert len(cost_rows(recovered()).rows) == 2
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_what_was_trained_is_compared_with_its_source_too(same: bool) -> None:
+    """Its perplexity stands there if it is that of the same text."""
+    measured = {"perplexity": 20.0, "tokens": 900, "window_length": 64}
+    text = "validation.jsonl" if same else "another.jsonl"
+    pruning = recovered(compared=["source", "compact"], source={"parameters": 4000, "bytes": 16000}, compact=SIZE)
+    pruning["perplexity"] = {"text": text, "source": measured, "compact": measured}
+    cost = cost_rows(recovered(perplexity=PERPLEXITY, origin=recovered(origin=pruning)))
+    assert cost.headings == ["", "source", "before", "after", "of source"]
+    assert cost.rows[0] == ["stored parameters", "4,000", "2,000", "2,000", "50.0%"]
+    assert cost.rows[-1] == ["perplexity", "20.00" if same else "", "40.00", "30.00", "150.0%" if same else ""]
+
+
 def test_a_trained_models_notes_say_on_what_and_claim_no_lack_of_training() -> None:
     trained, measured = notes(recovered(perplexity=PERPLEXITY))
     assert trained == "trained (adapters) on 12,345 tokens of novels.jsonl in 67 steps"

@@ -212,7 +212,7 @@ def test_a_trained_ordinary_model_has_a_card_without_one(tiny_source: Path, tmp_
     record = recovered(**({"origin": removal} if told else {}))
     write_checkpoint(tmp_path / "out", model, record, source=str(tiny_source))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert ("# pruned, shorter" if told else "# pruned, trained") in card
+    assert ("# source, shorter" if told else "# pruned, trained") in card
     assert ("Removed: 2 of the 6 blocks of source." in card) == told
     assert ("## Blocks" in card) == told
     assert "Trained (adapters) on 12,345 tokens" in card

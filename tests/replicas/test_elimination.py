@@ -35,7 +35,7 @@ def by_least_squares(weight: torch.Tensor, inputs: torch.Tensor, errors: torch.T
 def test_costs_are_those_of_the_weight_refitted_to_the_units_that_are_left(
     problem: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
-    found = eliminate(*problem)
+    found = eliminate(*(values.clone() for values in problem))
     assert found.left.tolist() == list(range(UNITS, -1, -1))
     for left, cost in zip(found.left.tolist(), found.costs.tolist(), strict=True):
         assert cost == pytest.approx(by_least_squares(*problem, found.kept(left).tolist()), rel=1e-9, abs=1e-9)
@@ -44,7 +44,7 @@ def test_costs_are_those_of_the_weight_refitted_to_the_units_that_are_left(
 def test_each_step_takes_the_unit_whose_loss_costs_least(
     problem: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
-    found = eliminate(*problem)
+    found = eliminate(*(values.clone() for values in problem))
     for left in range(UNITS, 0, -1):
         kept = found.kept(left).tolist()
         cheapest = min(combinations(kept, left - 1), key=lambda rest: by_least_squares(*problem, list(rest)))

@@ -22,6 +22,6 @@ if TYPE_CHECKING:
     )
     from flexigpt.calibration.moments import RunningSum, second_moment
     from flexigpt.calibration.options import TEXT_GROUP, CalibrationOptions
-    from flexigpt.calibration.sensitivity import gradient_moments, input_moments
+    from flexigpt.calibration.sensitivity import Sensitivity, sensitivities
 else:
     lazy_door(__name__)

@@ -145,11 +145,11 @@ class Stream:
 
     def backward(
         self, block: nn.Module, index: int, gradients: "HiddenStates", paths: Sequence[str]
-    ) -> Iterator[dict[str, torch.Tensor]]:
+    ) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
         """Takes gradients by what a block puts out to those by the hidden states, in place, batch by batch.
 
         Yields:
-            By path of each of these modules within the block: the gradient by what it returned.
+            By path of each of these modules within the block: what it was given, and the gradient by what it returned.
         """
         for number, inputs in enumerate(self.hidden):
             args, kwargs = self._arguments[inputs.shape[:2]][index]
@@ -159,7 +159,7 @@ class Stream:
                 returned = [seen[path][1] for path in paths]
                 first, *others = torch.autograd.grad(output, [entering, *returned], gradients[number])
             gradients[number] = first
-            yield dict(zip(paths, others, strict=True))
+            yield {path: (seen[path][0].detach(), other) for path, other in zip(paths, others, strict=True)}
 
     def advance(self, block: nn.Module, index: int) -> None:
         """The hidden states become what a block makes of them."""
@@ -233,15 +233,15 @@ def overflow(what: str) -> InputError:
 
 
 class SavedStates:
-    """What a calibration leaves in its stage, where there is one, to go on from; under a name of its own."""
+    """What a calibration leaves in its stage, where there is one, to go on from."""
 
-    def __init__(self, stage: CachedStage | None, hidden: HiddenStates, name: str = "progress") -> None:
-        self._stage, self._hidden, self._name = stage, hidden, name
+    def __init__(self, stage: CachedStage | None, hidden: HiddenStates) -> None:
+        self._stage, self._hidden = stage, hidden
         self._latest, self._cost = time.monotonic(), 0.0
 
     def found(self) -> tuple[int, dict[str, list[float]]] | None:
         """How many blocks are done, and their means; the hidden states are then those behind them."""
-        file = None if self._stage is None else self._stage.kept(self._name)
+        file = None if self._stage is None else self._stage.kept("progress")
         if file is None:
             return None
         done, means, batches = torch.load(file, mmap=True, weights_only=True)
@@ -254,7 +254,7 @@ class SavedStates:
         began = time.monotonic()
         if self._stage is None or began - self._latest < max(_SAVE_SECONDS, _SAVE_SHARE * self._cost):
             return
-        with self._stage.keeping(self._name) as temporary:
+        with self._stage.keeping("progress") as temporary:
             torch.save((done, means, self._hidden.held), temporary)
         self._latest = time.monotonic()
         self._cost = self._latest - began

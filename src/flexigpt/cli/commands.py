@@ -13,12 +13,14 @@ import typer
 from flexigpt.cli.console import print_json, show, step_line, wants_line
 from flexigpt.cli.effects import warn_idle
 from flexigpt.cli.options import Asked, add_command
-from flexigpt.decoding import BenchmarkOptions, GenerateOptions, SampleOptions
+from flexigpt.decoding import BenchmarkOptions, ChatOptions, GenerateOptions, SampleOptions
 from flexigpt.evaluation import EvalOptions
 from flexigpt.export import ExportOptions
 from flexigpt.pruning import PRESETS, ExtendOptions, FrontierOptions, PruneOptions
+from flexigpt.quantization import QuantizeOptions
 from flexigpt.recovery import RecoverOptions
 from flexigpt.runtime import InputError
+from flexigpt.serving import ServeOptions
 
 if TYPE_CHECKING:
     from flexigpt.pruning import Estimate
@@ -212,6 +214,19 @@ def export(asked: Asked, model: Model, out: Out, overwrite: Overwrite = False) -
     show(export_rows(record), f"{options.to} written to {out}")
 
 
+def quantize(asked: Asked, model: Model, out: Out, overwrite: Overwrite = False) -> None:
+    """Store the linears of a model in 8 or 4 bits a weight; from_pretrained opens it."""
+    options = asked.options()
+    from flexigpt.quantization import quantize as convert
+    from flexigpt.record import cost_rows, reserved, write_checkpoint
+
+    with reserved(out, (model, options.perplexity), overwrite), asked.reporting() as track:
+        made, record = convert(model, options, track)
+        record |= {"command": asked.call.command}
+        write_checkpoint(out, made, record, source=model)
+        show(cost_rows(record), f"checkpoint written to {out}")
+
+
 def inspect(model: Model, as_json: Json = False) -> None:
     """Show the plan, stored and effective parameters, and the bytes of each part."""
     from flexigpt.record import inspect_model, inspection_rows
@@ -252,14 +267,32 @@ def evaluate(
 
 
 def generate(asked: Asked, model: Model) -> None:
-    """Continue a prompt; the text appears as it is made."""
+    """Continue or answer a prompt; the text appears as it is made."""
     options = asked.options()
     from flexigpt.decoding import generate as write
 
-    statistics = write(model, options, lambda piece: print(piece, end="", flush=True))
+    notes: list[str] = []
+    write(model, options, lambda piece: print(piece, end="", flush=True), notes.append)
     print()
-    if statistics is not None:
-        print(statistics.line(), file=sys.stderr)
+    for line in notes:
+        print(line, file=sys.stderr)
+
+
+def chat(asked: Asked, model: Model) -> None:
+    """Talk with a model in the terminal: /reset begins anew, Ctrl-C stops an answer, Ctrl-D ends."""
+    options = asked.options()
+    from flexigpt.cli.chat import converse
+    from flexigpt.decoding import Conversation
+
+    converse(Conversation(model, options))
+
+
+def serve(asked: Asked, model: Model) -> None:
+    """Serve a model to OpenAI's clients: chat and completions, streamed or whole."""
+    options = asked.options()
+    from flexigpt.serving import serve as listen
+
+    listen(model, options, lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def sample(
@@ -310,6 +343,30 @@ def report(
     show(f"report written to {written}, its figures to {written.parent / FIGURES}")
 
 
+def card(
+    model: Annotated[Path, typer.Argument(help="Folder of a checkpoint that flexigpt wrote.")],
+    repository: Annotated[
+        str | None, typer.Argument(help="Its name on the hub, OWNER/NAME. [default: what the card says already]")
+    ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(help="licence, as the hub calls it. [default: the source's]", metavar="ID", show_default=False),
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            help="the source's name on the hub. [default: as known]", metavar="OWNER/NAME", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Write a checkpoint's model card again, with its name on the hub, pictures and what was measured since."""
+    from flexigpt.record import write_card
+    from flexigpt.report import card_pictures
+
+    write_card(model, repository, license=license, base_model=base_model, pictures=card_pictures(model))
+    show(f"model card written to {model / 'README.md'}")
+
+
 def add_commands(app: typer.Typer) -> None:
     """Adds every command to the app."""
     data = "examples/novel16"
@@ -324,12 +381,16 @@ def add_commands(app: typer.Typer) -> None:
         ),
         ("extend", extend, ExtendOptions, f"flexigpt extend {data} out/deep --blocks 4:12 --times 2"),
         ("recover", recover, RecoverOptions, "flexigpt recover out/small out/again --data my-text.jsonl --tokens 10M"),
+        ("quantize", quantize, QuantizeOptions, "flexigpt quantize out/small out/small-8 --bits 8"),
         ("eval", evaluate, EvalOptions, f"flexigpt eval out/small {data} {measured}"),
         ("generate", generate, GenerateOptions, 'flexigpt generate out/small --prompt "It was a dark"'),
+        ("chat", chat, ChatOptions, "flexigpt chat out/small"),
+        ("serve", serve, ServeOptions, "flexigpt serve out/small"),
         ("sample", sample, SampleOptions, "flexigpt sample meta-llama/Llama-3.2-1B own.jsonl --tokens 1M"),
         ("benchmark", benchmark, BenchmarkOptions, f"flexigpt benchmark out/small --against {data}"),
         ("export", export, ExportOptions, "flexigpt export out/small out/stock --to stock"),
         ("inspect", inspect, None, "flexigpt inspect out/small"),
         ("report", report, None, "flexigpt report out/small out/again --out report.html"),
+        ("card", card, None, "flexigpt card out/small me/small-llama"),
     ):
         add_command(app, name, function, options, example=example)

@@ -8,6 +8,7 @@ from flexigpt.runtime import flag, launched_rank
 
 # Of each command: (fields, why they have no effect, whether that holds for these options).
 Rule = tuple[Sequence[str], str, Callable[[Any], bool]]
+_SAMPLES: Rule = (("top_p", "seed"), "there is no --temperature", lambda asked: not asked.temperature)
 IDLE: Mapping[str, Sequence[Rule]] = {
     "prune": (
         (("block_score",), "--blocks names the blocks", lambda asked: asked.blocks is not None),
@@ -52,7 +53,9 @@ IDLE: Mapping[str, Sequence[Rule]] = {
             lambda asked: asked.tasks is None,
         ),
     ),
-    "generate": ((("top_p", "seed"), "there is no --temperature", lambda asked: not asked.temperature),),
+    "quantize": ((("window_length",), "there is no --perplexity", lambda asked: asked.perplexity is None),),
+    "generate": (_SAMPLES,),
+    "chat": (_SAMPLES,),
 }
 
 

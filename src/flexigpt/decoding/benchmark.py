@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 from flexigpt.decoding.draft import SpeculateStatistics
 from flexigpt.decoding.options import BenchmarkOptions
 from flexigpt.decoding.speculate import speculative_generate
-from flexigpt.model import fast_half, materialize
+from flexigpt.model import fast_half, materialize, quantised_by
 from flexigpt.record import Rows, inspect_model
 from flexigpt.runtime import (
     InputError,
@@ -120,7 +120,8 @@ def variants_of(model: str, options: BenchmarkOptions) -> dict[str, str]:
         variants["source"] = options.against
     if not has_replicas(model):
         return variants | {"model": model}
-    own_variants = ("compact", "materialised", *(["speculative"] if 1 in options.batch_sizes else []))
+    folded = ["materialised"] if quantised_by(read_config(model)) is None else []
+    own_variants = ("compact", *folded, *(["speculative"] if 1 in options.batch_sizes else []))
     return variants | dict.fromkeys(own_variants, model)
 
 

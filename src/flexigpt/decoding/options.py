@@ -1,5 +1,6 @@
-"""What generation, speculative decoding, sampling and the benchmark can be asked for. No torch."""
+"""What generation, a conversation, speculative decoding, sampling and the benchmark can be asked for. No torch."""
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -26,44 +27,80 @@ class SpeculateOptions:
         check_options(self)
 
 
+def _check_top_p(top_p: float) -> None:
+    if not 0 < top_p <= 1:
+        raise InputError(f"--top-p {top_p} is out of range: give more than 0, at most 1")
+
+
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(RunOptions, SpeculateOptions):
-    """What to generate, and how.
+class WritingOptions(RunOptions):
+    """How a model writes.
 
     Attributes:
-        prompt: text to continue.
         max_new_tokens: tokens to generate at most.
         temperature: 0 takes the likeliest token each time; above, tokens are sampled at that temperature.
         top_p: with a temperature: samples from the likeliest tokens that hold this share of the probability.
         seed: with a temperature: makes samples repeatable.
-        speculative: drafts with the replicas skipped and verifies with the whole model: the same text (or, with a
-            temperature, samples of the same distribution) in fewer passes.
-        materialize: folds the replicas' adapters into weights of their own first: the memory and, but for the output
-            norms, the speed of the source.
     """
 
-    prompt: str = option(group=_WHAT, everyday=True)
     max_new_tokens: int = option(128, group=_WHAT, everyday=True, least=1)
     temperature: float = option(0.0, group=_WHAT, everyday=True)
     top_p: float = option(1.0, group=_WHAT)
     seed: int = option(0, group=_WHAT)
-    speculative: bool = option(False, everyday=True)
-    materialize: bool = option(False, command=False)
 
     def __post_init__(self) -> None:
         check_options(self)
-        # Surrogates are how Python hands on bytes of the command line that are not UTF-8.
-        if not self.prompt or any("\ud800" <= character <= "\udfff" for character in self.prompt):
-            raise InputError("--prompt is empty or not valid UTF-8: give some text to continue")
         least, most = _TEMPERATURES
         if self.temperature != 0 and not least <= self.temperature <= most:
             raise InputError(f"--temperature {self.temperature} is out of range: give 0, or {least} to {most}")
         _check_top_p(self.top_p)
 
 
-def _check_top_p(top_p: float) -> None:
-    if not 0 < top_p <= 1:
-        raise InputError(f"--top-p {top_p} is out of range: give more than 0, at most 1")
+def _typed_prompt(prompt: str) -> str:
+    """The prompt as it was typed; for - what standard input holds, without the line end that closes a file."""
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not valid UTF-8 at byte {error.start}: save the prompt as UTF-8") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(WritingOptions, SpeculateOptions):
+    """What to generate, and how.
+
+    Attributes:
+        prompt: text to continue, or to answer where the tokenizer has a chat template; - reads it from standard input,
+            so that a file is < FILE.
+        raw: the prompt is continued as it stands, whatever chat template there is.
+        speculative: drafts with the replicas skipped and verifies with the whole model: the same text (or, with a
+            temperature, samples of the same distribution) in fewer passes.
+        materialize: folds the replicas' adapters into weights of their own first: the memory and, but for the output
+            norms, the speed of the source.
+    """
+
+    prompt: str = option(group=_WHAT, everyday=True, parse=_typed_prompt)
+    raw: bool = option(False, group=_WHAT, everyday=True)
+    speculative: bool = option(False, everyday=True)
+    materialize: bool = option(False, command=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Surrogates are how Python hands on bytes of the command line that are not UTF-8.
+        if not self.prompt or any("\ud800" <= character <= "\udfff" for character in self.prompt):
+            raise InputError("--prompt is empty or not valid UTF-8: give some text to continue")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(WritingOptions):
+    """How a model answers.
+
+    Attributes:
+        max_new_tokens: tokens of an answer at most.
+    """
+
+    max_new_tokens: int = option(512, group=_WHAT, everyday=True, least=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
     from flexigpt.evaluation.evaluate import Evaluation, evaluate, is_same, mean_accuracy
+    from flexigpt.evaluation.fidelity import measure_fidelity
     from flexigpt.evaluation.metrics import METRICS
     from flexigpt.evaluation.options import EvalOptions
     from flexigpt.evaluation.perplexity import LOGITS_BUDGET, logits_over, perplexity, windows_perplexity

@@ -80,6 +80,8 @@ def export(
                 f"{model} is no compact model but an ordinary {empty.config.model_type}: other programs read it as it "
                 "is, and their own tools convert it"
             )
+        if getattr(empty.config, "quantization_config", None):
+            raise InputError(f"{model} is quantised: export the model that it was made of, with --bits")
         source = empty.config.get_text_config()
         source.dtype = empty.dtype
         sizes = {"unpruned": stored_bytes(empty_model(source)), "compact": stored_bytes(empty)}

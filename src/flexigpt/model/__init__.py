@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
-    from flexigpt.model.architecture import ARCHITECTURES, find_architecture, num_blocks, weight_matrix
+    from flexigpt.model.architecture import ARCHITECTURES, find_architecture, num_blocks, quantised_by, weight_matrix
     from flexigpt.model.build import (
         all_tensors,
         check_depth,
@@ -32,9 +32,11 @@ if TYPE_CHECKING:
         layout_of,
         mlp_widths,
         model_shape,
+        parameter_bytes,
         plan_of,
         source_units,
         stored_bytes,
+        stored_tensors,
         sublayer_paths,
     )
     from flexigpt.model.modeling_flexigpt import (
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
         SharedLinear,
         cache_name,
         linear_size,
+        unpacked_where_odd,
     )
     from flexigpt.model.plan import (
         ModelShape,

@@ -152,6 +152,18 @@ _ATTENTION_TYPES = frozenset(("full_attention", "sliding_attention", "chunked_at
 _RECURRENT_SETTINGS = ("mamba_d_state", "ssm_state_size", "state_size", "lru_width", "attn_layer_period")
 
 
+# What `quantize` writes by.
+_QUANTISERS = ("torchao", "bitsandbytes")
+
+
+def quantised_by(config: PreTrainedConfig) -> str | None:
+    """The library that quantised a model, if it is one whose models can be run here: nothing can be made of them."""
+    found = getattr(config, "quantization_config", None)
+    settings = found if isinstance(found, dict) else {} if found is None else found.to_dict()
+    method = settings.get("quant_method")
+    return str(method) if method in _QUANTISERS else None
+
+
 def find_architecture(config: PreTrainedConfig) -> Architecture:
     """The row of a source's model type.
 
@@ -179,7 +191,7 @@ def find_architecture(config: PreTrainedConfig) -> Architecture:
         )
     if name not in ARCHITECTURES:
         raise InputError(f"model type {name} is not supported: {supported}; {ADDING_PAGE} says how to add one")
-    if getattr(config, "quantization_config", None):
+    if getattr(config, "quantization_config", None) and quantised_by(config) is None:
         raise InputError(
             "the source is quantised, and quantised weights have no difference to adapt: give it unquantised"
         )

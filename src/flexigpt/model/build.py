@@ -19,8 +19,6 @@ from flexigpt.runtime import InputError
 
 _PLAIN = (nn.Linear, Conv1D)
 
-_HALF = (torch.bfloat16, torch.float16)
-
 
 @torch.no_grad()
 def materialize(model: PreTrainedModel) -> FlexiGPTForCausalLM:
@@ -85,19 +83,11 @@ def _check_foldable(name: str, linear: SharedLinear) -> None:
 def _folded(linear: SharedLinear) -> nn.Module:
     """The ordinary linear that computes what the shared one does."""
     base: Any = linear.base
-    wide = torch.float32 if base.weight.dtype in _HALF else torch.float64
-    difference = linear.adapter_B.to(wide) @ linear.adapter_A.to(wide)
-    scale = 1.0 if linear.base_scale is None else linear.base_scale.to(wide)
-    weight = scale * base.weight.to(wide) + (difference.T if isinstance(base, Conv1D) else difference)
     outputs, inputs = linear_size(base)
     with torch.device("meta"):
         folded: Any = Conv1D(outputs, inputs) if isinstance(base, Conv1D) else nn.Linear(inputs, outputs, bias=False)
-    folded.weight = nn.Parameter(weight.to(base.weight.dtype).contiguous(), base.weight.requires_grad)
-    if linear.bias_difference is None:
-        folded.bias = base.bias
-    else:
-        bias = scale * base.bias.to(wide) + linear.bias_difference.to(wide)
-        folded.bias = nn.Parameter(bias.to(base.bias.dtype), base.bias.requires_grad)
+    folded.weight = nn.Parameter(linear.weight.contiguous(), base.weight.requires_grad)
+    folded.bias = base.bias if linear.bias is None else nn.Parameter(linear.bias, base.bias.requires_grad)
     return cast(nn.Module, folded.train(linear.training))
 
 

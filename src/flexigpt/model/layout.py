@@ -1,8 +1,10 @@
 """Where a model, source or compact, keeps its parts, and what it stores: every tensor counted once."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -135,8 +137,12 @@ def model_shape(model: PreTrainedModel, output_norm: bool = True) -> ModelShape:
     )
 
 
-def count_parts(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters of each part; every parameter is in exactly one."""
+def _numel(_: str, parameter: torch.Tensor) -> int:
+    return parameter.numel()
+
+
+def count_parts(model: PreTrainedModel, size: Callable[[str, torch.Tensor], int] = _numel) -> dict[str, int]:
+    """Parameters of each part, or what else `size` makes of name and parameter; every parameter is in exactly one."""
     layout = layout_of(model)
     weights = {f"{path}.weight" for path in layout.linears}
     head = model.get_output_embeddings()
@@ -151,7 +157,7 @@ def count_parts(model: PreTrainedModel) -> dict[str, int]:
             rest = "replicas, norms and biases" if int(block) in layout.bases else "kept blocks, norms and biases"
             rest = "kept blocks, linears" if path in weights else rest
             part = next((part for end, part in REPLICA_PARTS.items() if path.endswith(end)), rest)
-        parts[part] = parts.get(part, 0) + parameter.numel()
+        parts[part] = parts.get(part, 0) + size(name, parameter)
     return parts
 
 
@@ -168,4 +174,20 @@ def count_blocks(model: PreTrainedModel) -> list[int]:
 
 def stored_bytes(model: PreTrainedModel) -> int:
     """Bytes of the stored parameters, each counted once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return sum(map(parameter_bytes, model.parameters()))
+
+
+def parameter_bytes(parameter: torch.Tensor) -> int:
+    """Bytes that a parameter stores."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in stored_tensors(parameter))
+
+
+def stored_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a parameter consists of: of a quantised one its numbers, scales and what else decodes them."""
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:  # bitsandbytes
+        return [parameter, *(t for t in state.as_dict(packed=True).values() if isinstance(t, torch.Tensor))]
+    if hasattr(parameter, "tensor_data_names"):  # torchao
+        names = (*parameter.tensor_data_names, *getattr(parameter, "optional_tensor_data_names", ()))
+        return [getattr(parameter, name) for name in names if getattr(parameter, name) is not None]
+    return [parameter]

@@ -1,7 +1,6 @@
-"""Tells transformers of compact models without loading it: `import flexigpt` is all that a user needs.
+"""Tells transformers and PEFT of compact models without loading them: `import flexigpt` is all that a user needs.
 
-`AutoConfig` and `AutoModelForCausalLM` live in a module each. What is loaded already hears of our classes now; what is
-not, right after it is loaded.
+What is loaded already hears of our classes now; what is not, right after it is loaded.
 """
 
 import sys
@@ -12,10 +11,11 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-# transformers' module of an automatic class -> ours of the class that it is to know.
+# Their module -> ours that it is to know.
 _PAIRS = {
     "transformers.models.auto.configuration_auto": "flexigpt.model.configuration_flexigpt",
     "transformers.models.auto.modeling_auto": "flexigpt.model.modeling_flexigpt",
+    "peft": "flexigpt.model.peft_layers",
 }
 
 
@@ -53,16 +53,23 @@ class _Hook(MetaPathFinder):
             if ours not in self._loaded:
                 if ours not in sys.modules:
                     import_module(ours)
-            elif theirs.endswith("modeling_auto"):
-                classes = import_module(ours)
-                import_module(theirs).AutoModelForCausalLM.register(classes.FlexiGPTConfig, classes.FlexiGPTForCausalLM)
             else:
-                config_class = import_module(ours).FlexiGPTConfig
-                import_module(theirs).AutoConfig.register(config_class.model_type, config_class)
+                _introduce(import_module(theirs), import_module(ours))
+
+
+def _introduce(theirs: ModuleType, ours: ModuleType) -> None:
+    """Both are loaded."""
+    if hasattr(theirs, "AutoConfig"):
+        theirs.AutoConfig.register(ours.FlexiGPTConfig.model_type, ours.FlexiGPTConfig)
+    elif hasattr(theirs, "AutoModelForCausalLM"):
+        for one in (ours.FlexiGPTModel, ours.FlexiGPTForCausalLM, ours.FlexiGPTForSequenceClassification):
+            getattr(theirs, one._auto_class).register(ours.FlexiGPTConfig, one)
+    else:
+        ours.teach()
 
 
 def register_when_imported() -> None:
-    """Registers the compact model's classes with transformers' automatic ones, now or when they are loaded."""
+    """Tells transformers' automatic classes and PEFT of the compact model's, now or when they are loaded."""
     hook = _Hook()
     sys.meta_path.insert(0, hook)
     for name in _PAIRS:

@@ -67,7 +67,8 @@ def _rows(function: Callable[..., Any], args: tuple[Any, ...]) -> int:
 
 
 def _widened(value: Any) -> Any:
-    return value.float() if isinstance(value, torch.Tensor) and value.dtype in _HALF else value
+    plain = type(value) in (torch.Tensor, nn.Parameter)  # a quantised weight decodes itself
+    return value.float() if plain and value.dtype in _HALF else value
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ import psutil
 
 from flexigpt.evaluation import LOGITS_BUDGET
 from flexigpt.model import Replica
-from flexigpt.pruning.allocation import GRADIENT_SHARE
 from flexigpt.pruning.distances import BASE_DISTANCES
 from flexigpt.pruning.options import PruneOptions
 from flexigpt.pruning.source import Asked, CheckedSource, Texts, Workspace
@@ -96,9 +95,8 @@ def _estimate(checked: CheckedSource[Asked], texts: Texts, written: int, ranks: 
         chooses = options.plan is None and not options.remove and not options.by_units
         if options.calibrates:
             copies = hidden_copies(shape) if options.refit_kept else 1
+            copies = max(copies, checked.depth + 1) if options.by_units else copies
             tokens = copies * texts.windows.numel()
-            if options.by_units:
-                tokens = max(tokens, (checked.depth + 1) * texts.windows[::GRADIENT_SHARE].numel())
             hidden = tokens * shape.hidden_size * itemsize
             scratch, running = (hidden, running) if checked.needs_file(tokens) else (0, running + hidden)
         if options.refit_kept:

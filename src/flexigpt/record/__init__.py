@@ -1,6 +1,6 @@
 """What a flow was asked and what it measured: made, written, read back, shown as tables.
 
-Read `record`, `tables`, `write`, `read`, then `verdict`.
+Read `record`, `tables`, `read`, `card`, `write`, then `verdict`.
 """
 
 from typing import TYPE_CHECKING
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
-    from flexigpt.record.read import Recorded, Size, fidelities, held_out, read_record, read_recorded
+    from flexigpt.record.card import Picture, write_card
+    from flexigpt.record.read import Recorded, Size, fidelities, held_out, read_record, read_recorded, record_of
     from flexigpt.record.record import (
         RECORD,
         Record,

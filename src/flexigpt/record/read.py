@@ -2,6 +2,7 @@
 
 # ruff: noqa: UP013 - what has few fields is a line
 
+import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from flexigpt.model import FlexiGPTConfig, Plan, plan_of
 from flexigpt.record.record import EVALUATION, FORMAT, RECORD, Record, find_in
 from flexigpt.record.tables import shown_name
 from flexigpt.runtime import InputError
-from flexigpt.weights import read_config
+from flexigpt.weights import find_file, read_config
 
 
 def _alike(columns: dict[str, Any]) -> dict[str, Any]:
@@ -56,10 +57,15 @@ _Rung = TypedDict("_Rung", {"bytes": _Stored, "perplexity": float, "removed": _W
 _Parameters = TypedDict("_Parameters", {"parameters": _Count})
 
 
+_Quantization = TypedDict("_Quantization", {"bits": _Count, "library": str, "version": str})
+_Nearness = TypedDict("_Nearness", {"agreement": float, "divergence": float, "tokens": _Count})
+
+
 class _Size(TypedDict):
     parameters: _Stored
     bytes: _Stored
     parts: NotRequired[dict[str, _Count]]
+    part_bytes: NotRequired[dict[str, _Count]]
     blocks: NotRequired[list[_Count]]
 
 
@@ -105,6 +111,8 @@ class _Record(TypedDict):
     points: NotRequired[list[_Rung] | None]
     knee: NotRequired[_Count | None]
     recovery: NotRequired[_Recovery | None]
+    quantization: NotRequired[_Quantization | None]
+    fidelity: NotRequired[_Nearness | None]
     files: NotRequired[list[str] | None]
     origin: NotRequired["_Record | None"]
 
@@ -148,9 +156,14 @@ class _Evaluation(TypedDict):
     models: list[_Model]
 
 
+# States that only repeat the one before.
+_REPEATED = ("before recovery", "before quantisation")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What one state of a model stores: `parts` and `blocks` are parameters, a byte count is `itemsize` times as much.
+    """What one state of a model stores: `parts` and `blocks` are parameters, a byte count is `itemsize` times as much,
+    or `part_bytes` where they are quantised.
 
     `blocks` is empty where an older flexigpt wrote the record.
     """
@@ -160,11 +173,16 @@ class Size:
     bytes: int
     parts: dict[str, int]
     blocks: list[int]
+    part_bytes: dict[str, int]
 
     @property
     def itemsize(self) -> float:
         """Bytes of a parameter."""
         return self.bytes / self.parameters if self.parameters else 0.0
+
+    def bytes_of(self, part: str) -> int:
+        """Bytes of a part."""
+        return self.part_bytes.get(part, 0) if self.part_bytes else round(self.parts.get(part, 0) * self.itemsize)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +253,7 @@ class Recorded:
         for record in self.chain:
             names = record.get("compared", ())
             shown = ("before recovery", "recovered") if "recovery" in record else names
+            shown = ("before quantisation", "quantised") if "quantization" in record else shown
             yield from ((record, name, label) for name, label in zip(names, shown, strict=False))
 
     @property
@@ -242,11 +261,16 @@ class Recorded:
         """From the source to this model; what only repeats the one before is left out."""
         found: list[Size] = []
         for record, name, label in self._states():
-            if label != "before recovery" or not found:
+            if label not in _REPEATED or not found:
                 stored = record[name]
                 parts, blocks = stored.get("parts", {}), stored.get("blocks", [])
                 size = Size(
-                    label=label, parameters=stored["parameters"], bytes=stored["bytes"], parts=parts, blocks=blocks
+                    label=label,
+                    parameters=stored["parameters"],
+                    bytes=stored["bytes"],
+                    parts=parts,
+                    blocks=blocks,
+                    part_bytes=stored.get("part_bytes", {}),
                 )
                 found.append(size)
         return found
@@ -260,7 +284,7 @@ class Recorded:
                 continue
             one = record["perplexity"][name] | {"text": record["perplexity"]["text"], "label": label}
             same = found and round(one["perplexity"], 2) == round(found[-1]["perplexity"], 2)
-            if label != "before recovery" or not same:  # the same model, measured twice
+            if label not in _REPEATED or not same:  # the same model, measured twice
                 found.append(one)
         return found
 
@@ -319,6 +343,21 @@ def read_record(path: Path) -> Record:
         InputError: one that cannot be read, is damaged, of a newer version, or not flexigpt's.
     """
     return _completed(_checked(_Record, _read(path), str(path)), str(path))
+
+
+def record_of(model: str) -> Record | None:
+    """What is recorded beside a local or hub model's weights, if anything is: the origin of what is made of it.
+
+    Raises:
+        InputError: a record that cannot be read.
+    """
+    file = find_file(model, RECORD)
+    if file is None:
+        return None
+    read_record(file)
+    found: Record = json.loads(file.read_text(encoding="utf-8"))
+    found.pop("files", None)  # of another folder
+    return found
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:

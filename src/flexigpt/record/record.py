@@ -1,5 +1,6 @@
 """The record: what a flow was asked, what it ran on, and what it measured. JSON-ready."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -17,12 +18,13 @@ from flexigpt.model import (
     count_blocks,
     count_parts,
     plan_of,
+    quantised_by,
     source_units,
     stored_bytes,
 )
 from flexigpt.runtime import Cache, Track, digest, versions
 from flexigpt.text import TokenizedText
-from flexigpt.weights import Source, StreamedModel, open_empty
+from flexigpt.weights import Source, StreamedModel, open_empty, open_weights, quantised_parts
 
 Record = dict[str, Any]
 
@@ -98,23 +100,39 @@ def find_in(record: Record, key: str) -> Any:
     return record.get(key)
 
 
+def first_record(record: Record) -> Record:
+    """The record of the flow that all began with."""
+    while "origin" in record:
+        record = record["origin"]
+    return record
+
+
+def json_text(data: dict[str, Any]) -> str:
+    """What is recorded, as it is written."""
+    return json.dumps(data, indent=2, default=str) + "\n"
+
+
 def inspect_model(model: str) -> dict[str, Any]:
     """What a local or hub model consists of; its weights are not read.
 
     Returns:
-        JSON-ready: `plan` (None for a source model), `parameters` stored and effective (the linears of a base counted
-        again for each of its replicas), `bytes` stored and, for a folder, of its weight files, `parts`: parameters and
-        bytes of each, and `cache`: what the key/value cache takes.
+        JSON-ready: `plan` (None for a source model), `quantised_by` (a library or None), `parameters` stored and
+        effective (the linears of a base counted again for each of its replicas), `bytes` stored and, for a folder, of
+        its weight files, `parts`: parameters and bytes of each, and `cache`: what the key/value cache takes.
 
     Raises:
         InputError: a model that cannot be opened or is of a family that is not supported.
     """
-    empty = open_empty(model)
+    empty = open_empty(model, quantised=True)
     config = empty.config
     plan = plan_of(config) if isinstance(empty, FlexiGPTForCausalLM) else None
     dtype = config_dtype(config)
     parts = count_parts(empty)
-    stored = sum(parts.values())
+    stored, library = sum(parts.values()), quantised_by(config)
+    sizes = {part: n * dtype.itemsize for part, n in parts.items()}
+    if library is not None:
+        found = quantised_parts(open_weights(model), empty)
+        sizes = count_parts(empty, lambda name, _: sum(tensor.num_bytes for tensor in found[name]))
     shared = sum(m.in_features * m.out_features for m in empty.modules() if isinstance(m, SharedLinear))
     files = list(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
     return {
@@ -122,11 +140,12 @@ def inspect_model(model: str) -> dict[str, Any]:
         "model_type": config.model_type,
         "source_type": config.get_text_config().model_type,
         "dtype": str(dtype).removeprefix("torch."),
+        "quantised_by": library,
         "blocks": config.get_text_config().num_hidden_layers,
         "plan": None if plan is None else plan.to_dict(),
         "parameters": {"stored": stored, "effective": stored + shared},
-        "bytes": {"stored": stored * dtype.itemsize, "files": sum(file.stat().st_size for file in files) or None},
-        "parts": {part: {"parameters": n, "bytes": n * dtype.itemsize} for part, n in parts.items() if n},
+        "bytes": {"stored": sum(sizes.values()), "files": sum(file.stat().st_size for file in files) or None},
+        "parts": {part: {"parameters": n, "bytes": sizes[part]} for part, n in parts.items() if n},
         "mlp_units": None if plan is None else source_units(config),
         "cache": _cache_of(config.get_text_config(), plan, dtype.itemsize),
     }

@@ -1,7 +1,7 @@
 """What a record says, as tables: what became of each block, what it cost, on which text; models side by side."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from flexigpt.evaluation import METRICS, Evaluation
 from flexigpt.model import FlexiGPTConfig, Plan, Replica, SublayerReplica, plan_of, plan_summary, source_units
-from flexigpt.record.record import Record, find_in
+from flexigpt.record.record import Record, find_in, first_record
 from flexigpt.runtime import megabytes
 from flexigpt.text import shown_texts
 
@@ -199,30 +199,50 @@ def frontier_rows(record: Record) -> Rows:
 
 
 def cost_rows(record: Record) -> Rows:
-    """What it cost: parameters, megabytes, perplexity, of the two models that were compared."""
+    """What it cost: parameters, megabytes, perplexity, of the models that were compared, and of their source."""
     names: list[str] = record["compared"]
-    before, after = (record[name] for name in names)
-    count, size = before["parameters"], before["bytes"]
+    sizes, measured = [record[name] for name in names], dict(record.get("perplexity", {}))
+    first = first_record(record)
+    headings = names
+    if first is not record and "compared" in first:
+        source = first["compared"][0]
+        headings, sizes = ["source", *names], [first[source], *sizes]
+        measured["source"] = _on_same_text(first.get("perplexity", {}), source, measured, names)
     rows = [
-        ["stored parameters", f"{count:,}", f"{after['parameters']:,}", f"{after['parameters'] / count:.1%}"],
-        ["stored MB", megabytes(size), megabytes(after["bytes"]), f"{after['bytes'] / size:.1%}"],
+        _compared("stored parameters", [size["parameters"] for size in sizes], "{:,}".format),
+        _compared("stored MB", [size["bytes"] for size in sizes], megabytes),
     ]
     if "perplexity" in record:
-        was, became = (record["perplexity"][name] for name in names)
-        rows.append(_compared("perplexity", was, became, "perplexity", ".2f"))
-        if "draft" in was and "draft" in became:
-            for title, key, form in (
-                ("draft's perplexity", "perplexity", ".2f"),
-                ("draft agrees", "agreement", ".1%"),
-                ("draft accepted", "acceptance", ".1%"),
-            ):
-                rows.append(_compared(title, was["draft"], became["draft"], key, form))
-    return Rows(["", *names, f"of {names[0]}"], rows, notes=notes(record))
+        states: list[dict[str, Any]] = [measured[name] or {} for name in headings]
+        rows.append(_compared("perplexity", [state.get("perplexity") for state in states], "{:.2f}".format))
+        if all("draft" in measured[name] for name in names):
+            drafts = [state.get("draft", {}) for state in states]
+            rows += [
+                _compared(title, [draft.get(key) for draft in drafts], form)
+                for title, key, form in (
+                    ("draft's perplexity", "perplexity", "{:.2f}".format),
+                    ("draft agrees", "agreement", "{:.1%}".format),
+                    ("draft accepted", "acceptance", "{:.1%}".format),
+                )
+            ]
+    if "fidelity" in record:
+        blank = [""] * (len(headings) - 1)
+        rows.append(["same likeliest token", *blank, f"{record['fidelity']['agreement']:.1%}", ""])
+    return Rows(["", *headings, f"of {headings[0]}"], rows, notes=notes(record))
 
 
-def _compared(title: str, was: dict[str, float], became: dict[str, float], key: str, form: str) -> list[str]:
-    share = f"{became[key] / was[key]:.1%}" if was[key] else ""
-    return [title, format(was[key], form), format(became[key], form), share]
+def _on_same_text(before: Record, name: str, measured: Record, names: Sequence[str]) -> dict[str, Any] | None:
+    """What was measured of a source, if it is of the text and windows that the others were measured on."""
+    there, here = before.get(name), measured.get(names[0])
+    alike = there and here and all(there[key] == here[key] for key in ("tokens", "window_length"))
+    return there if alike and before["text"] == measured["text"] else None
+
+
+def _compared(title: str, values: Sequence[float | None], shown: Callable[[Any], str]) -> list[str]:
+    """A row, and the last value's share of the first one."""
+    first, last = values[0], values[-1]
+    share = f"{last / first:.1%}" if first and last is not None else ""
+    return [title, *("" if value is None else shown(value) for value in values), share]
 
 
 def notes(record: Record) -> list[str]:
@@ -247,9 +267,12 @@ def notes(record: Record) -> list[str]:
             f"trained ({recovery['train']}) on {recovery['tokens']:,} tokens of "
             f"{shown_texts(record['options']['data'])} in {recovery['steps']:,} steps"
         )
+    if "quantization" in record:
+        how = "linears of the blocks in {bits} bits ({library} {version}), the rest as it was"
+        lines.append(how.format(**record["quantization"]))
     if "perplexity" in record:
         measured = record["perplexity"][record["compared"][1]]
-        untrained = "" if "recovery" in record else ", before any recovery training"
+        untrained = "" if "recovery" in record or "quantization" in record else ", before any recovery training"
         lines.append(
             f"perplexity per token on {measured['tokens']:,} tokens of {record['perplexity']['text']}, windows of "
             f"{measured['window_length']} without overlap{untrained}"
@@ -276,7 +299,8 @@ def inspection_rows(inspection: dict[str, Any]) -> list[Rows]:
         ["effective", f"{parameters['effective']:,}", ""],
         *([["weight files", "", megabytes(stored["files"])]] if stored["files"] else []),
     ]
-    title = f"{inspection['model']} ({kind}, {inspection['dtype']})"
+    by = "" if inspection["quantised_by"] is None else f", quantised by {inspection['quantised_by']}"
+    title = f"{inspection['model']} ({kind}, {inspection['dtype']}{by})"
     notes = [_cache_note(inspection["cache"], inspection["blocks"])]
     tables = [Rows(["part", "parameters", "MB"], rows + sums, title=title, sums=len(rows), notes=notes)]
     if plan is not None and plan.sublayers:

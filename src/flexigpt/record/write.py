@@ -1,24 +1,21 @@
 """Writing an output folder: checked before the work, complete or untouched after it."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jinja2 import Environment
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from flexigpt.evaluation import Evaluation, is_same, mean_accuracy
-from flexigpt.model import FlexiGPTConfig, Plan, plan_in_words, plan_of, plan_summary, source_units, stored_bytes
+from flexigpt.model import FlexiGPTConfig, Plan, plan_in_words, plan_of, source_units, stored_bytes
+from flexigpt.record.card import CARD, has_chat, hub_name, inherited, model_card, with_evaluation
 from flexigpt.record.read import read_evaluation, read_record
-from flexigpt.record.record import EVALUATION, RECORD, Record, find_in
-from flexigpt.record.tables import block_rows, cost_rows, evaluation_rows, replica_parts, shown_name
+from flexigpt.record.record import EVALUATION, RECORD, Record, json_text
 from flexigpt.runtime import (
     InputError,
     Track,
@@ -30,7 +27,7 @@ from flexigpt.runtime import (
     replaced_folder,
     silent,
 )
-from flexigpt.weights import Assembly, load_tokenizer, write_shards
+from flexigpt.weights import Assembly, load_tokenizer, travelling, write_shards
 
 PLAN_PICTURE = "plan.png"  # lies beside a compact model's card
 
@@ -63,14 +60,14 @@ def write_checkpoint(
     """Writes the checkpoint of a compact or an ordinary model; `out` is complete or untouched.
 
     Weights (each tensor once, in shards where they are large), configuration, a compact model's own code, the source's
-    tokenizer, a model card (README.md), and the record (record.json).
+    tokenizer, licence and use policy, a model card (README.md), and the record (record.json).
 
     Args:
         out: the folder; what flexigpt wrote there is replaced.
         model: a compact model, or an ordinary one of its source's family; of one that was assembled, what it shares
             with its source is copied from file to file.
         record: as the flow that made the model returned it.
-        source: where the tokenizer lies, if the assembly does not have it; None: no other is written.
+        source: where the tokenizer lies, if the assembly does not have it, and the licence; None: no other is written.
         max_shard_size: largest weight file, in bytes or as 5GB.
         extras: further files by their names; the model card shows plan.png, a picture of the plan.
         track: reports each tensor of a model that was assembled.
@@ -95,9 +92,21 @@ def write_checkpoint(
             shutil.copymode(folder / "config.json", file)  # safetensors lets only the owner read what it writes
         for name, content in (extras or {}).items():
             (folder / name).write_bytes(content)
-        card = model_card(model.config, record, picture=PLAN_PICTURE in (extras or {}))
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        for file in [] if source is None else travelling(source):
+            if not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
+        (folder / CARD).write_text(_first_card(folder, model, record, source), encoding="utf-8")
         write_record(folder, record, out)
+
+
+def _first_card(folder: Path, model: PreTrainedModel, record: Record, source: str | None) -> str:
+    """The card of what lies in the folder, before it has a name on the hub."""
+    base = None if "origin" in record else hub_name(record["source_name"])
+    front = ({} if base is None else {"base_model": base}) | ({} if source is None else inherited(source))
+    pictures, config = {}, model.config
+    if isinstance(config, FlexiGPTConfig) and (folder / PLAN_PICTURE).is_file():
+        pictures[PLAN_PICTURE] = plan_in_words(plan_of(config), source_units(config))
+    return model_card(config, record, front, pictures, has_chat(folder))
 
 
 def _save_without_weights(model: PreTrainedModel, folder: Path) -> None:
@@ -114,7 +123,7 @@ def write_plan(out: str | Path, plan: Plan, record: Record) -> None:
         InputError: a disk that is full or cannot be written to, or a folder that holds what flexigpt did not write.
     """
     with replaced_folder(out) as folder:
-        (folder / "plan.json").write_text(_json_text(plan.to_dict()), encoding="utf-8")
+        (folder / "plan.json").write_text(json_text(plan.to_dict()), encoding="utf-8")
         write_record(folder, record, out)
 
 
@@ -140,7 +149,7 @@ def write_record(folder: Path, record: Record, out: str | Path) -> None:
         InputError: an `out` that holds what flexigpt did not write.
     """
     files = sorted([RECORD, *(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())])
-    (folder / RECORD).write_text(_json_text(record | {"files": files}), encoding="utf-8")
+    (folder / RECORD).write_text(json_text(record | {"files": files}), encoding="utf-8")
     check_replaceable(Path(out).expanduser())  # once more: a run takes long, and a user may have left something there
 
 
@@ -231,10 +240,10 @@ def record_evaluation(folder: str | Path, evaluation: Evaluation) -> None:
     Raises:
         InputError: an evaluation.json that cannot be read, or a disk that is full or cannot be written to.
     """
-    path, card = Path(folder) / EVALUATION, Path(folder) / "README.md"
+    path, card = Path(folder) / EVALUATION, Path(folder) / CARD
     before = read_evaluation(Path(folder))
     together = evaluation if before is None else merged(before, evaluation)
-    replace_file(path, _json_text(together))
+    replace_file(path, json_text(together))
     replace_file(card, with_evaluation(card.read_text(encoding="utf-8") if card.is_file() else "", together))
 
 
@@ -258,39 +267,3 @@ def merged(old: Evaluation, new: Evaluation) -> Evaluation:
     commands = dict.fromkeys(command for one in (old, new) for command in (one["command"] or "").splitlines())
     options = old["options"] | new["options"]
     return new | {"command": "\n".join(commands) or None, "options": options, "models": models}
-
-
-def _json_text(data: dict[str, Any]) -> str:
-    return json.dumps(data, indent=2, default=str) + "\n"
-
-
-def model_card(config: PreTrainedConfig, record: Record, picture: bool = False) -> str:
-    """The README.md of a checkpoint: what it is, measured numbers, how to open it, its blocks, how it was made."""
-    template = (resources.files("flexigpt.record") / "card.md.j2").read_text(encoding="utf-8")
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    plan = plan_of(config) if isinstance(config, FlexiGPTConfig) else None
-    removed = find_in(record, "removed")
-    return environment.from_string(template).render(
-        name=shown_name(record["source_name"]),
-        on_hub=not Path(record["source_name"]).exists(),
-        config=config,
-        plan=plan,
-        parts=["low-rank adapters", *(replica_parts(config) if isinstance(config, FlexiGPTConfig) else [])],
-        removed=removed,
-        removed_from=removed and shown_name(removed["source"]),
-        cost=cost_rows(record),
-        blocks=block_rows(config, record),
-        picture=PLAN_PICTURE if picture else "",
-        summary=plan_summary(plan, source_units(config)) if plan else "",
-        picture_in_words=plan_in_words(plan, source_units(config)) if plan else "",
-        command=record.get("command"),
-        versions=", ".join(f"{name} {number}" for name, number in record["versions"].items()),
-    )
-
-
-def with_evaluation(card: str, evaluation: Evaluation) -> str:
-    """The card with what an evaluation says, in place of what one said before; all else in it stays."""
-    section = f"## Evaluation\n\n{evaluation_rows(evaluation).markdown()}\n"
-    rest = re.sub(r"^## Evaluation\n.*?(?=^## |\Z)", "", card, flags=re.MULTILINE | re.DOTALL)
-    before, origin, after = rest.partition("## Origin\n")
-    return f"{before}{section}{origin}{after}" if origin else f"{rest.rstrip()}\n\n{section}".lstrip()

@@ -1,6 +1,5 @@
 """Recovery: training a compact model back, or an ordinary one by the same loop. Can be killed and resumed."""
 
-import json
 import signal
 import threading
 import time
@@ -15,7 +14,16 @@ import torch
 from transformers import PreTrainedModel
 
 from flexigpt.model import all_tensors, fill_model, layout_of, stored_bytes
-from flexigpt.record import RECORD, Record, find_in, model_size, new_record, read_record, reserved, write_checkpoint
+from flexigpt.record import (
+    PLAN_PICTURE,
+    Record,
+    find_in,
+    model_size,
+    new_record,
+    record_of,
+    reserved,
+    write_checkpoint,
+)
 from flexigpt.recovery.checkpoints import RunFolder
 from flexigpt.recovery.measuring import HeldOut
 from flexigpt.recovery.options import RecoverOptions
@@ -130,7 +138,7 @@ class _Run:
         if options.teacher is not None:
             check_teacher(options.teacher, self.empty, self.tokenizer, self.window_length)
         self.lora_rank = lora_rank_for(self.empty, options.lora_rank) if options.train in USES_LORA else 0
-        self.origin, self.has_replicas = _record_of(model), bool(layout_of(self.empty).bases)
+        self.origin, self.has_replicas = record_of(model), bool(layout_of(self.empty).bases)
         if options.train == "replicas" and not self.has_replicas:
             raise InputError("--train replicas trains nothing, since the model has no replicas: leave it out")
         of_model = {"replicas": self.has_replicas, "fitted": bool(find_in(self.origin or {}, "fitted"))}
@@ -298,7 +306,9 @@ class _Run:
         merge_lora(model)
         hold_in(model, stored)
         record = self._record(model, before) | ({} if command is None else {"command": command})
-        write_checkpoint(self.out, model, record, source=self.model)
+        picture = find_file(self.model, PLAN_PICTURE)  # the plan is the same
+        extras = {} if picture is None else {PLAN_PICTURE: picture.read_bytes()}
+        write_checkpoint(self.out, model, record, source=self.model, extras=extras)
         self.folder.remove()
         return record
 
@@ -321,17 +331,6 @@ class _Run:
             **{name: value for name, value in self.measured.items() if name != "before"},
         }
         return record | ({} if self.origin is None else {"origin": self.origin})
-
-
-def _record_of(model: str) -> Record | None:
-    """What is recorded beside a local or hub model's weights, if anything is."""
-    file = find_file(model, RECORD)
-    if file is None:
-        return None
-    read_record(file)
-    found: Record = json.loads(file.read_text(encoding="utf-8"))
-    found.pop("files", None)  # of another folder
-    return found
 
 
 @contextmanager

@@ -54,14 +54,12 @@ def eliminate(weight: torch.Tensor, inputs: torch.Tensor, errors: torch.Tensor) 
 
     Args:
         weight: W, (outputs, units), any dtype.
-        inputs: E[h h^T], (units, units), float64.
+        inputs: E[h h^T], (units, units), float64; its memory is used: of a wide MLP each matrix is a gigabyte.
         errors: G = E[g g^T] of the gradient g of the loss by y, (outputs, outputs), float64.
     """
     units = weight.shape[1]
     step = step_of(units)
-    inverse = damped(inputs, _DAMPING)[0]
-    del inputs  # with its caller's: of a wide MLP each matrix is a gigabyte
-    inverse = torch.cholesky_inverse(inverse)
+    inverse = torch.cholesky_inverse(damped(inputs, _DAMPING)[0], out=inputs)
     weighed = damped(errors, _DAMPING)[0].T @ weight.detach().double()
     here = torch.arange(units, device=weight.device)  # what the columns stand for; of some of them units are gone
     there = torch.ones(units, dtype=torch.bool, device=weight.device)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
-    from flexigpt.report.report import report
+    from flexigpt.report.report import card_pictures, report
     from flexigpt.report.stack import plan_picture
 else:
     lazy_door(__name__)

@@ -188,7 +188,7 @@ def storage_figure(recorded: Recorded) -> Drawn | None:
     for row, (size, its) in enumerate(zip(sizes, stored, strict=True)):
         left = 0.0
         for number, part in enumerate(parts):
-            width = its.get(part, 0) * size.itemsize / scale
+            width = its.get(part, 0) / scale
             (bar,) = axes.barh(row, width, left=left, height=0.62, color=_part_shade(part, number))
             bar.set_gid(f"stored-{row}-{part.replace(' ', '-').replace(',', '')}")
             left += width
@@ -213,10 +213,10 @@ def storage_figure(recorded: Recorded) -> Drawn | None:
 
 
 def _large_parts(size: Size, sizes: Sequence[Size]) -> dict[str, int]:
-    """Parameters by part; parts that are small in all of the sizes together."""
+    """Bytes by part; parts that are small in all of the sizes together."""
     large = [part for part in size.parts if any(one.parts.get(part, 0) > _SMALL * one.parameters for one in sizes)]
-    rest = sum(number for part, number in size.parts.items() if part not in large)
-    return {part: size.parts[part] for part in large} | ({_REST: rest} if rest else {})
+    rest = sum(size.bytes_of(part) for part in size.parts if part not in large)
+    return {part: size.bytes_of(part) for part in large} | ({_REST: rest} if rest else {})
 
 
 def _part_shade(part: str, number: int) -> str:

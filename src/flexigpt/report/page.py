@@ -239,7 +239,7 @@ def _spectrum_rows(model: Recorded) -> Rows:
 def _size_rows(model: Recorded) -> Rows:
     sizes = model.sizes
     parts = dict.fromkeys(part for size in sizes for part in size.parts)
-    rows = [[part, *(megabytes(round(size.parts.get(part, 0) * size.itemsize)) for size in sizes)] for part in parts]
+    rows = [[part, *(megabytes(size.bytes_of(part)) for size in sizes)] for part in parts]
     rows.append(["all", *(megabytes(size.bytes) for size in sizes)])
     rows.append(["parameters", *(f"{size.parameters:,}" for size in sizes)])
     return Rows(["", *(size.label for size in sizes)], rows)

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from flexigpt.record import FIGURES, GENERATOR, is_report, read_recorded
+from flexigpt.model import plan_in_words
+from flexigpt.record import FIGURES, GENERATOR, PLAN_PICTURE, Picture, find_in, is_report, read_recorded
 from flexigpt.report.drawing import palette_css, to_png, to_svg
 from flexigpt.report.figures import figures_of
 from flexigpt.report.page import page
 from flexigpt.report.result_figures import shared_figures
+from flexigpt.report.stack import plan_png
 from flexigpt.runtime import InputError, existing_parent, replace_file, replaced_folder
 
 _PAGE = "report.html"
@@ -47,6 +49,23 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
             (folder / f"{drawn.name}.png").write_bytes(to_png(drawn))
     replace_file(target, text)
     return target
+
+
+def card_pictures(folder: str | Path) -> list[Picture]:
+    """What a model card shows of a checkpoint that flexigpt wrote: what is stored, recovery, and the plan.
+
+    Raises:
+        InputError: a folder without a record, or with one that is damaged or of a newer version.
+    """
+    model = read_recorded(folder)
+    drawn = figures_of(model) | shared_figures([model])
+    curve = next((name for name in ("recovery-perplexity", "recovery-cross-entropy") if name in drawn), "")
+    chosen = {"storage.png": drawn.get("storage"), "recovery.png": drawn.get(curve)}
+    pictures = [Picture(file, one.alt, to_png(one, dpi=110)) for file, one in chosen.items() if one is not None]
+    if model.plan is not None:
+        units = find_in(model.record, "mlp_units")
+        pictures.append(Picture(PLAN_PICTURE, plan_in_words(model.plan, units), plan_png(model.plan, units)))
+    return pictures
 
 
 def _target(folders: Sequence[str | Path], out: str | Path | None) -> Path:

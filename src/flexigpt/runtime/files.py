@@ -242,8 +242,8 @@ def replaced_file(path: Path, scratch: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Writes a text; the file is complete or what it was.
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Writes a text, or bytes; the file is complete or what it was.
 
     Raises:
         InputError: a disk that is full or cannot be written to, or another process that writes it.
@@ -251,7 +251,7 @@ def replace_file(path: Path, text: str) -> None:
     path = path.expanduser().resolve()
     with claimed(path) as aside:
         try:
-            (aside / "new").write_text(text, encoding="utf-8")
+            (aside / "new").write_bytes(content.encode() if isinstance(content, str) else content)
             (aside / "new").replace(path)
         except OSError as error:
             raise _write_error(path, error) from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
-    from flexigpt.weights.files import find_file
+    from flexigpt.weights.files import find_file, open_weights
     from flexigpt.weights.open import (
         has_replicas,
         load_model,
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
         move,
         open_empty,
         read_config,
+        travelling,
     )
+    from flexigpt.weights.quantised import quantised_parts
     from flexigpt.weights.shards import Piece, write_shards
     from flexigpt.weights.sources import (
         Assembly,

@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,11 +19,18 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from flexigpt.model import FlexiGPTConfig, empty_model, plan_of
+from flexigpt.model import FlexiGPTConfig, empty_model, plan_of, quantised_by, stored_tensors, unpacked_where_odd
 from flexigpt.runtime import InputError, check_dtype, find_device, fingerprint, one_line
 from flexigpt.weights.files import FILE_DTYPES, find_file, located, names_in_files, open_weights, opening
+from flexigpt.weights.quantised import quantised_parts
 
 _ADAPTER = "adapter_config.json"
+
+# Of a source; they go where its weights go.
+_TRAVEL = (
+    "tokenizer.model",
+    *(f"{name}{end}" for name in ("LICENSE", "NOTICE", "USE_POLICY") for end in ("", ".md", ".txt")),
+)
 
 
 def read_config(model: str) -> PreTrainedConfig:
@@ -52,14 +60,17 @@ def read_config(model: str) -> PreTrainedConfig:
     return config
 
 
-def open_empty(model: str, dtype: str = "auto") -> PreTrainedModel:
+def open_empty(model: str, dtype: str = "auto", quantised: bool = False) -> PreTrainedModel:
     """`empty_model` of a local or hub model's configuration; `auto` is the dtype of the weights.
 
     Raises:
-        InputError: as `read_config`, or a configuration that no model can be built from.
+        InputError: as `read_config`, a configuration that no model can be built from, or a quantised model where the
+            caller does not say that it can do with one.
     """
     model = located(model)
     config = read_config(model)
+    if not quantised and (library := quantised_by(config)) is not None:
+        raise InputError(f"{model} is quantised by {library} and can only be run: give the model that it was made from")
     if dtype != "auto":
         config.dtype = getattr(torch, dtype)
     if config.dtype is None:
@@ -83,8 +94,14 @@ def _dtype_in_files(model: str) -> torch.dtype:
     return floating[0] if len(floating) == 1 and floating[0].itemsize == 2 else torch.float32
 
 
-def load_model(model: str, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+def load_model(model: str, dtype: str = "auto", device: str = "auto", quantization: Any = None) -> PreTrainedModel:
     """A source or a compact model, in eval mode. On the CPU its tensors stay in the file until they are used.
+
+    Args:
+        model: folder or hub name; it may be quantised.
+        dtype: of what is not quantised.
+        device: as `find_device` takes it.
+        quantization: how transformers is to quantise it on the way, a configuration of its own; None: it is not.
 
     Raises:
         InputError: as `read_config`; weights that are missing, truncated, not finite, of the wrong shape or more than
@@ -92,13 +109,19 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto") -> PreTrai
     """
     check_dtype(dtype)
     model, where = located(model), find_device(device)
-    empty = open_empty(model)
-    names_in_files(open_weights(model), empty)  # transformers takes what does not fit
+    empty = open_empty(model, quantised=True)
+    check = names_in_files if quantised_by(empty.config) is None else quantised_parts
+    check(open_weights(model), empty)  # transformers takes what does not fit
+    how = {} if quantization is None else {"quantization_config": quantization}
     with opening(model):
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, trust_remote_code=False, **how
+        )
     loaded.generation_config = generation_config(model) or loaded.generation_config  # transformers skips a damaged one
     for name, values in loaded.named_parameters():
-        check_numbers(name, values, f"in {model}")  # logits need not tell: attention on a CPU makes 0 of NaN
+        for tensor in stored_tensors(values):
+            check_numbers(name, tensor, f"in {model}")  # logits need not tell: attention on a CPU makes 0 of NaN
+    unpacked_where_odd(loaded)
     return move(loaded.eval(), where)
 
 
@@ -149,6 +172,11 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         tokenizer("a")  # settings of a wrong kind come to light here
     return tokenizer
+
+
+def travelling(model: str) -> list[Path]:
+    """What goes along with a model's weights: the older form of its tokenizer, its licence, notices, use policy."""
+    return [file for file in (find_file(model, name) for name in _TRAVEL) if file is not None]
 
 
 def has_replicas(model: str) -> bool:
