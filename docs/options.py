@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 from flexigpt.cli.options import descriptions
 from flexigpt.decoding import BenchmarkOptions, ChatOptions, GenerateOptions, SampleOptions
 from flexigpt.evaluation import EvalOptions
+from flexigpt.export import ExportOptions
 from flexigpt.pruning import ExtendOptions, FrontierOptions, PruneOptions
 from flexigpt.quantization import QuantizeOptions
 from flexigpt.recovery import RecoverOptions
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Any] = {
     "serve": ServeOptions,
     "sample": SampleOptions,
     "benchmark": BenchmarkOptions,
+    "export": ExportOptions,
 }
 PLACE = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

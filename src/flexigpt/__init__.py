@@ -10,6 +10,7 @@ used. The rooms of the code; imports go down this table only:
     decoding     generates, drafts and verifies, times both; has a model write its own text
     serving      other programs' servers, taught what a compact model is
     report       records -> figures and a page
+    export       a compact model in the forms that other programs read
     record       what a flow was asked and measured: made, written, read back, as tables
     replicas     what stands in for what is pruned: units chosen, adapters started; what is left, refitted
     evaluation   perplexity, tasks, nearness to the source
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from flexigpt.decoding import speculative_generate as speculative_generate
     from flexigpt.evaluation import EvalOptions as EvalOptions
     from flexigpt.evaluation import evaluate as evaluate
+    from flexigpt.export import ExportOptions as ExportOptions
+    from flexigpt.export import export as export
     from flexigpt.model import FlexiGPTConfig as FlexiGPTConfig
     from flexigpt.model import FlexiGPTForCausalLM as FlexiGPTForCausalLM
     from flexigpt.model import Plan as Plan

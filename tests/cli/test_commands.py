@@ -16,6 +16,7 @@ from flexigpt.cli.commands import (
     BenchmarkOptions,
     ChatOptions,
     EvalOptions,
+    ExportOptions,
     ExtendOptions,
     FrontierOptions,
     GenerateOptions,
@@ -43,6 +44,7 @@ CLASSES = {
     "quantize": QuantizeOptions,
     "sample": SampleOptions,
     "benchmark": BenchmarkOptions,
+    "export": ExportOptions,
 }
 
 
@@ -70,6 +72,7 @@ def test_no_value_of_an_option_is_a_traceback(run: Run, name: str) -> None:
     needed = {"prune": ["out", "--ratio", "0.4"], "extend": ["out", "--blocks", "1:2"], "recover": ["out"]}
     needed |= {"frontier": ["out", "--perplexity", "no/such/text"]}
     needed |= {"eval": ["--perplexity", "no/such/text"], "generate": ["--prompt", "Hi"], "sample": ["own.jsonl"]}
+    needed |= {"export": ["out", "--to", "stock"]}
     needed["quantize"] = ["out", "--bits", "8"]
     for option in options_of(name):
         if option.is_flag:

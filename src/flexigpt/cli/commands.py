@@ -15,6 +15,7 @@ from flexigpt.cli.effects import warn_idle
 from flexigpt.cli.options import Asked, add_command
 from flexigpt.decoding import BenchmarkOptions, ChatOptions, GenerateOptions, SampleOptions
 from flexigpt.evaluation import EvalOptions
+from flexigpt.export import ExportOptions
 from flexigpt.pruning import PRESETS, ExtendOptions, FrontierOptions, PruneOptions
 from flexigpt.quantization import QuantizeOptions
 from flexigpt.recovery import RecoverOptions
@@ -203,6 +204,16 @@ def recover(
     show(f"checkpoint written to {out}")
 
 
+def export(asked: Asked, model: Model, out: Out, overwrite: Overwrite = False) -> None:
+    """Write a compact model in a form that other programs read: transformers, llama.cpp, MLX, ONNX, ExecuTorch."""
+    options = asked.options()
+    from flexigpt.export import export as write
+    from flexigpt.export import export_rows
+
+    record = write(model, out, options, overwrite=overwrite, command=asked.call.command)
+    show(export_rows(record), f"{options.to} written to {out}")
+
+
 def quantize(asked: Asked, model: Model, out: Out, overwrite: Overwrite = False) -> None:
     """Store the linears of a model in 8 or 4 bits a weight; from_pretrained opens it."""
     options = asked.options()
@@ -377,6 +388,7 @@ def add_commands(app: typer.Typer) -> None:
         ("serve", serve, ServeOptions, "flexigpt serve out/small"),
         ("sample", sample, SampleOptions, "flexigpt sample meta-llama/Llama-3.2-1B own.jsonl --tokens 1M"),
         ("benchmark", benchmark, BenchmarkOptions, f"flexigpt benchmark out/small --against {data}"),
+        ("export", export, ExportOptions, "flexigpt export out/small out/stock --to stock"),
         ("inspect", inspect, None, "flexigpt inspect out/small"),
         ("report", report, None, "flexigpt report out/small out/again --out report.html"),
         ("card", card, None, "flexigpt card out/small me/small-llama"),

@@ -57,6 +57,7 @@ class Architecture:
         roles: paths of a block's linears within the block, by what they compute.
         sublayer_norms: paths within the block of the norms of what attention and MLP put out, where the family has such
             (Gemma, OLMo 2).
+        width: the configuration's name for the number of hidden units of an MLP.
         gather: makes the per-block lists of a configuration those of the given blocks, in place.
         block_returns_tuple: whether a block returns (hidden states, ...) instead of the hidden states alone.
     """
@@ -64,6 +65,7 @@ class Architecture:
     blocks: str
     roles: Roles
     sublayer_norms: tuple[str, str] | None = None
+    width: str = "intermediate_size"
     gather: Callable[[dict[str, Any], Sequence[int]], None] = _gather_layer_types
     block_returns_tuple: bool = False
 
@@ -120,6 +122,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "opt": Architecture(
         blocks="model.decoder.layers",
         roles=replace(_LLAMA_ROLES, output="self_attn.out_proj", gate=None, up="fc1", down="fc2"),
+        width="ffn_dim",
     ),
     "gpt_neox": Architecture(blocks="gpt_neox.layers", roles=_NEOX),
     "gpt_neo": Architecture(
@@ -138,6 +141,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(
         blocks="transformer.h",
         roles=_fused("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+        width="n_inner",
     ),
 }
 

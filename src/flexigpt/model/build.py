@@ -119,6 +119,13 @@ def config_with_blocks(config: PreTrainedConfig, source_blocks: Sequence[int]) -
     return shortened
 
 
+def config_with_width(config: PreTrainedConfig, width: int) -> PreTrainedConfig:
+    """The configuration of the same model with MLPs of so many hidden units."""
+    changed = copy.deepcopy(config)
+    setattr(changed, find_architecture(config).width, width)
+    return changed
+
+
 def check_depth(plan: Plan, depth: int) -> None:
     """Raises InputError for a plan of another depth than the source's."""
     if plan.num_blocks != depth:

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexigpt.model.architecture import find_architecture
 from flexigpt.model.configuration_flexigpt import FlexiGPTConfig
-from flexigpt.model.modeling_flexigpt import FlexiGPTForCausalLM, linear_size
+from flexigpt.model.modeling_flexigpt import FlexiGPTForCausalLM, NoSublayer, linear_size
 from flexigpt.model.plan import ModelShape, Plan
 
 # What an output norm is wrapped around lies so within the wrapper, and the norm's weight so.
@@ -115,6 +115,13 @@ def layout_of(model: PreTrainedModel) -> Layout:
         returns_tuple=architecture.block_returns_tuple,
         is_compact=is_compact,
     )
+
+
+def mlp_widths(model: PreTrainedModel) -> list[int]:
+    """How many hidden units each block's MLP has; 0 where it is gone."""
+    down = find_architecture(model.config.get_text_config()).roles.down
+    found = (dict(block.named_modules()).get(down) for block in layout_of(model).blocks)
+    return [0 if linear is None or isinstance(linear, NoSublayer) else linear_size(linear)[1] for linear in found]
 
 
 def model_shape(model: PreTrainedModel, output_norm: bool = True) -> ModelShape:

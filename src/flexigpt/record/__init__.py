@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         write_checkpoint,
         write_frontier,
         write_plan,
+        write_record,
     )
 else:
     lazy_door(__name__)

@@ -96,7 +96,7 @@ def write_checkpoint(
             if not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
         (folder / CARD).write_text(_first_card(folder, model, record, source), encoding="utf-8")
-        _write_record(folder, record, out)
+        write_record(folder, record, out)
 
 
 def _first_card(folder: Path, model: PreTrainedModel, record: Record, source: str | None) -> str:
@@ -124,7 +124,7 @@ def write_plan(out: str | Path, plan: Plan, record: Record) -> None:
     """
     with replaced_folder(out) as folder:
         (folder / "plan.json").write_text(json_text(plan.to_dict()), encoding="utf-8")
-        _write_record(folder, record, out)
+        write_record(folder, record, out)
 
 
 def write_frontier(out: str | Path, record: Record) -> None:
@@ -134,11 +134,20 @@ def write_frontier(out: str | Path, record: Record) -> None:
         InputError: as `write_plan`.
     """
     with replaced_folder(out) as folder:
-        _write_record(folder, record, out)
+        write_record(folder, record, out)
 
 
-def _write_record(folder: Path, record: Record, out: str | Path) -> None:
-    """The record, last, with the names of all files, so that the next run knows whose they are."""
+def write_record(folder: Path, record: Record, out: str | Path) -> None:
+    """Writes the record, last, with the names of all files, so that the next run knows whose they are.
+
+    Args:
+        folder: with all other files.
+        record: what was asked and measured.
+        out: whose place the folder takes.
+
+    Raises:
+        InputError: an `out` that holds what flexigpt did not write.
+    """
     files = sorted([RECORD, *(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())])
     (folder / RECORD).write_text(json_text(record | {"files": files}), encoding="utf-8")
     check_replaceable(Path(out).expanduser())  # once more: a run takes long, and a user may have left something there
