@@ -12,8 +12,14 @@ import pytest
 import typer
 
 from conftest import Run
-from flexigpt.cli.commands import BenchmarkOptions, EvalOptions, ExportOptions, ExtendOptions, GenerateOptions
-from flexigpt.cli.commands import PruneOptions
+from flexigpt.cli.commands import (
+    BenchmarkOptions,
+    EvalOptions,
+    ExportOptions,
+    ExtendOptions,
+    GenerateOptions,
+    PruneOptions,
+)
 from flexigpt.cli.commands import RecoverOptions as Recover
 from flexigpt.cli.console import Lines
 from flexigpt.cli.main import app

@@ -1,8 +1,10 @@
 """The source's own architecture: what is gone is there as zeros, replicas as weights of their own."""
 
+import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -61,7 +63,6 @@ def check_foldable(config: FlexiGPTConfig) -> None:
         )
 
 
-@torch.no_grad()
 def unshrunk(compact: FlexiGPTForCausalLM) -> PreTrainedModel:
     """The source's architecture with each MLP as wide as the widest.
 
@@ -71,13 +72,31 @@ def unshrunk(compact: FlexiGPTForCausalLM) -> PreTrainedModel:
     Args:
         compact: a compact model without shared linears.
     """
-    widths = mlp_widths(compact)
-    widest = max(1, *widths)
-    config = config_with_width(compact.config.text_config, widest)
+    config = config_with_width(compact.config.text_config, max(1, *mlp_widths(compact)))
     config.dtype = compact.dtype
-    made = empty_model(config)
     there = {name.removeprefix(SOURCE_PREFIX): values for name, values in all_tensors(compact).items()}
-    prefix = f"{layout_of(made).prefix}."
+    return _filled(empty_model(config), there, compact)
+
+
+def rounded(compact: FlexiGPTForCausalLM, multiple: int, fill_gone: bool = False) -> FlexiGPTForCausalLM:
+    """The compact model with units of zeros that make the number of each narrow MLP's units a multiple of another.
+
+    With `fill_gone`, an MLP that is gone gets that many units of zeros.
+    """
+    config = copy.deepcopy(compact.config)
+    config.sublayers = [
+        row | {"form": "units", "units": -(-row.get("units", 1) // multiple) * multiple}
+        if "units" in row or (fill_gone and row["sublayer"] == "mlp")
+        else row
+        for row in compact.config.sublayers
+    ]
+    return cast(FlexiGPTForCausalLM, _filled(empty_model(config), all_tensors(compact), compact))
+
+
+@torch.no_grad()
+def _filled(made: PreTrainedModel, there: Mapping[str, torch.Tensor], compact: FlexiGPTForCausalLM) -> PreTrainedModel:
+    """An empty model with wider MLPs, filled with a compact model's tensors by their names in it, and with zeros."""
+    prefix, widths = f"{layout_of(made).prefix}.", mlp_widths(compact)
     tensors: dict[str, torch.Tensor] = {}
     for name, wanted in all_tensors(made).items():
         if name not in there:
@@ -106,9 +125,8 @@ def with_older_rope(settings: dict[str, Any]) -> dict[str, Any]:
     rope = settings.get("rope_parameters") or {}
     if "rope_theta" not in rope:  # by the type of layer, or none
         return settings
-    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-    plain = scaling.get("rope_type", "default") == "default"
-    return settings | {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else scaling}
+    plain = rope.get("rope_type", "default") == "default"
+    return settings | {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else rope}
 
 
 def write_tokenizer(model: str, out: Path) -> None:

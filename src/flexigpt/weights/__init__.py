@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         open_empty,
         read_config,
     )
-    from flexigpt.weights.shards import write_shards
+    from flexigpt.weights.shards import Piece, write_shards
     from flexigpt.weights.sources import (
         Assembly,
         Source,
