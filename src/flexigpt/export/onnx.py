@@ -94,7 +94,7 @@ def traced(model: Any) -> "ir.Model":
     sizes = (text, {0: "batch", 1: "total"}, text, [{0: "batch", 2: "past"} for _ in past])
     names = [f"{block}.{part}" for block in blocks for part in ("key", "value")]
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 Step(model, blocks).eval(),
                 (ids, mask, positions, past),
@@ -117,7 +117,7 @@ def traced(model: Any) -> "ir.Model":
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what libraries say to those who write exporters."""
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
