@@ -6,54 +6,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
-from families import compact_of, initialize_replicas, tiny_config, token_ids
-from flexigpt import ExportOptions, FlexiGPTForCausalLM, Plan, Replica, export
-from flexigpt.model import SublayerReplica, stored_bytes
+from families import token_ids
+from flexigpt import ExportOptions, FlexiGPTForCausalLM, export
+from flexigpt.model import stored_bytes
+from three_blocks import narrow, shared
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 onnx_ir = pytest.importorskip("onnx_ir")
 
 PROMPT, TOKENS = 7, 10
-BLOCKS = 3
-
-
-def source(family: str) -> PreTrainedModel:
-    """A model of three blocks in bfloat16, whose every weight changes the logits."""
-    config = tiny_config(family)
-    config.num_hidden_layers = BLOCKS
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, parameter.shape[-1] ** -0.5)
-    return model
-
-
-def shared() -> FlexiGPTForCausalLM:
-    """The last block borrows the first one's linears, with output norms; biases; the head is the table of tokens."""
-    whole = source("llama-biases-tied")
-    plan = Plan(num_blocks=BLOCKS, replicas=(Replica(block=2, base=0, rank=4),))
-    model = compact_of(whole, plan)
-    initialize_replicas(model, whole, plan, adapter_init="svd", norm_init=0.5, seed=0)
-    return model
-
-
-def narrow() -> FlexiGPTForCausalLM:
-    """One MLP has fewer units, one is gone, and so is an attention, which leaves the cache a block less."""
-    rows = (
-        SublayerReplica(block=0, sublayer="mlp", form="units", units=21),
-        SublayerReplica(block=1, sublayer="attention", form="none"),
-        SublayerReplica(block=2, sublayer="mlp", form="none"),
-    )
-    model = compact_of(source("mistral"), Plan(num_blocks=BLOCKS, sublayers=rows))
-    for path in ("gate_proj", "up_proj", "down_proj"):
-        linear = model.block_list[0].mlp.get_submodule(path)
-        shape = linear.weight.shape
-        linear.weight = torch.nn.Parameter(torch.randn(shape, dtype=torch.bfloat16) * shape[-1] ** -0.5)
-    return model
 
 
 def exported(model: FlexiGPTForCausalLM, folder: Path, bits: int | None = None) -> Path:
@@ -76,7 +40,8 @@ def logits_with_cache(folder: Path, ids: torch.Tensor, mask: torch.Tensor) -> to
     ]
     found = []
     for start, end in [(0, PROMPT), *((token, token + 1) for token in range(PROMPT, TOKENS))]:
-        text = {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
+        text = {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end]}
+        text |= {"position_ids": positions[:, start:end]}
         logits, *present = session.run(None, {name: given.numpy() for name, given in text.items()} | past)
         past = dict(zip(past, present, strict=True))
         found.append(torch.from_numpy(logits))
@@ -125,7 +90,8 @@ def test_quantized_it_computes_with_the_rounded_weights_in_every_place(bits: int
     for name in rounded:
         packed, scales, zeros = (stored[f"{name}_{part}"] for part in ("rounded", "scales", "zeros"))
         blocks = scales.shape[1]
-        whole = (unpacked(packed, bits).astype(np.float32) - unpacked(zeros, bits)[:, :blocks, None]) * scales[..., None]
+        numbers = unpacked(packed, bits).astype(np.float32) - unpacked(zeros, bits)[:, :blocks, None]
+        whole = numbers * scales[..., None]
         weight = model.get_parameter(name.removeprefix("model."))
         values = torch.from_numpy(whole.reshape(len(whole), -1)[:, : weight.shape[1]])
         assert (values - weight).abs().max() <= scales.max()

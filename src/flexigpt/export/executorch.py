@@ -73,8 +73,8 @@ def quantize(compact: Any, bits: int | None) -> None:
     table = compact.get_input_embeddings()
     if compact.get_output_embeddings().weight is table.weight:  # each is rounded for another kernel
         table.weight = nn.Parameter(table.weight.clone())
-    quantize_(compact, IntxWeightOnlyConfig(dtype, grain), lambda module, _: isinstance(module, nn.Embedding))
-    quantize_(compact, Int8DynamicActivationIntxWeightConfig(dtype, grain), lambda module, _: isinstance(module, nn.Linear))
+    for config, kind in ((IntxWeightOnlyConfig, nn.Embedding), (Int8DynamicActivationIntxWeightConfig, nn.Linear)):
+        quantize_(compact, config(dtype, grain), lambda module, _, kind=kind: isinstance(module, kind))
 
 
 class Step(nn.Module):

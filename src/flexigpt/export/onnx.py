@@ -63,7 +63,11 @@ class Step(nn.Module):
         self.model, self.blocks = model, blocks
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, past: list[torch.Tensor]
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: list[torch.Tensor],
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """(batch, length) ids after (batch, heads, past, width) keys and values -> logits, and those with the new."""
         # Not of the configuration's kind: those for a sliding window forget, by the window's own counts.
@@ -72,7 +76,12 @@ class Step(nn.Module):
             cache.update(key, value, block)
         given = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": cache}
         logits = self.model(input_ids=input_ids, use_cache=True, **given).logits
-        return logits, [part for block in self.blocks for part in (cache.layers[block].keys, cache.layers[block].values)]
+        return logits, parts_of(cache, self.blocks)
+
+
+def parts_of(cache: DynamicCache, blocks: list[int]) -> list[torch.Tensor]:
+    """Keys and values of these blocks, in turn."""
+    return [part for block in blocks for part in (cache.layers[block].keys, cache.layers[block].values)]
 
 
 def traced(model: Any) -> "ir.Model":
@@ -87,7 +96,7 @@ def traced(model: Any) -> "ir.Model":
         cache = DynamicCache()
         model(input_ids=torch.zeros(_BATCH, _PAST, dtype=torch.long), past_key_values=cache, use_cache=True)
     blocks = [number for number, layer in enumerate(cache.layers) if layer.is_initialized]
-    past = [part for block in blocks for part in (cache.layers[block].keys, cache.layers[block].values)]
+    past = parts_of(cache, blocks)
     positions = torch.arange(_PAST, _PAST + _LENGTH).expand(_BATCH, -1).contiguous()
     ids, mask = torch.zeros_like(positions), torch.ones(_BATCH, _PAST + _LENGTH, dtype=torch.long)
     text = {0: "batch", 1: "length"}
