@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from flexigpt.cli.options import descriptions
-from flexigpt.decoding import BenchmarkOptions, GenerateOptions
+from flexigpt.decoding import BenchmarkOptions, GenerateOptions, SampleOptions
 from flexigpt.evaluation import EvalOptions
 from flexigpt.export import ExportOptions
 from flexigpt.pruning import ExtendOptions, PruneOptions
@@ -22,6 +22,7 @@ COMMANDS: dict[str, Any] = {
     "recover": RecoverOptions,
     "eval": EvalOptions,
     "generate": GenerateOptions,
+    "sample": SampleOptions,
     "benchmark": BenchmarkOptions,
     "export": ExportOptions,
 }

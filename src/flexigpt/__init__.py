@@ -6,7 +6,7 @@ used. The rooms of the code; imports go down this table only:
     cli          arguments in, one flow called, its result printed
     pruning      source -> plan -> compact model; plain removal; extension
     recovery     trains a model back
-    decoding     generates, drafts and verifies, times both
+    decoding     generates, drafts and verifies, times both; has a model write its own text
     report       records -> figures and a page
     export       a compact model in the forms that other programs read
     record       what a flow was asked and measured: made, written, read back, as tables
@@ -27,9 +27,11 @@ from flexigpt.runtime.doors import lazy_door
 if TYPE_CHECKING:
     __version__: str
     from flexigpt.decoding import BenchmarkOptions as BenchmarkOptions
+    from flexigpt.decoding import SampleOptions as SampleOptions
     from flexigpt.decoding import SpeculateOptions as SpeculateOptions
     from flexigpt.decoding import SpeculateStatistics as SpeculateStatistics
     from flexigpt.decoding import benchmark as benchmark
+    from flexigpt.decoding import sample as sample
     from flexigpt.decoding import speculative_generate as speculative_generate
     from flexigpt.evaluation import EvalOptions as EvalOptions
     from flexigpt.evaluation import evaluate as evaluate
@@ -42,11 +44,13 @@ if TYPE_CHECKING:
     from flexigpt.model import materialize as materialize
     from flexigpt.pruning import PRESETS as PRESETS
     from flexigpt.pruning import ExtendOptions as ExtendOptions
+    from flexigpt.pruning import FrontierOptions as FrontierOptions
     from flexigpt.pruning import PruneOptions as PruneOptions
     from flexigpt.pruning import assemble_extended as assemble_extended
     from flexigpt.pruning import assemble_pruned as assemble_pruned
     from flexigpt.pruning import assemble_removed as assemble_removed
     from flexigpt.pruning import extend as extend
+    from flexigpt.pruning import frontier as frontier
     from flexigpt.pruning import plan_only as plan_only
     from flexigpt.pruning import prune as prune
     from flexigpt.pruning import remove as remove

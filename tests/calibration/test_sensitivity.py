@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from families import FAMILIES, block_list, tiny_model, token_ids
-from flexigpt.calibration import sensitivities
+from flexigpt.calibration import gradient_moments, input_moments
 from flexigpt.model import find_architecture
 from flexigpt.weights import StreamedModel
 
@@ -35,10 +35,11 @@ def test_moments_are_those_of_a_backward_pass_through_the_whole_model(family: st
     for hook in hooks:
         hook.remove()
 
-    found = dict(sensitivities(StreamedModel(model), ids, paths))
-    assert list(found) == list(reversed(range(len(block_list(model)))))
+    inputs = dict(input_moments(StreamedModel(model), ids, paths))
+    errors = dict(gradient_moments(StreamedModel(model), ids, paths))
+    assert list(inputs) == list(reversed(errors)) == list(range(len(block_list(model))))
     for (block, path), (given, output) in seen.items():
-        for moment, rows in zip(found[block][path], (given, output.grad), strict=True):
+        for moment, rows in zip((inputs[block][path], errors[block][path]), (given, output.grad), strict=True):
             assert rows is not None
             rows = rows.flatten(0, -2).double()
             expected = rows.T @ rows / ids.numel()

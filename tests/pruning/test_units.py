@@ -130,8 +130,8 @@ def test_another_ratio_asks_the_cache_and_the_same_seed_gives_the_same_bytes(
     for ratio in (0.3, 0.5):
         track = KillingTrack()
         seen.append((prune(str(tiny_source), PruneOptions(ratio=ratio, **calibrated), track)[0], track.seen))
-    assert "measuring sensitivities" in seen[0][1]
-    assert "measuring sensitivities" not in seen[1][1]
+    assert "measuring units" in seen[0][1]
+    assert "measuring units" not in seen[1][1]
     assert "fitting blocks" in seen[1][1]
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "another"))
     again = prune(str(tiny_source), PruneOptions(ratio=0.5, **calibrated))[0]
@@ -142,7 +142,11 @@ def test_another_ratio_asks_the_cache_and_the_same_seed_gives_the_same_bytes(
 
 @pytest.mark.parametrize(
     ("stage", "at"),
-    [*(("measuring sensitivities", at) for at in (2, 7, 10)), *(("fitting blocks", at) for at in (2, 5))],
+    [
+        *(("measuring gradients", at) for at in (2, 7, 10)),
+        ("measuring units", 3),
+        *(("fitting blocks", at) for at in (2, 5)),
+    ],
 )
 def test_a_killed_run_goes_on_to_the_same_weights(
     tiny_source: Path,
@@ -152,7 +156,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     stage: str,
     at: int,
 ) -> None:
-    """Forward, back, and in the refit."""
+    """Forward and back, forward again, and in the refit."""
     options = PruneOptions(ratio=0.4, **calibrated)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "whole"))
     whole = prune(str(tiny_source), options)[0]

@@ -1,16 +1,19 @@
 """Kept blocks refitted to calibration text, against naive least squares and the source itself."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from families import (
     FAMILIES,
     NUM_BLOCKS,
+    block_list,
     compact_of,
     initialize_replicas,
     remove_blocks,
@@ -18,9 +21,10 @@ from families import (
     token_ids,
 )
 from flexigpt import FlexiGPTForCausalLM, Plan, PruneOptions, Replica, prune, remove
-from flexigpt.replicas import refit_kept
+from flexigpt.model import SublayerReplica, block_output, find_architecture, sublayer_paths
+from flexigpt.replicas import refit_kept, tensors_of_units
 from flexigpt.replicas.least_squares import Moments, ridge_fit
-from flexigpt.weights import StreamedModel
+from flexigpt.weights import StreamedModel, exchange_parameters
 
 WINDOWS = token_ids(batch=12, tokens=32, seed=3)
 
@@ -77,6 +81,61 @@ def test_refitted_kept_blocks_are_nearer_to_the_source(family: str) -> None:
         return  # the residual sum is normalised: what a linear adds is not what is left
     assert error(refitted, source, WINDOWS) < error(plain, source, WINDOWS)
     assert error(mended, source, WINDOWS) < error(shorter, source, WINDOWS)
+
+
+@torch.no_grad()
+def naively_refitted(source: PreTrainedModel, model: PreTrainedModel, units: dict[int, torch.Tensor]) -> None:
+    """Both models as a whole for each linear, and least squares with further rows for the damping."""
+    roles = find_architecture(source.config).roles
+
+    def run(one: PreTrainedModel, block: int, path: str) -> tuple[torch.Tensor, ...]:
+        """What a block is given, what a linear in it is given and returns, and what the block puts out."""
+        seen: dict[str, torch.Tensor] = {}
+        of_block = block_list(one)[block]
+        with ExitStack() as hooks:
+            linear = of_block.get_submodule(path)
+            hooks.callback(linear.register_forward_hook(lambda _, args, out: seen.update(x=args[0], y=out)).remove)
+            note = lambda _, args, kwargs, out: seen.update(enters=args[0], leaves=block_output(out))  # noqa: E731
+            hooks.callback(of_block.register_forward_hook(note, with_kwargs=True).remove)
+            one(input_ids=WINDOWS, use_cache=False)
+        return tuple(seen[key].flatten(0, -2).double() for key in ("enters", "x", "y", "leaves"))
+
+    def solved(kept: torch.Tensor, x: torch.Tensor, y: torch.Tensor, ridge: float) -> torch.Tensor:
+        damping = (ridge * x.square().mean() * len(x)).sqrt()
+        rows, wished = torch.cat((x, damping * torch.eye(x.shape[1]))), torch.cat((y, damping * kept.T))
+        return torch.linalg.lstsq(rows, wished, driver="gelsd").solution.T
+
+    for block in range(NUM_BLOCKS):
+        for path in (roles.output, roles.down):
+            theirs, ours = run(source, block, path), run(model, block, path)
+            linear = block_list(model)[block].get_submodule(path)
+            is_mlp, has_bias, transposed = path == roles.down, linear.bias is not None, isinstance(linear, Conv1D)
+            one = torch.ones_like(ours[1][:, :1]) if has_bias else ours[1][:, :0]
+            kept = (linear.weight.T if transposed else linear.weight).double()
+            kept = torch.cat((kept, linear.bias.double()[:, None]), 1) if has_bias else kept
+            if is_mlp and block in units:
+                kept = solved(kept, torch.cat((theirs[1][:, units[block]], one), 1), theirs[2], 1e-3)
+            wished = ours[2] + theirs[3] - ours[3] if is_mlp else theirs[2] + theirs[0] - ours[0]
+            found = solved(kept, torch.cat((ours[1], one), 1), wished, 0.1).float()
+            fitted = {"bias": found[:, -1]} if has_bias else {}
+            found = found[:, :-1] if has_bias else found
+            exchange_parameters(linear, fitted | {"weight": found.T if transposed else found})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_a_refit_in_few_passes_is_that_of_whole_models(family: str) -> None:
+    """Biases, transposed weights; each block mends what those before it left."""
+    source, units = tiny_model(family), {i: torch.arange(i + 1, 20, 2) for i in range(NUM_BLOCKS)}
+    rows = [SublayerReplica(block=i, sublayer="mlp", form="units", units=len(kept)) for i, kept in units.items()]
+    models = [compact_of(source, Plan(num_blocks=NUM_BLOCKS, sublayers=tuple(rows))).eval() for _ in range(2)]
+    for model in models:
+        for block, kept in units.items():
+            tensors = tensors_of_units(StreamedModel(source), block, sublayer_paths(source)["mlp"], kept)
+            exchange_parameters(model.block_list[block], tensors)
+    refit_kept(StreamedModel(source), StreamedModel(models[0]), range(NUM_BLOCKS), WINDOWS, units=units)
+    naively_refitted(source, models[1], units)
+    for (name, found), expected in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_bases_are_left_alone() -> None:

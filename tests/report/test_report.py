@@ -7,6 +7,8 @@ from typing import Any
 
 import matplotlib
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import Run
 from flexigpt import (
@@ -76,7 +78,7 @@ def test_the_page_is_whole_and_loads_nothing(recovered_page: Page, made: dict[st
     assert "default-src 'none'" in page.text
     assert "prefers-color-scheme: dark" in page.text
     assert not any(name.startswith("on") for name, _ in page.attributes)
-    assert len(page.figures) == 8
+    assert len(page.figures) == 12
     for figure in page.figures:
         assert figure.get("role") == "img"
         assert figure.get("aria-label")
@@ -86,12 +88,10 @@ def test_the_page_is_whole_and_loads_nothing(recovered_page: Page, made: dict[st
 def test_the_tables_hold_what_was_recorded(recovered_page: Page, made: dict[str, Path]) -> None:
     page, record = recovered_page, read(made["recovered"])
     origin = record["origin"]
-    gone = [row["block"] for row in read(made["recovered"], "config.json")["replicas"]]
     bases = {str(row["block"]): str(row["base"]) for row in read(made["recovered"], "config.json")["replicas"]}
-    assert page.column("influence of each block", "influence") == [shown(score) for score in origin["scores"]]
-    assert page.column("influence of each block", "became") == [
-        "pruned" if block in gone else "kept" for block in range(6)
-    ]
+    assert page.column("What became of each block", "influence") == [f"{score:.4f}" for score in origin["scores"]]
+    stored = [f"{4 * number / 1e6:.2f}" for number in record["after"]["blocks"]]
+    assert page.column("What became of each block", "MB") == stored
     headings, *cells = page.tables["low-rank distance, the base marked"]
     assert {row[0]: dict(zip(headings[1:], row[1:], strict=True)) for row in cells} == {
         block: {candidate: shown(value) for candidate, value in row.items()}
@@ -107,9 +107,9 @@ def test_the_tables_hold_what_was_recorded(recovered_page: Page, made: dict[str,
         assert row[2:] == [f"{r}: {s:.1%}" for r, s in zip(spectrum["ranks"], spectrum["mended"], strict=True)]
     assert page.column("Stored MB by part", "recovered")[-1] == f"{record['after']['parameters']:,}"
     assert page.column("Stored MB by part", "source")[-2] == f"{origin['source']['bytes'] / 1e6:.2f}"
-    (row,) = page.tables["Recovery training"][1:]
     before, after = (f"{record['perplexity'][name]['perplexity']:.2f}" for name in ("before", "after"))
-    assert row[:6] == ["recovered", "replicas+kept", "1,536", "12", before, after]
+    trained = page.column("Recovery training", "recovered")
+    assert trained[:5] == ["replicas+kept", "1,536", "12", before, after]
     assert page.column("Options of the recovery", "option") == list(record["options"])
     options = dict(page.tables["Options of the pruning or extension"][1:])
     assert options["ratio"] == str(origin["options"]["ratio"])
@@ -144,7 +144,7 @@ def test_the_same_records_give_the_same_bytes_whatever_matplotlib_is_set_to(
     assert dict(matplotlib.rcParams) == before
     assert first.read_bytes() == second.read_bytes()
     pictures = sorted((tmp_path / "first" / "figures").iterdir())
-    assert [path.name for path in pictures] == [f"{name}.png" for name in ("distances", "influence", "plan")]
+    assert [path.name for path in pictures] == [f"{name}.png" for name in ("blocks", "distances", "plan")]
     for picture in pictures:
         assert picture.read_bytes() == (tmp_path / "second" / "figures" / picture.name).read_bytes()
         assert picture.read_bytes().startswith(b"\x89PNG")
@@ -171,36 +171,70 @@ def test_names_are_text_and_never_markup(made: dict[str, Path], tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "headings"),
     [
-        ("planned", ["No sizes were recorded: --plan-only makes no model"]),
-        ("pruned", ["flexigpt recover trains a model back", "flexigpt eval --record writes one"]),
-        ("shorter", ["Plain removal needs no base", "Plain removal has no adapters", "Nothing stands in for"]),
+        ("planned", ["What became of each block", "Why these bases", "Settings"]),
+        (
+            "pruned",
+            ["What became of each block", "Why these bases", "What replicas mend", "What is stored", "Settings"],
+        ),
+        ("shorter", ["What became of each block", "What is stored", "Settings"]),
     ],
 )
-def test_what_is_not_there_is_said_with_what_records_it(
-    made: dict[str, Path], tmp_path: Path, name: str, said: list[str]
+def test_sections_of_what_was_not_recorded_are_left_out_and_a_line_says_what_records_them(
+    made: dict[str, Path], tmp_path: Path, name: str, headings: list[str]
 ) -> None:
     page = Page(report([made[name]], tmp_path).read_text(encoding="utf-8"))
-    for line in said:
-        assert line in page.prose
+    assert re.findall(r"<h2[^>]*>([^<]*)", page.text) == headings
+    assert page.prose.count("flexigpt recover trains a model back") == 1
+    assert page.prose.count("flexigpt eval --record measures") == 1
+
+
+def test_a_verdict_leads_with_what_was_measured(recovered_page: Page, made: dict[str, Path]) -> None:
+    record = read(made["recovered"])
+    source, after = record["origin"]["source"], record["after"]
+    was, became = record["origin"]["perplexity"]["source"], record["perplexity"]["after"]
+    share = f"{after['bytes'] / source['bytes']:.0%} of the bytes"
+    assert f"{share}, perplexity {was['perplexity']:,.0f} \u2192 {became['perplexity']:,.0f}: " in recovered_page.prose
+
+
+def test_both_models_continue_the_same_words(
+    recovered_page: Page, made: dict[str, Path], tiny_source: Path, single: Path
+) -> None:
+    models = read(made["recovered"], "evaluation.json")["models"]
+    prompts = [[one["prompt"] for one in model["continuations"]] for model in models]
+    assert prompts[0] == prompts[1]
+    assert len(prompts[0]) == 2
+    words = " ".join(single.read_text().split())
+    tokenizer = AutoTokenizer.from_pretrained(tiny_source)
+    for folder, model in zip((tiny_source, made["recovered"]), models, strict=True):
+        loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+        for one in model["continuations"]:
+            assert one["prompt"] in words
+            ids = tokenizer(one["prompt"], return_tensors="pt").input_ids
+            length = ids.shape[1]
+            for _ in range(5):  # a token at a time, without a cache
+                ids = torch.cat([ids, loaded(ids).logits[:, -1:].argmax(-1)], 1)
+            assert one["text"].startswith(tokenizer.decode(ids[0, length:]).rstrip("\ufffd"))
+            shown = re.sub(r"\s+", "", one["text"])
+            assert shown in re.sub(r"\s+", "", recovered_page.prose)
 
 
 def test_a_model_whose_blocks_were_given_has_a_page(tiny_compact: Path, run: Run, tmp_path: Path) -> None:
     code, printed, errors = run("report", tiny_compact, "--out", tmp_path / "page.html")
     assert (code, errors) == (0, "")
     assert printed == f"report written to {tmp_path / 'page.html'}, its figures to {tmp_path / 'figures'}\n"
-    assert "No block score was recorded" in Page((tmp_path / "page.html").read_text(encoding="utf-8")).prose
+    assert "influence" not in Page((tmp_path / "page.html").read_text(encoding="utf-8")).prose
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figures", "page.html"]
 
 
 def test_several_models_stand_side_by_side(made: dict[str, Path], tmp_path: Path) -> None:
     page = Page(report([made["recovered"], made["shorter-recovered"]], tmp_path).read_text(encoding="utf-8"))
-    assert [row[0] for row in page.tables["Recovery training"][1:]] == ["recovered", "shorter-recovered"]
+    assert page.tables["Recovery training"][0] == ["", "recovered", "shorter-recovered"]
     names = sorted(path.name for path in (tmp_path / "figures").iterdir())
-    assert "recovery.png" in names
+    assert "recovery-perplexity.png" in names
     assert "1-recovered-plan.png" in names
-    assert "2-shorter-recovered-influence.png" in names
+    assert "2-shorter-recovered-blocks.png" in names
 
 
 def test_a_report_replaces_an_earlier_one_with_all_its_figures(made: dict[str, Path], tmp_path: Path) -> None:

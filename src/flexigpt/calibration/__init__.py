@@ -20,8 +20,8 @@ if TYPE_CHECKING:
         overflow,
         run_through,
     )
-    from flexigpt.calibration.moments import RunningSum
+    from flexigpt.calibration.moments import RunningSum, second_moment
     from flexigpt.calibration.options import TEXT_GROUP, CalibrationOptions
-    from flexigpt.calibration.sensitivity import Sensitivity, sensitivities
+    from flexigpt.calibration.sensitivity import gradient_moments, input_moments
 else:
     lazy_door(__name__)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexigpt.model import block_output, fast_half, layout_of, replaced_forwards, watched
 from flexigpt.runtime import CachedStage, InputError, Track, silent
@@ -107,6 +107,11 @@ class Stream:
         moved = (batch.to(model.device) for batch in batches)
         self.hidden = HiddenStates(_enter_blocks(model, moved, self._arguments), spill)
 
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Of the model."""
+        return self._model.config
+
     def at(self, hidden: Iterable[torch.Tensor]) -> "Stream":
         """The same text with other hidden states, or a copy of these, held where these are."""
         other = copy.copy(self)
@@ -120,13 +125,31 @@ class Stream:
             with torch.no_grad(), fast_half(self._model):
                 yield block_output(block(inputs, *args, **kwargs))
 
+    def inputs(self, block: nn.Module, index: int, path: str) -> Iterator[torch.Tensor]:
+        """What a module within a block is given, batch by batch; what the block computes after that is left out."""
+
+        def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            raise _Reached(args[0])
+
+        handle = block.get_submodule(path).register_forward_pre_hook(stop)
+        try:
+            for inputs in self.hidden:
+                args, kwargs = self._arguments[inputs.shape[:2]][index]
+                try:
+                    with torch.no_grad(), fast_half(self._model):
+                        block(inputs, *args, **kwargs)
+                except _Reached as reached:
+                    yield reached.given
+        finally:
+            handle.remove()
+
     def backward(
         self, block: nn.Module, index: int, gradients: "HiddenStates", paths: Sequence[str]
-    ) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    ) -> Iterator[dict[str, torch.Tensor]]:
         """Takes gradients by what a block puts out to those by the hidden states, in place, batch by batch.
 
         Yields:
-            By path of each of these modules within the block: what it was given, and the gradient by what it returned.
+            By path of each of these modules within the block: the gradient by what it returned.
         """
         for number, inputs in enumerate(self.hidden):
             args, kwargs = self._arguments[inputs.shape[:2]][index]
@@ -136,12 +159,19 @@ class Stream:
                 returned = [seen[path][1] for path in paths]
                 first, *others = torch.autograd.grad(output, [entering, *returned], gradients[number])
             gradients[number] = first
-            yield {path: (seen[path][0].detach(), other) for path, other in zip(paths, others, strict=True)}
+            yield dict(zip(paths, others, strict=True))
 
     def advance(self, block: nn.Module, index: int) -> None:
         """The hidden states become what a block makes of them."""
         for number, outputs in enumerate(self.outputs(block, index)):
             self.hidden[number] = outputs
+
+
+class _Reached(Exception):
+    """A module's turn has come."""
+
+    def __init__(self, given: torch.Tensor) -> None:
+        self.given = given
 
 
 @torch.no_grad()
@@ -203,15 +233,15 @@ def overflow(what: str) -> InputError:
 
 
 class SavedStates:
-    """What a calibration leaves in its stage, where there is one, to go on from."""
+    """What a calibration leaves in its stage, where there is one, to go on from; under a name of its own."""
 
-    def __init__(self, stage: CachedStage | None, hidden: HiddenStates) -> None:
-        self._stage, self._hidden = stage, hidden
+    def __init__(self, stage: CachedStage | None, hidden: HiddenStates, name: str = "progress") -> None:
+        self._stage, self._hidden, self._name = stage, hidden, name
         self._latest, self._cost = time.monotonic(), 0.0
 
     def found(self) -> tuple[int, dict[str, list[float]]] | None:
         """How many blocks are done, and their means; the hidden states are then those behind them."""
-        file = None if self._stage is None else self._stage.kept("progress")
+        file = None if self._stage is None else self._stage.kept(self._name)
         if file is None:
             return None
         done, means, batches = torch.load(file, mmap=True, weights_only=True)
@@ -224,7 +254,7 @@ class SavedStates:
         began = time.monotonic()
         if self._stage is None or began - self._latest < max(_SAVE_SECONDS, _SAVE_SHARE * self._cost):
             return
-        with self._stage.keeping("progress") as temporary:
+        with self._stage.keeping(self._name) as temporary:
             torch.save((done, means, self._hidden.held), temporary)
         self._latest = time.monotonic()
         self._cost = self._latest - began

@@ -1,14 +1,14 @@
-"""What errors of a block's linears cost: second moments of the loss's gradient, one block in memory at a time."""
+"""What errors of a block's linears cost, and what they are given: second moments, one block in memory at a time."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from flexigpt.calibration.hidden_states import HiddenStates, SavedStates, Stream, calibration_batches, finished_blocks
-from flexigpt.calibration.moments import RunningSum
+from flexigpt.calibration.moments import RunningSum, second_moment
+from flexigpt.model import watched
 from flexigpt.runtime import CachedStage, Track, silent
 from flexigpt.text import batch_size_for
 from flexigpt.weights import StreamedModel
@@ -17,19 +17,7 @@ from flexigpt.weights import StreamedModel
 _LOGITS = 2**24
 
 
-class Sensitivity(NamedTuple):
-    """Of one linear, over the tokens of a text, float64.
-
-    Attributes:
-        inputs: E[x x^T] of what it is given, (inputs, inputs).
-        errors: E[g g^T] of the gradient g of the loss in nats by what it returns, (outputs, outputs).
-    """
-
-    inputs: torch.Tensor
-    errors: torch.Tensor
-
-
-def sensitivities(
+def gradient_moments(
     source: StreamedModel,
     windows: torch.Tensor,
     linears: Sequence[str],
@@ -37,8 +25,9 @@ def sensitivities(
     spill: Path | None = None,
     stage: CachedStage | None = None,
     track: Track = silent,
-) -> Iterator[tuple[int, dict[str, Sensitivity]]]:
-    """The sensitivities of these linears of each block, from the last block to the first.
+) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """By path of each of these linears, E[g g^T] of the gradient g of the loss by what it returns; from the last block
+    to the first.
 
     The text goes through the blocks once forward, where the hidden states that enter each block are kept, and once
     back, where each block runs again for its gradients.
@@ -50,12 +39,15 @@ def sensitivities(
         spill: folder for files that hold the hidden states; None: memory does, as many copies as there are blocks.
         stage: where the run leaves what it needs to go on after it was killed; blocks that were done are left out.
         track: reports each block, forward and back.
+
+    Yields:
+        A block's number, and (outputs, outputs) float64 by path: in nats squared, over the tokens of the text.
     """
     batches, depth = calibration_batches(windows), len(source)
     stream = Stream(source.model, batches, spill)
     entering: list[HiddenStates] = []
 
-    def steps() -> Iterator[tuple[int, dict[str, Sensitivity]] | None]:
+    def steps() -> Iterator[tuple[int, dict[str, torch.Tensor]] | None]:
         nonlocal stream
         for index in range(depth):
             source.expect(index + 1)
@@ -63,7 +55,7 @@ def sensitivities(
             with source.block(index) as block:
                 stream = stream.at(stream.outputs(block, index))
             yield None
-        saved = SavedStates(stage, stream.hidden)
+        saved = SavedStates(stage, stream.hidden, "backward")
         found = saved.found()
         done = 0 if found is None else found[0]
         if found is None:
@@ -74,22 +66,54 @@ def sensitivities(
                 yield None
                 continue
             with source.block(index) as block:
-                sums = {path: (RunningSum(), RunningSum()) for path in linears}
+                sums = {path: RunningSum() for path in linears}
                 before = stream.at(())
                 before.hidden = entering[index]
-                for seen in before.backward(block, index, stream.hidden, linears):
-                    for path, (given, gradient) in seen.items():
-                        for running, values in zip(sums[path], (given, gradient), strict=True):
-                            rows = values.flatten(0, -2).float()
-                            running.add(rows.T @ rows)
-            tokens = windows.numel()
-            yield index, {p: Sensitivity(*(running.total / tokens for running in pair)) for p, pair in sums.items()}
+                for gradients in before.backward(block, index, stream.hidden, linears):
+                    for path, gradient in gradients.items():
+                        sums[path].add(second_moment(gradient.flatten(0, -2).float()))
+            yield index, {path: running.mean(windows.numel()) for path, running in sums.items()}
             entering.pop()
             saved.save(depth - index, {})
 
-    for step in track(steps(), "measuring sensitivities", 2 * depth):
+    for step in track(steps(), "measuring gradients", 2 * depth):
         if step is not None:
             yield step
+
+
+@torch.no_grad()
+def input_moments(
+    source: StreamedModel,
+    windows: torch.Tensor,
+    linears: Sequence[str],
+    *,
+    spill: Path | None = None,
+    stage: CachedStage | None = None,
+    track: Track = silent,
+) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """By path of each of these linears, E[x x^T] of what it is given; from the first block to the last.
+
+    Arguments as of `gradient_moments`.
+
+    Yields:
+        A block's number, and (inputs, inputs) float64 by path, over the tokens of the text.
+    """
+    stream = Stream(source.model, calibration_batches(windows), spill)
+    saved = SavedStates(stage, stream.hidden)
+    done = (saved.found() or (0, {}))[0]
+    for index in track(range(len(source)), "measuring units", len(source)):
+        if index < done:
+            continue
+        source.expect(index + 1)
+        with source.block(index) as block, watched(block, linears) as seen:
+            sums = {path: RunningSum() for path in linears}
+            for number, outputs in enumerate(stream.outputs(block, index)):
+                for path, running in sums.items():
+                    running.add(second_moment(seen[path][0].flatten(0, -2).float()))
+                stream.hidden[number] = outputs
+        # Nothing here refers to them any more: who takes one can let go of it.
+        yield index, {path: sums.pop(path).mean(windows.numel()) for path in linears}
+        saved.save(index + 1, {})
 
 
 def _loss_gradients(

@@ -2,6 +2,7 @@
 
 # ruff: noqa: PLC0415 - so that help and usage errors wait for neither torch nor transformers
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,10 @@ import typer
 from flexigpt.cli.console import print_json, show, step_line, wants_line
 from flexigpt.cli.effects import warn_idle
 from flexigpt.cli.options import Asked, add_command
-from flexigpt.decoding import BenchmarkOptions, GenerateOptions
+from flexigpt.decoding import BenchmarkOptions, GenerateOptions, SampleOptions
 from flexigpt.evaluation import EvalOptions
 from flexigpt.export import ExportOptions
-from flexigpt.pruning import PRESETS, ExtendOptions, PruneOptions
+from flexigpt.pruning import PRESETS, ExtendOptions, FrontierOptions, PruneOptions
 from flexigpt.recovery import RecoverOptions
 from flexigpt.runtime import InputError
 
@@ -66,8 +67,9 @@ def prune(
     from flexigpt.pruning import assemble_pruned, assemble_removed
     from flexigpt.pruning import plan_only as decide
     from flexigpt.record import notes, plan_rows, reserved, write_plan
+    from flexigpt.text import shares_of
 
-    inputs = (source, options.plan, options.calibration, options.perplexity)
+    inputs = (source, options.plan, *shares_of(options.calibration), options.perplexity)
     with reserved(out, inputs, overwrite), asked.reporting() as track:
         if plan_only:
             plan, record = decide(source, options, track, announced_to(out, track.note))
@@ -82,6 +84,41 @@ def prune(
             return
         with assemble_pruned(*given) as (made, _, record):
             _write(asked, out, source, made, record, track)
+
+
+def frontier(asked: Asked, source: Source, out: Out, overwrite: Overwrite = False, as_json: Json = False) -> None:
+    """Measure how small a source model can go: perplexity at a ladder of sizes, beside plain removal."""
+    options = asked.options()
+    from flexigpt.pruning import frontier as measure
+    from flexigpt.record import frontier_rows, reserved, write_frontier
+    from flexigpt.text import shares_of
+
+    with (
+        reserved(out, (source, *shares_of(options.calibration), options.perplexity), overwrite),
+        asked.reporting() as track,
+    ):
+
+        def note(point: dict[str, Any]) -> None:
+            plain = point["removed"]["perplexity"]
+            track.note(f"{point['share']:.1%}: perplexity {point['perplexity']:.2f}, plain removal {plain:.2f}")
+
+        record = measure(source, options, track, note) | {"command": asked.call.command}
+        write_frontier(out, record)
+    if as_json:
+        print_json(record)
+        return
+    knee = record["points"][record["knee"]]
+    show(frontier_rows(record), f"written to {out}; flexigpt report {out} draws it; the model at the knee:")
+    show(_command_for(source, knee["parameters"], options))
+
+
+def _command_for(source: str, parameters: int, options: FrontierOptions) -> str:
+    texts = [options.calibration] if isinstance(options.calibration, str) else options.calibration
+    words = ["flexigpt", "prune", source, "OUT", "--target-size", str(parameters)]
+    words += [word for text in texts for word in ("--calibration", text)]
+    words += ["--windows", str(options.windows)] if options.windows != FrontierOptions.windows else []
+    words += ["--window-length", str(options.window_length)] if options.window_length is not None else []
+    return shlex.join([*words, "--perplexity", options.perplexity])
 
 
 def extend(asked: Asked, source: Source, out: Out, overwrite: Overwrite = False) -> None:
@@ -225,6 +262,23 @@ def generate(asked: Asked, model: Model) -> None:
         print(statistics.line(), file=sys.stderr)
 
 
+def sample(
+    asked: Asked,
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="File to write, OUT.jsonl.")],
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the same, unfinished run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT, or an unfinished run.")] = False,
+) -> None:
+    """Have a model write text of its own: to calibrate it on, or to train what became of it, without a data set."""
+    options = asked.options()
+    from flexigpt.decoding import sample as write
+
+    with asked.reporting() as track:
+        written = write(model, out, options, resume=resume, overwrite=overwrite, track=track)
+    speed = f"{written['tokens_per_second']:,.0f} tokens/s"
+    show(f"{written['documents']:,} documents of {written['tokens']:,} tokens at {speed} written to {out}")
+
+
 def benchmark(asked: Asked, model: Model, as_json: Json = False) -> None:
     """Time a model and its variants, against its source where one is given: prefill, decoding, memory, storage."""
     options = asked.options()
@@ -259,13 +313,20 @@ def report(
 def add_commands(app: typer.Typer) -> None:
     """Adds every command to the app."""
     data = "examples/novel16"
-    text = f"--calibration {data}/calibration.jsonl"
+    text, measured = f"--calibration {data}/calibration.jsonl", f"--perplexity {data}/validation.jsonl"
     for name, function, options, example in (
         ("prune", prune, PruneOptions, f"flexigpt prune {data} out/small --ratio 0.3 {text} --window-length 256"),
+        (
+            "frontier",
+            frontier,
+            FrontierOptions,
+            f"flexigpt frontier {data} out/sizes {text} --perplexity {data}/validation.jsonl",
+        ),
         ("extend", extend, ExtendOptions, f"flexigpt extend {data} out/deep --blocks 4:12 --times 2"),
         ("recover", recover, RecoverOptions, "flexigpt recover out/small out/again --data my-text.jsonl --tokens 10M"),
-        ("eval", evaluate, EvalOptions, f"flexigpt eval out/small {data} --perplexity {data}/validation.jsonl"),
+        ("eval", evaluate, EvalOptions, f"flexigpt eval out/small {data} {measured}"),
         ("generate", generate, GenerateOptions, 'flexigpt generate out/small --prompt "It was a dark"'),
+        ("sample", sample, SampleOptions, "flexigpt sample meta-llama/Llama-3.2-1B own.jsonl --tokens 1M"),
         ("benchmark", benchmark, BenchmarkOptions, f"flexigpt benchmark out/small --against {data}"),
         ("export", export, ExportOptions, "flexigpt export out/small out/stock --to stock"),
         ("inspect", inspect, None, "flexigpt inspect out/small"),

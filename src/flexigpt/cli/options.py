@@ -6,7 +6,7 @@ Nothing here loads torch or transformers: neither do help, completion and usage 
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args, get_type_hints
@@ -161,8 +161,10 @@ def _parameter(field: "dataclasses.Field[Any]", kind: Any, description: str) -> 
 
 
 def _plain_type(field: "dataclasses.Field[Any]", kind: Any) -> Any:
-    """What typer reads: a number, a flag, a path, or a string, which `_value` makes the field's value of."""
+    """What typer reads: a number, a flag, a path, strings, or a string, which `_value` makes the field's value of."""
     kinds = [part for part in get_args(kind) or (kind,) if part is not NoneType]
+    if Sequence[str] in kinds and field.metadata["parse"] is None:
+        return list[str]
     if field.metadata["parse"] is not None or kinds not in ([bool], [int], [float], [Path]):
         return str
     return kinds[0]
@@ -177,6 +179,8 @@ def _metavar(plain: Any, choices: tuple[str, ...], name: str) -> str:
 def _value(field: "dataclasses.Field[Any]", kind: Any, value: Any) -> Any:
     if Path in get_args(kind):
         return _expanded(value)
+    if isinstance(value, list):  # one is one
+        return value[0] if len(value) == 1 else tuple(value)
     parse = field.metadata["parse"]
     return value if parse is None else parse(value)
 

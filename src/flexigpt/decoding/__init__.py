@@ -1,6 +1,6 @@
-"""Generates text, drafts and verifies, times both.
+"""Generates text, drafts and verifies, times both; has a model write the text that it is calibrated on.
 
-Read `options`, `draft`, `split`, `speculate`, `generate`, then `benchmark`.
+Read `options`, `draft`, `split`, `speculate`, `generate`, then `benchmark`; for sampling `drafts`, `rounds`, `sample`.
 """
 
 from typing import TYPE_CHECKING
@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from flexigpt.decoding.benchmark import benchmark, benchmark_rows
     from flexigpt.decoding.draft import SpeculateStatistics
     from flexigpt.decoding.generate import generate
-    from flexigpt.decoding.options import BenchmarkOptions, GenerateOptions, SpeculateOptions
+    from flexigpt.decoding.options import BenchmarkOptions, GenerateOptions, SampleOptions, SpeculateOptions
+    from flexigpt.decoding.sample import sample
     from flexigpt.decoding.speculate import speculative_generate
 else:
     lazy_door(__name__)

@@ -1,9 +1,10 @@
-"""What generation, speculative decoding and the benchmark can be asked for. No torch."""
+"""What generation, speculative decoding, sampling and the benchmark can be asked for. No torch."""
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
-from flexigpt.runtime import InputError, RunOptions, check_options, option, parse_numbers
+from flexigpt.runtime import InputError, RunOptions, check_options, option, parse_numbers, parse_tokens
 
 _WHAT = "What to generate"
 
@@ -57,8 +58,43 @@ class GenerateOptions(RunOptions, SpeculateOptions):
         least, most = _TEMPERATURES
         if self.temperature != 0 and not least <= self.temperature <= most:
             raise InputError(f"--temperature {self.temperature} is out of range: give 0, or {least} to {most}")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"--top-p {self.top_p} is out of range: give more than 0, at most 1")
+        _check_top_p(self.top_p)
+
+
+def _check_top_p(top_p: float) -> None:
+    if not 0 < top_p <= 1:
+        raise InputError(f"--top-p {top_p} is out of range: give more than 0, at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(RunOptions):
+    """How much text a model is to write, and of which kind.
+
+    Attributes:
+        tokens: tokens to write, about: 1M, 100K or a number; whole windows of them, beginnings and prompts among them.
+        prompts: text whose documents, one after the other, begin those that are written, or, in conversations, are the
+            user's messages: FILE[#COLUMN], or a data set on the hub; default: the model begins itself.
+        kind: conversations (the model writes a user's message, and then the answer) or documents; default:
+            conversations where the tokenizer has a chat template.
+        top_p: samples from the likeliest tokens that hold this share of the probability.
+        window_length: tokens that a document may have, what is given among them; default: the model's context, at most
+            512.
+        batch_size: documents that are written at once; default: 32 on a CPU, 256 on a GPU.
+        seed: makes it repeatable.
+    """
+
+    tokens: str = option("100K", group=_WHAT, everyday=True, metavar="1M|100K")
+    prompts: str | None = option(None, group=_WHAT, everyday=True, metavar="FILE")
+    kind: Literal["conversations", "documents"] | None = option(None, group=_WHAT, everyday=True)
+    top_p: float = option(1.0, group=_WHAT)
+    window_length: int | None = option(None, group=_WHAT)
+    batch_size: int | None = option(None, least=1, most=2**16)
+    seed: int = option(0, group=_WHAT)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_tokens(self.tokens)
+        _check_top_p(self.top_p)
 
 
 _SIZES = partial(parse_numbers, name="--batch-sizes", example="1,8")

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from flexigpt.evaluation.continuations import continuations, prompts_from
 from flexigpt.evaluation.fidelity import measure_fidelity
 from flexigpt.evaluation.options import EvalOptions
 from flexigpt.evaluation.perplexity import perplexity
@@ -37,9 +38,9 @@ def evaluate(
     Returns:
         JSON-ready: `format` (1), `versions`, `command` (None: the command line fills it in), `device`, `dtype`,
         `options` and `models`, in order: each with `name`, `revision` (the hub's commit, or a fingerprint of the
-        files), `parameters` and `bytes` stored, and what was asked for: `perplexity` with its `text`; `tasks`, as
-        `Tasks.measure` returns them, and `tasks_mean` of their accuracies; `fidelity`, as `measure_fidelity` returns
-        it.
+        files), `parameters` and `bytes` stored, and what was asked for: `perplexity` with its `text`, and
+        `continuations` of the same words of it (`prompt` and `text` of each); `tasks`, as `Tasks.measure` returns them,
+        and `tasks_mean` of their accuracies; `fidelity`, as `measure_fidelity` returns it.
 
     Raises:
         InputError: models, texts, tasks or task data that cannot be used, a window that does not fit. What is known
@@ -66,10 +67,11 @@ def evaluate(
         tasks = Tasks(options, note)
         for name, tokenizer in tokenizers.items():
             tasks.check(name, tokenizer)
-    texts = {}
+    texts, prompts = {}, list[str]()
     if options.perplexity is not None:
         for name, tokenizer in tokenizers.items():
             texts[name] = tokenize_text(options.perplexity, tokenizer, window_length=window_length)
+        prompts = prompts_from(texts[names[0]], tokenizers[names[0]], window_length)
     source = None if against is None else load_model(against, options.dtype, options.device)
     entries, dtypes = [], []
     for number, (name, tokenizer) in enumerate(tokenizers.items(), 1):
@@ -82,6 +84,7 @@ def evaluate(
                 model, texts[name], window_length=window_length, stride=options.stride, track=numbered
             )
             entry["perplexity"] = {"text": options.perplexity} | measured
+            entry["continuations"] = continuations(model, tokenizer, prompts, window_length)
         if source is not None:
             entry["fidelity"] = measure_fidelity(
                 model, source, texts[name], window_length=window_length, against=str(against), track=numbered

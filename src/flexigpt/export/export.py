@@ -80,8 +80,9 @@ def export(
                 f"{model} is no compact model but an ordinary {empty.config.model_type}: other programs read it as it "
                 "is, and their own tools convert it"
             )
-        empty.config.text_config.dtype = empty.dtype
-        sizes = {"unpruned": stored_bytes(empty_model(empty.config.text_config)), "compact": stored_bytes(empty)}
+        source = empty.config.get_text_config()
+        source.dtype = empty.dtype
+        sizes = {"unpruned": stored_bytes(empty_model(source)), "compact": stored_bytes(empty)}
         with replaced_folder(out) as folder:
             FORMS[options.to](model, folder, options)
             sizes["written"] = _weight_bytes(folder)
@@ -101,4 +102,4 @@ def export_rows(record: Record) -> Rows:
     sizes, form = record["bytes"], record["options"]["to"]
     names = {"unpruned": "unpruned", "compact": "compact", "written": f"written as {form}"}
     rows = [(shown, megabytes(sizes[name]), f"{sizes[name] / sizes['unpruned']:.1%}") for name, shown in names.items()]
-    return Rows(("model", "weights", "of the unpruned"), rows)
+    return Rows(("model", "weights, MB", "of the unpruned"), rows)

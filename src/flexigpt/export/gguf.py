@@ -41,7 +41,7 @@ def to_gguf(model: str, out: Path, options: ExportOptions) -> None:
     assert isinstance(compact, FlexiGPTForCausalLM)
     kind = compact.config.text_config.model_type
     check_family(compact.config.text_config, "gguf", tuple(_ARCHITECTURES))
-    check_foldable(compact.config)
+    check_foldable(compact)
     if compact.config.replicas:
         compact = materialize(compact)
     # Qwen 3 norms its queries, which `deci` does not.

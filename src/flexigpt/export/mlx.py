@@ -52,14 +52,13 @@ def _check_installed() -> None:
         import mlx_lm  # noqa: F401, PLC0415 - an extra
     except ImportError as error:
         raise InputError(
-            f"--bits needs mlx-lm, which quantises ({one_line(error)}): pip install 'flexigpt[export]' 'mlx[cpu]' "
-            "(without [cpu] on a Mac), or leave --bits out and quantise there"
+            f"--to mlx --bits needs mlx-lm ({one_line(error)}): pip install 'flexigpt[export]', or leave --bits out"
         ) from error
 
 
 def _settings(config: FlexiGPTConfig) -> dict[str, Any]:
     """The source's config.json, and what the model file reads."""
-    source = config.text_config
+    source: Any = config.text_config
     names = ("replicas", "linears", "output_norms", "output_norm_eps", "base_scale")
     compact = {name: getattr(config, name) for name in names} | {"sublayers": list(config.sublayers)}
     settings = json.loads(source.to_json_string(use_diff=False))

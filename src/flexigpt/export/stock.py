@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from flexigpt.export.options import ExportOptions
 from flexigpt.model import (
     SOURCE_PREFIX,
-    FlexiGPTConfig,
     FlexiGPTForCausalLM,
     all_tensors,
     config_with_width,
@@ -48,14 +47,15 @@ def stock_model(model: str) -> PreTrainedModel:
     """
     compact: Any = load_model(model, device="cpu")
     assert isinstance(compact, FlexiGPTForCausalLM)
-    check_foldable(compact.config)
+    check_foldable(compact)
     if compact.config.replicas:
         compact = materialize(compact)
     return unshrunk(compact)
 
 
-def check_foldable(config: FlexiGPTConfig) -> None:
+def check_foldable(compact: FlexiGPTForCausalLM) -> None:
     """Raises InputError where replicas have output norms."""
+    config: Any = compact.config
     if config.replicas and config.output_norms:
         raise InputError(
             f"the replicas of this model have output norms, for which {config.text_config.model_type} has no place: "

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         OUTPUT_NORM,
         REPLICA_PARTS,
         SOURCE_PREFIX,
+        count_blocks,
         count_parts,
         layout_of,
         mlp_widths,

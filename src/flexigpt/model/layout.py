@@ -117,8 +117,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
 
 def mlp_widths(model: PreTrainedModel) -> list[int]:
     """How many hidden units each block's MLP has; 0 where it is gone."""
-    config = model.config
-    down = find_architecture(config.text_config if isinstance(config, FlexiGPTConfig) else config).roles.down
+    down = find_architecture(model.config.get_text_config()).roles.down
     found = (dict(block.named_modules()).get(down) for block in layout_of(model).blocks)
     return [0 if linear is None or isinstance(linear, NoSublayer) else linear_size(linear)[1] for linear in found]
 
@@ -154,6 +153,17 @@ def count_parts(model: PreTrainedModel) -> dict[str, int]:
             part = next((part for end, part in REPLICA_PARTS.items() if path.endswith(end)), rest)
         parts[part] = parts.get(part, 0) + parameter.numel()
     return parts
+
+
+def count_blocks(model: PreTrainedModel) -> list[int]:
+    """Parameters that each logical block stores; what a replica borrows counts in its base."""
+    layout, counted = layout_of(model), set[int]()
+    counts = [0] * len(layout.blocks)
+    for number in sorted(range(len(counts)), key=lambda block: block in layout.bases):  # bases before their replicas
+        for parameter in layout.blocks[number].parameters():
+            counts[number] += parameter.numel() * (id(parameter) not in counted)
+            counted.add(id(parameter))
+    return counts
 
 
 def stored_bytes(model: PreTrainedModel) -> int:

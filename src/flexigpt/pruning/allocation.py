@@ -1,20 +1,24 @@
 """Where bytes are spent: how many of its own units each MLP keeps, and which sublayers go."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
 
-from flexigpt.calibration import Sensitivity, overflow, sensitivities
+from flexigpt.calibration import gradient_moments, input_moments, overflow
 from flexigpt.model import Plan, SublayerReplica, find_architecture, model_shape, sublayer_paths
 from flexigpt.pruning.options import PruneOptions
 from flexigpt.pruning.source import CheckedSource, Workspace
 from flexigpt.record import Record
 from flexigpt.replicas import Elimination, eliminate
 from flexigpt.runtime import CachedStage, InputError, digest, parse_size
+from flexigpt.text import shown_texts
+
+# Gradients are taken on one window in so many: their second moments are small, and need less text than the units'.
+GRADIENT_SHARE = 4
 
 
 class Form(NamedTuple):
@@ -46,7 +50,11 @@ class Measured(NamedTuple):
         """What the record says of it: the text, what it costs to leave out each whole sublayer, and an MLP's units."""
         options = workspace.options
         costs = {"attention": list(self.attentions), "mlp": [mlp.costs[-1].item() for mlp in self.mlps]}
-        text = {"text": options.calibration, "windows": list(workspace.windows.shape), "asked": options.windows}
+        text = {
+            "text": shown_texts(options.calibration),
+            "windows": list(workspace.windows.shape),
+            "asked": options.windows,
+        }
         return {"calibration": text, "sublayer_costs": costs, "mlp_units": len(self.mlps[0].order)}
 
 
@@ -66,18 +74,25 @@ def measure_sublayers(workspace: Workspace[PruneOptions]) -> Measured:
 
 
 def _measure(workspace: Workspace[PruneOptions], stage: CachedStage) -> dict[str, list[Any]]:
-    source, windows = workspace.source, workspace.windows
+    source, windows, track = workspace.source, workspace.windows, workspace.track
     roles = find_architecture(source.model.config).roles
-    spill = workspace.hidden_in(len(source) + 1)
-    walk = sensitivities(source, windows, (roles.output, roles.down), spill=spill, stage=stage, track=workspace.track)
-    for block, of_linears in walk:
+    linears = (roles.output, roles.down)
+    few = windows[::GRADIENT_SHARE]
+    if any(stage.kept(f"errors-{block}.safetensors") is None for block in range(len(source))):
+        spill = workspace.hidden_in(len(source) + 1, few)
+        for block, errors in gradient_moments(source, few, linears, spill=spill, stage=stage, track=track):
+            stage.tensors(f"errors-{block}", partial(dict, errors))
+    for block, inputs in input_moments(
+        source, windows, linears, spill=workspace.hidden_in(1), stage=stage, track=track
+    ):
 
-        def make(block: int = block, of_linears: Mapping[str, Sensitivity] = of_linears) -> dict[str, torch.Tensor]:
-            written, errors = of_linears[roles.output]
+        def make(block: int = block, inputs: dict[str, torch.Tensor] = inputs) -> dict[str, torch.Tensor]:
+            errors = stage.tensors(f"errors-{block}", partial(_missing, stage))
+            errors = {path: values.to(source.device) for path, values in errors.items()}
             weight = source.weight_matrix(block, roles.output).double()
-            attention = ((errors @ weight) * (weight @ written)).sum().view(1)
+            attention = ((errors[roles.output] @ weight) * (weight @ inputs[roles.output])).sum().view(1)
             down = source.weight_matrix(block, roles.down)
-            return {"attention": attention, **eliminate(down, *of_linears[roles.down])._asdict()}
+            return {"attention": attention, **eliminate(down, inputs.pop(roles.down), errors[roles.down])._asdict()}
 
         stage.tensors(f"block-{block}", make)
     found: dict[str, list[Any]] = {"mlps": [], "attentions": []}

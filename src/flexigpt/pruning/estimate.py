@@ -7,10 +7,11 @@ import psutil
 
 from flexigpt.evaluation import LOGITS_BUDGET
 from flexigpt.model import Replica
+from flexigpt.pruning.allocation import GRADIENT_SHARE
 from flexigpt.pruning.distances import BASE_DISTANCES
 from flexigpt.pruning.options import PruneOptions
 from flexigpt.pruning.source import Asked, CheckedSource, Texts, Workspace
-from flexigpt.replicas import HIDDEN_COPIES
+from flexigpt.replicas import hidden_copies
 from flexigpt.runtime import Track, find_device, workers_of
 from flexigpt.text import batch_size_for
 
@@ -25,7 +26,7 @@ _FIT_MOMENTS, _FIT_LINEARS = 3, 6
 
 # What taking units away holds of matrices of float64 numbers between them; by how much a backward pass multiplies a
 # block's activations; and logits of a few windows with their gradients, in bytes.
-_ELIMINATION, _BACKWARD, _LOSS_BYTES = 6, 3, 4 * 2**26
+_ELIMINATION, _BACKWARD, _LOSS_BYTES = 3, 3, 4 * 2**26
 
 # Float32 tensors of the MLP's width that a block holds while it runs, in bytes a number; tokens of a batch in
 # calibration.
@@ -94,9 +95,10 @@ def _estimate(checked: CheckedSource[Asked], texts: Texts, written: int, ranks: 
     if isinstance(options, PruneOptions):
         chooses = options.plan is None and not options.remove and not options.by_units
         if options.calibrates:
-            copies = HIDDEN_COPIES if options.refit_kept else 1
-            copies = max(copies, checked.depth + 1) if options.by_units else copies
+            copies = hidden_copies(shape) if options.refit_kept else 1
             tokens = copies * texts.windows.numel()
+            if options.by_units:
+                tokens = max(tokens, (checked.depth + 1) * texts.windows[::GRADIENT_SHARE].numel())
             hidden = tokens * shape.hidden_size * itemsize
             scratch, running = (hidden, running) if checked.needs_file(tokens) else (0, running + hidden)
         if options.refit_kept:

@@ -9,7 +9,8 @@ from typing import Any, Literal, Self
 from flexigpt.calibration import TEXT_GROUP, CalibrationOptions
 from flexigpt.model import Plan
 from flexigpt.replicas import MOST_GAMMA, REPLICA_GROUP, ReplicaOptions
-from flexigpt.runtime import InputError, RunOptions, flag, option, parse_numbers
+from flexigpt.runtime import InputError, RunOptions, flag, option, parse_numbers, parse_share
+from flexigpt.text import shares_of
 
 _WHAT = "What to prune"
 
@@ -25,18 +26,23 @@ PatternName = Literal["block", "sequential"]
 PRESETS: Mapping[str, Mapping[str, Any]] = {"default": {}, "paper": {"form": "shared-linears", "refit_kept": False}}
 
 
+# Shares of the blocks that a frontier removes, least and most.
+_FRONTIER = 0.05, 0.45
+
 _BLOCKS = partial(parse_numbers, name="--blocks", example="12,13")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
-    """What to prune, and how. Exactly one of ratio, blocks, target_size and plan says how much.
+    """What to prune, and how. Exactly one of ratio, blocks, target_size, max_loss and plan says how much.
 
     Attributes:
         ratio: share of the blocks to prune, in (0, 1): of their parameters, or, where whole blocks are pruned, of their
             number, rounded down.
         blocks: the blocks to prune, from 0, where whole blocks are pruned.
         target_size: stored size to come down to: parameters (4.8B, 350M) or bytes (3.2GB, 900MiB).
+        max_loss: by how much the perplexity of the text that it is measured on may rise, as 10%: the smallest model
+            that keeps within it is looked for.
         plan: a plan file to apply as it is.
         form: what is pruned, and what is left of it. Units: each MLP keeps those of its hidden units that the text
             needs most, and an attention that pays too little goes. Shared-linears: whole blocks are pruned, and borrow
@@ -55,6 +61,7 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
     ratio: float | None = option(None, group=_WHAT, everyday=True)
     blocks: Sequence[int] | None = option(None, group=_WHAT, metavar="12,13,...", parse=_BLOCKS)
     target_size: str | None = option(None, group=_WHAT, everyday=True, metavar="4.8B|3.2GB")
+    max_loss: str | None = option(None, group=_WHAT, everyday=True, metavar="10%")
     plan: str | Path | None = option(None, group=_WHAT)
     form: FormOfReplicas = option("units", group=_WHAT, command=False)
     block_score: BlockScoreName = option("influence", group=_WHAT)
@@ -65,7 +72,8 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
 
     def __post_init__(self) -> None:
         ReplicaOptions.__post_init__(self)  # which checks the fields of all of them
-        how_much = ("ratio", "blocks", "target_size", "plan")
+        shares_of(self.calibration)
+        how_much = ("ratio", "blocks", "target_size", "max_loss", "plan")
         given = [flag(name) for name in how_much if getattr(self, name) is not None]
         if len(given) != 1:
             *most, last = map(flag, how_much)
@@ -73,6 +81,13 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
             raise InputError(f"give exactly one of {', '.join(most)} and {last}: got {got}")
         if self.target_size is not None and isinstance(self.rank, str):
             raise InputError(f"--target-size already says how much is stored: give --rank {self.rank} as a number")
+        if self.max_loss is not None:
+            parse_share(self.max_loss, "--max-loss", "by how much the perplexity may rise, as 10%")
+            if self.perplexity is None or not self.by_units:
+                raise InputError(
+                    "--max-loss is measured on the text of --perplexity, of what the default preset makes: give "
+                    "--perplexity, and neither --remove nor --preset paper"
+                )
         if self.remove and self.plan is not None:
             raise InputError("a plan says which replicas stand in, and --remove leaves them out: give --blocks instead")
 
@@ -95,6 +110,31 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
     def calibrates(self) -> bool:
         """Whether calibration text is read."""
         return self.refit_kept or self.by_units or (self.plan is None and self.blocks is None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontierOptions(RunOptions, CalibrationOptions):
+    """A ladder of sizes.
+
+    Attributes:
+        perplexity: text to measure perplexity on, as for calibration.
+        sizes: how many sizes are measured, from 95 to 55 % of the source's blocks.
+        memory: as for pruning.
+    """
+
+    perplexity: str = option(group=TEXT_GROUP, everyday=True, metavar="FILE|NAME")
+    sizes: int = option(8, group="Which sizes", everyday=True, least=2, most=64)
+    memory: str | None = option(None, metavar="4GiB")
+
+    def of_prune(self) -> PruneOptions:
+        """Those of the models that are made; their size is still to come."""
+        return PruneOptions(ratio=0.5, **{name: value for name, value in vars(self).items() if name != "sizes"})
+
+    def removed_of(self, depth: int) -> list[int]:
+        """How many blocks plain removal takes at each size, fewest first."""
+        least, most = (share * depth for share in _FRONTIER)
+        steps = [least + (most - least) * number / (self.sizes - 1) for number in range(self.sizes)]
+        return sorted({min(max(1, round(step)), depth - 1) for step in steps})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from flexigpt.pruning.options import PruneOptions
 from flexigpt.pruning.scores import pruned_or_count, scored
 from flexigpt.pruning.source import CheckedSource
 from flexigpt.record import Record
-from flexigpt.replicas import HIDDEN_COPIES, refit_kept
+from flexigpt.replicas import hidden_copies, refit_kept
 from flexigpt.runtime import Track, silent
 from flexigpt.weights import Assembly, without_blocks
 
@@ -57,7 +57,7 @@ def assemble_removed(
         left = iter(range(len(assembly)))
         standing = [None if block in blocks else next(left) for block in range(workspace.depth)]
         given = (workspace.source, assembly, standing, workspace.windows)
-        refit_kept(*given, spill=workspace.hidden_in(HIDDEN_COPIES), track=workspace.track)
+        refit_kept(*given, spill=workspace.hidden_in(hidden_copies(workspace.shape)), track=workspace.track)
     record = workspace.record() | found
     record["removed"] = {"blocks": list(blocks), "num_blocks": workspace.depth, "source": source}
     return assembly, blocks, record | workspace.compared("shorter", assembly)

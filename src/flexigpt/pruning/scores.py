@@ -21,6 +21,7 @@ from flexigpt.pruning.options import PruneOptions
 from flexigpt.pruning.source import CheckedSource, Workspace
 from flexigpt.record import Record
 from flexigpt.runtime import CachedStage, InputError, digest, parse_size
+from flexigpt.text import shown_texts
 
 # Of the calibration windows, so many judge candidates: every one of them costs forward passes.
 MOST_WINDOWS = 32
@@ -226,7 +227,7 @@ def scored(workspace: Workspace[PruneOptions], pruned: Sequence[int] | int) -> t
     blocks = () if isinstance(pruned, int) else tuple(pruned)
     if not len(windows):
         return blocks, {}
-    text = {"text": options.calibration, "windows": list(windows.shape), "asked": options.windows}
+    text = {"text": shown_texts(options.calibration), "windows": list(windows.shape), "asked": options.windows}
     choice = BLOCK_SCORES[options.block_score].choose(workspace, pruned if isinstance(pruned, int) else 0)
     check_means(choice.record.get("scores", ()))
     if "pruning_order" in choice.record:

@@ -1,6 +1,6 @@
 """What a flow was asked and what it measured: made, written, read back, shown as tables.
 
-Read `record`, `tables`, `write`, then `read`.
+Read `record`, `tables`, `write`, `read`, then `verdict`.
 """
 
 from typing import TYPE_CHECKING
@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING
 from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
-    from flexigpt.record.read import Recorded, fidelities, held_out, read_record, read_recorded
-    from flexigpt.record.record import RECORD, Record, find_in, inspect_model, measure_both, model_size, new_record
+    from flexigpt.record.read import Recorded, Size, fidelities, held_out, read_record, read_recorded
+    from flexigpt.record.record import (
+        RECORD,
+        Record,
+        find_in,
+        inspect_model,
+        measure_both,
+        model_size,
+        new_record,
+    )
     from flexigpt.record.tables import (
         Rows,
         cost_rows,
         evaluation_rows,
+        frontier_rows,
         inspection_rows,
         notes,
         plan_rows,
@@ -21,6 +30,7 @@ if TYPE_CHECKING:
         result_rows,
         shown_name,
     )
+    from flexigpt.record.verdict import verdict
     from flexigpt.record.write import (
         FIGURES,
         GENERATOR,
@@ -30,6 +40,7 @@ if TYPE_CHECKING:
         record_evaluation,
         reserved,
         write_checkpoint,
+        write_frontier,
         write_plan,
         write_record,
     )

@@ -45,14 +45,22 @@ def _in_numbers(measured: dict[str, Any]) -> dict[str, Any]:
 _Count = Annotated[int, Field(ge=0, le=2**63)]
 _Stored = Annotated[int, Field(gt=0, le=2**63)]
 _Block = Annotated[int, Field(ge=0, le=2**16)]
-_Size = TypedDict("_Size", {"parameters": _Stored, "bytes": _Stored, "parts": NotRequired[dict[str, _Count]]})
 _Perplexity = TypedDict("_Perplexity", {"perplexity": float, "tokens": _Count, "window_length": _Count})
 _Spectrum = TypedDict("_Spectrum", {"ranks": list[_Count], "mended": list[float]})
-_Calibration = TypedDict("_Calibration", {"text": str, "windows": tuple[_Count, _Count], "asked": _Count})
+_Calibration = TypedDict("_Calibration", {"text": str, "windows": tuple[_Count, _Count], "asked": NotRequired[_Count]})
 _Removed = TypedDict("_Removed", {"blocks": list[_Block], "num_blocks": _Block, "source": str})
 _Costs = TypedDict("_Costs", {"attention": list[float], "mlp": list[float]})
 _Text = TypedDict("_Text", {"text": str})
+_Worth = TypedDict("_Worth", {"bytes": _Stored, "perplexity": float})
+_Rung = TypedDict("_Rung", {"bytes": _Stored, "perplexity": float, "removed": _Worth})
 _Parameters = TypedDict("_Parameters", {"parameters": _Count})
+
+
+class _Size(TypedDict):
+    parameters: _Stored
+    bytes: _Stored
+    parts: NotRequired[dict[str, _Count]]
+    blocks: NotRequired[list[_Count]]
 
 
 class _Step(TypedDict):
@@ -94,6 +102,8 @@ class _Record(TypedDict):
     plain_removal: NotRequired[_Parameters | None]
     removed: NotRequired[_Removed | None]
     source_blocks: NotRequired[list[_Block] | None]
+    points: NotRequired[list[_Rung] | None]
+    knee: NotRequired[_Count | None]
     recovery: NotRequired[_Recovery | None]
     files: NotRequired[list[str] | None]
     origin: NotRequired["_Record | None"]
@@ -112,6 +122,11 @@ class _Fidelity(TypedDict):
     blocks: NotRequired[dict[int, _Error]]
 
 
+class _Continuation(TypedDict):
+    prompt: str
+    text: str
+
+
 class _Model(TypedDict):
     name: str
     parameters: _Count
@@ -120,6 +135,7 @@ class _Model(TypedDict):
     tasks: NotRequired[dict[str, _Task]]
     tasks_mean: NotRequired[float]
     fidelity: NotRequired[Annotated[_Fidelity, AfterValidator(_in_numbers)]]
+    continuations: NotRequired[list[_Continuation]]
 
 
 class _Evaluation(TypedDict):
@@ -134,12 +150,16 @@ class _Evaluation(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What one state of a model stores: `parts` are parameters; a byte count is `itemsize` times as much."""
+    """What one state of a model stores: `parts` and `blocks` are parameters, a byte count is `itemsize` times as much.
+
+    `blocks` is empty where an older flexigpt wrote the record.
+    """
 
     label: str
     parameters: int
     bytes: int
     parts: dict[str, int]
+    blocks: list[int]
 
     @property
     def itemsize(self) -> float:
@@ -196,6 +216,20 @@ class Recorded:
         """Pruned block -> candidate -> distance, by which the bases were chosen."""
         return find_in(self.record, "distances") or {}
 
+    @property
+    def frontier(self) -> list[dict[str, Any]]:
+        """Of a ladder of sizes: `series` (what was done to the model), `bytes`, `perplexity`, `chosen` of the knee."""
+        record, points = self.record, self.record.get("points") or ()
+        rows = [
+            row
+            for number, one in enumerate(points)
+            for row in (
+                {"series": "flexigpt prune", "chosen": number == record.get("knee")} | one,
+                {"series": "plain removal"} | one["removed"],
+            )
+        ]
+        return [*rows, {"series": "source"} | record["source"]] if rows else []
+
     def _states(self) -> Iterator[tuple[Record, str, str]]:
         """(record, name in it, name to show) of each state that was compared, from the source to this model."""
         for record in self.chain:
@@ -208,9 +242,13 @@ class Recorded:
         """From the source to this model; what only repeats the one before is left out."""
         found: list[Size] = []
         for record, name, label in self._states():
-            parameters, size, parts = record[name]["parameters"], record[name]["bytes"], record[name].get("parts", {})
             if label != "before recovery" or not found:
-                found.append(Size(label=label, parameters=parameters, bytes=size, parts=parts))
+                stored = record[name]
+                parts, blocks = stored.get("parts", {}), stored.get("blocks", [])
+                size = Size(
+                    label=label, parameters=stored["parameters"], bytes=stored["bytes"], parts=parts, blocks=blocks
+                )
+                found.append(size)
         return found
 
     @property
@@ -256,8 +294,14 @@ def read_recorded(folder: str | Path) -> Recorded:
     if not path.is_file():
         raise InputError(f"{folder} holds no {RECORD}: give a checkpoint or plan folder that flexigpt wrote")
     record = read_record(path)
-    plan, evaluation = _read_plan(folder), read_evaluation(folder)
-    recorded = Recorded(name=folder.resolve().name, folder=folder, record=record, plan=plan, evaluation=evaluation)
+    recorded = Recorded(
+        name=folder.resolve().name,
+        folder=folder,
+        record=record,
+        plan=_read_plan(folder),
+        evaluation=read_evaluation(folder),
+    )
+    plan = recorded.plan
     scores = find_in(record, "scores")
     depth = len(scores) if scores else plan.num_blocks if plan else math.inf
     costs = find_in(record, "sublayer_costs")
@@ -306,13 +350,15 @@ def _read(path: Path) -> bytes:
 def _completed(found: Record, where: str) -> Record:
     """The record with its origins, in which what flows write together is there together, and nothing is null."""
     record = {key: value for key, value in found.items() if value is not None}
-    if "recovery" in record and not ("compared" in record and isinstance(record["options"].get("data"), str)):
+    if "recovery" in record and not ("compared" in record and isinstance(record["options"].get("data"), str | list)):
         raise _damaged(f"{where} has a recovery, but does not say of what")
     for name in record.get("compared", ()):
         record[name] = _checked(_Size, record.get(name), f"{where}: {name}")
         if "perplexity" in record:
             measured = record["perplexity"]
             measured[name] = _checked(_Perplexity, measured.get(name), f"{where}: perplexity.{name}")
+    if record.get("points"):
+        _checked(_Worth, record.get("source"), f"{where}: source")
     for key, named_by in (("distances", "base_distance"), ("scores", "block_score")):
         if record.get(key) and named_by not in record:
             raise _damaged(f"{where} has {key} but no {named_by}")

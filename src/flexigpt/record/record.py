@@ -14,6 +14,7 @@ from flexigpt.model import (
     Plan,
     SharedLinear,
     config_dtype,
+    count_blocks,
     count_parts,
     plan_of,
     source_units,
@@ -84,9 +85,10 @@ def measure_both(
 
 
 def model_size(model: PreTrainedModel) -> dict[str, Any]:
-    """Stored parameters and bytes, and the parameters of each part."""
+    """Stored parameters and bytes, and the parameters of each part and of each block."""
     parts = {part: number for part, number in count_parts(model).items() if number}
-    return {"parameters": model.num_parameters(), "bytes": stored_bytes(model), "parts": parts}
+    stored = {"parameters": model.num_parameters(), "bytes": stored_bytes(model)}
+    return stored | {"parts": parts, "blocks": count_blocks(model)}
 
 
 def find_in(record: Record, key: str) -> Any:

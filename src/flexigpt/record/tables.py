@@ -1,5 +1,6 @@
 """What a record says, as tables: what became of each block, what it cost, on which text; models side by side."""
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from flexigpt.evaluation import METRICS, Evaluation
 from flexigpt.model import FlexiGPTConfig, Plan, Replica, SublayerReplica, plan_of, plan_summary, source_units
 from flexigpt.record.record import Record, find_in
 from flexigpt.runtime import megabytes
+from flexigpt.text import shown_texts
 
 _FRAMED = 6  # columns at most of a table with a frame: with more it would not fit into 80 columns of a terminal
 
@@ -91,6 +93,8 @@ class Rows:
 def _sentence(note: str) -> str:
     return f"{note[0].upper()}{note[1:]}."
 
+
+_BAR = 12  # characters of the longest bar
 
 _COSTS = "costs are of leaving the whole attention or MLP out: second-order estimates, up to a factor in nats a token"
 
@@ -174,6 +178,26 @@ def result_rows(config: PreTrainedConfig, record: Record) -> list[Rows]:
     return [cost_rows(record)] if rows is None else [rows, cost_rows(record)]
 
 
+def frontier_rows(record: Record) -> Rows:
+    """Sizes from the largest to the smallest: perplexity of what `prune` makes, and of plain removal."""
+    source, points = record["source"], record["points"]
+    low = math.log(source["perplexity"])
+    high = max(math.log(point["perplexity"]) for point in points)
+    rows = [["100.0%", f"{source['parameters']:,}", megabytes(source["bytes"]), f"{source['perplexity']:.2f}", "", ""]]
+    for point in points:
+        filled = round(_BAR * (math.log(point["perplexity"]) - low) / (high - low)) if high > low else 0
+        sizes = [f"{point['share']:.1%}", f"{point['parameters']:,}", megabytes(point["bytes"])]
+        plain = f"{point['removed']['perplexity']:.2f}"
+        rows.append([*sizes, f"{point['perplexity']:.2f}", plain, "#" * filled])
+    knee = points[record["knee"]]
+    notes = [
+        f"perplexity on {shown_name(record['text'])}, untrained; bars: its logarithm above the source's",
+        f"the knee is at {knee['share']:.0%}: below it the perplexity rises faster than before",
+    ]
+    headings = ["size", "parameters", "MB", "perplexity", "plain removal", "loss"]
+    return Rows(headings, rows, align="rrrrrl", notes=notes)
+
+
 def cost_rows(record: Record) -> Rows:
     """What it cost: parameters, megabytes, perplexity, of the two models that were compared."""
     names: list[str] = record["compared"]
@@ -211,7 +235,7 @@ def notes(record: Record) -> list[str]:
     calibration = find_in(record, "calibration")
     if calibration:
         text, (windows, length) = calibration["text"], calibration["windows"]
-        short = calibration["asked"] - windows
+        short = calibration.get("asked", windows) - windows
         fewer = f"; the text is {short} windows short of the {windows + short} asked for" if short else ""
         judged = calibration.get("judged", windows)
         judging = f"the first {judged} of " if judged < windows else ""
@@ -220,8 +244,8 @@ def notes(record: Record) -> list[str]:
     if "recovery" in record:
         recovery = record["recovery"]
         lines.append(
-            f"trained ({recovery['train']}) on {recovery['tokens']:,} tokens of {record['options']['data']} in "
-            f"{recovery['steps']:,} steps"
+            f"trained ({recovery['train']}) on {recovery['tokens']:,} tokens of "
+            f"{shown_texts(record['options']['data'])} in {recovery['steps']:,} steps"
         )
     if "perplexity" in record:
         measured = record["perplexity"][record["compared"][1]]

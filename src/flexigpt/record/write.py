@@ -118,6 +118,16 @@ def write_plan(out: str | Path, plan: Plan, record: Record) -> None:
         write_record(folder, record, out)
 
 
+def write_frontier(out: str | Path, record: Record) -> None:
+    """Writes record.json: the sizes, and what was measured of them.
+
+    Raises:
+        InputError: as `write_plan`.
+    """
+    with replaced_folder(out) as folder:
+        write_record(folder, record, out)
+
+
 def write_record(folder: Path, record: Record, out: str | Path) -> None:
     """Writes the record, last, with the names of all files, so that the next run knows whose they are.
 

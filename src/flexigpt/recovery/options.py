@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flexigpt.runtime import InputError, check_options, flag, option, parse_tokens
+from flexigpt.text import Texts, shares_of
 
 _TEXT, _TRAINED, _HOW = "What to train on", "What is trained", "How it is trained"
 
@@ -15,7 +16,7 @@ class RecoverOptions:
     Attributes:
         data: text to train on: a .txt, .jsonl, .jsonl.gz or .parquet file, a folder or pattern of such files, or
             NAME[:CONFIG][@SPLIT] of a data set on the hub, which is streamed; with #COLUMN at its end where the text is
-            not in the column `text`.
+            not in the column `text`; given several times, a mixture in equal parts, or with =SHARE of the tokens.
         tokens: tokens to train on: 1B, 600M, 100K or a number; rounded down to whole steps.
         perplexity: held-out text to measure perplexity on before, ten times during, and after; default: none.
         epochs: times that the text may be read, each time in another order.
@@ -40,7 +41,7 @@ class RecoverOptions:
         seed: shuffles the text and draws the LoRA's random factors.
     """
 
-    data: str = option("cerebras/SlimPajama-627B@train", group=_TEXT, everyday=True, metavar="FILE|FOLDER|NAME")
+    data: Texts = option("cerebras/SlimPajama-627B@train", group=_TEXT, everyday=True, metavar="FILE|FOLDER|NAME")
     tokens: str = option("1B", group=_TEXT, everyday=True, metavar="600M|100K")
     perplexity: str | None = option(None, group=_TEXT, metavar="FILE|NAME")
     epochs: int = option(1, group=_TEXT, least=1)
@@ -64,6 +65,7 @@ class RecoverOptions:
     def __post_init__(self) -> None:
         check_options(self)
         parse_tokens(self.tokens)
+        shares_of(self.data)
         rates, share = "above 0 and below 1000", "above 0, at most 1"
         for name, fits, wanted in (
             ("lr", 0 < self.lr < 1e3, rates),

@@ -37,11 +37,12 @@ from flexigpt.runtime import (
 )
 from flexigpt.text import (
     EndOfText,
-    TrainingStream,
+    MixedStream,
     check_enough,
     check_tokenizer,
     check_window_length,
     iterate,
+    shares_of,
     text_fingerprint,
     tokenize_text,
 )
@@ -91,7 +92,7 @@ def recover(
         InputError: anything a user can put right; see the message.
     """
     out = Path(out).expanduser()
-    inputs = (model, options.data, options.teacher, options.perplexity)
+    inputs = (model, *shares_of(options.data), options.teacher, options.perplexity)
     tracker_classes(options.report_to)
     if options.fsdp and not launched():
         raise InputError(
@@ -184,7 +185,7 @@ class _Run:
             self.world.lead(lambda: check_enough(options.data, self.tokenizer, **enough))
         training = self._prepare()
         given = {"window_length": self.window_length, "seed": options.seed, "epochs": options.epochs}
-        stream = TrainingStream(options.data, self.tokenizer, **given)
+        stream = MixedStream(options.data, self.tokenizer, **given)
         if resume and self.folder.steps():
             stream.load_state_dict(self._restore(training, self.folder.steps()[-1]))
         else:
@@ -219,7 +220,7 @@ class _Run:
             self.measured["teacher"] = {name: getattr(teacher, name) for name in sizes}
         return training
 
-    def _loop(self, training: Training, stream: TrainingStream, report: Log, interrupted: threading.Event) -> None:
+    def _loop(self, training: Training, stream: MixedStream, report: Log, interrupted: threading.Event) -> None:
         settings, start, seconds = self.settings, len(self.history), 0.0
         batches = iterate(stream, settings.batch_windows, settings.steps - start)
         saved, state = start, stream.state_dict()

@@ -10,7 +10,7 @@ from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
     from flexigpt.replicas.elimination import Elimination, eliminate, tensors_of_units
-    from flexigpt.replicas.fitting import HIDDEN_COPIES, refit_kept
+    from flexigpt.replicas.fitting import hidden_copies, refit_kept
     from flexigpt.replicas.initialization import adapter_spectra, fill, init_of, replica_tensors
     from flexigpt.replicas.options import MOST_GAMMA, REPLICA_GROUP, ReplicaOptions
     from flexigpt.replicas.svd import LowRank, tail_norm, truncated_svd, unmended

@@ -20,6 +20,9 @@ _DAMPING = 1e-3
 # An MLP loses its units in so many steps.
 _STEPS = 64
 
+# Columns of units that are gone are carried along, since copies cost more, until of all columns so many are left.
+_COMPACTED = 0.8
+
 
 class Elimination(NamedTuple):
     """In which order units go, and what that costs.
@@ -46,7 +49,6 @@ def step_of(units: int) -> int:
     return step // 8 * 8 if step >= 8 else step
 
 
-@torch.no_grad()
 def eliminate(weight: torch.Tensor, inputs: torch.Tensor, errors: torch.Tensor) -> Elimination:
     """Takes all units away, step by step.
 
@@ -57,26 +59,31 @@ def eliminate(weight: torch.Tensor, inputs: torch.Tensor, errors: torch.Tensor) 
     """
     units = weight.shape[1]
     step = step_of(units)
-    inverse = torch.cholesky_inverse(damped(inputs, _DAMPING)[0])
-    weighed = damped(errors, _DAMPING)[0].T @ weight.double()
-    alive = torch.arange(units, device=weight.device)
-    order, left, costs = [], [units], [0.0]
-    while len(alive):
-        prices = weighed.square().sum(0) / inverse.diagonal()
+    inverse = damped(inputs, _DAMPING)[0]
+    del inputs  # with its caller's: of a wide MLP each matrix is a gigabyte
+    inverse = torch.cholesky_inverse(inverse)
+    weighed = damped(errors, _DAMPING)[0].T @ weight.detach().double()
+    here = torch.arange(units, device=weight.device)  # what the columns stand for; of some of them units are gone
+    there = torch.ones(units, dtype=torch.bool, device=weight.device)
+    order, left, costs, alive = [], [units], [0.0], units
+    while alive:
+        if alive < _COMPACTED * len(here):
+            here, weighed, inverse = here[there], weighed[:, there], inverse[there][:, there]
+            there = there[there]
+        prices = (weighed.square().sum(0) / inverse.diagonal()).masked_fill(~there, torch.inf)
         # The first step leaves a multiple of the step's size.
-        count = len(alive) % step or step
-        going = prices.topk(min(count, len(alive)), largest=False).indices
-        stay = torch.ones(len(alive), dtype=torch.bool, device=weight.device).index_fill(0, going, False)
-        gone = ~stay
-        root = torch.linalg.cholesky(inverse[gone][:, gone])
+        gone = prices.topk(min(alive % step or step, alive), largest=False).indices.sort().values
+        rows = inverse[gone]
+        root = torch.linalg.cholesky(rows[:, gone])
         of_gone = torch.linalg.solve_triangular(root, weighed[:, gone].T, upper=False)
-        across = torch.linalg.solve_triangular(root, inverse[gone][:, stay], upper=False)
+        across = torch.linalg.solve_triangular(root, rows, upper=False)
         costs.append(costs[-1] + of_gone.square().sum().item())
-        order.append(alive[gone])
-        weighed = weighed[:, stay] - of_gone.T @ across
-        inverse = inverse[stay][:, stay].addmm_(across.T, across, alpha=-1)
-        alive = alive[stay]
-        left.append(len(alive))
+        order.append(here[gone])
+        weighed.addmm_(of_gone.T, across, alpha=-1)
+        inverse.addmm_(across.T, across, alpha=-1)
+        there[gone] = False
+        alive -= len(gone)
+        left.append(alive)
     return Elimination(torch.cat(order).cpu(), torch.tensor(left), torch.tensor(costs, dtype=torch.float64))
 
 

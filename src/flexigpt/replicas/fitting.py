@@ -5,26 +5,27 @@ change writes to the residual stream is fitted to where the source's stream is, 
 before it left.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from flexigpt.calibration import HiddenStates, RunningSum, Stream, calibration_batches
-from flexigpt.model import find_architecture, watched, weight_matrix
+from flexigpt.calibration import HiddenStates, RunningSum, Stream, calibration_batches, second_moment
+from flexigpt.model import ModelShape, find_architecture, replaced_forwards, watched, weight_matrix
 from flexigpt.replicas.least_squares import Moments, ridge_fit
 from flexigpt.runtime import CachedStage, Track, silent
 from flexigpt.weights import StreamedModel, exchange_parameters
 
-# Hidden states that a fit holds: both streams before a block, the source's behind it and behind the removed ones after
-# it, and what each of its two sublayers writes, before and after a norm of the family's own.
-HIDDEN_COPIES = 8
+# Hidden states that a fit holds: both streams before and behind a block, the source's behind the removed ones after it,
+# what the source's attention writes, what ours gathers, and what our block puts out before the MLP is fitted.
+_COPIES = 8
 
 # How far a block may be from adding its sublayers' outputs to its input, and still count as doing so.
 _ADDITIVE_TOLERANCE = 0.02
@@ -34,6 +35,12 @@ _UNITS_RIDGE = 1e-3
 
 # Of what a norm's weight is scaled by, the weight of leaving it as it is.
 _GAIN_RIDGE = 0.1
+
+
+def hidden_copies(shape: ModelShape) -> int:
+    """How many copies of the hidden states a fit holds, with what an MLP's last linear is given."""
+    widest = max(inputs for _, inputs in shape.linears.values())
+    return _COPIES + math.ceil(widest / shape.hidden_size)
 
 
 @torch.no_grad()
@@ -63,32 +70,39 @@ def refit_kept(
         windows: (windows, tokens) ids.
         units: by block of the pruned model, which of the source's hidden units its MLP has, where not all.
         changed: further blocks that differ from the source's, as those whose attention is gone.
-        spill: folder for files that hold the hidden states; None: memory does, HIDDEN_COPIES times.
+        spill: folder for files that hold the hidden states; None: memory does, `hidden_copies` times.
         stage: keeps what is fitted, which a run that was killed finds again.
         track: reports each block.
     """
     theirs = Stream(source.model, calibration_batches(windows), spill)
-    ours = theirs.at(theirs.hidden)
+    ours, probe = theirs.at(theirs.hidden), Stream(source.model, windows[:1].split(1))
     bases, units = pruned.layout.bases, units or {}
     left_alone, own_change = {*bases, *bases.values()}, {*units, *changed}
     different = [i for i, block in enumerate(standing) if block is None or block in bases or block in own_change]
     depth = len(standing) if different else 0
     for index in track(range(depth), "fitting blocks", depth):
         number = standing[index]
+        mends = different[0] < index or (index + 1 < len(standing) and standing[index + 1] is None)
+        fits = number is not None and (mends or number in own_change) and number not in left_alone
         source.expect(index + 1)
         with source.block(index) as own:
-            behind = theirs.at(theirs.outputs(own, index))
+            if not fits or number is None:
+                behind = theirs.at(theirs.outputs(own, index))
+            else:
+                noted = _Noted(own, index, theirs, probe.at([theirs.hidden[0][:1]]), units.get(number))
+                behind = theirs.at(noted.outputs())
             if number is not None:
-                mends = different[0] < index or (index + 1 < len(standing) and standing[index + 1] is None)
                 with pruned.block(number) as block:
-                    if (mends or number in own_change) and number not in left_alone:
+                    if fits:
                         leaving = _past_removed(source, standing, index + 1, behind).hidden
-                        streams = _Streams(index, theirs, ours, leaving)
-                        fit = _BlockFit(source, own, block, streams, units.get(number))
+                        fit = _BlockFit(block, noted, ours, leaving)
                         fitted = fit.run() if stage is None else stage.tensors(f"fitted-{number}", fit.run)
-                        exchange_parameters(block, {path: values.to(source.device) for path, values in fitted.items()})
+                        fitted = {path: values.to(source.device) for path, values in fitted.items()}
+                        ours.hidden = fit.advanced(fitted)
                         pruned.own(number, fitted)
-                    ours.advance(block, index)
+                        del fit, noted  # what they hold of the text is as large as the streams
+                    else:
+                        ours.advance(block, index)
         theirs = behind
 
 
@@ -102,139 +116,232 @@ def _past_removed(source: StreamedModel, standing: Sequence[int | None], index: 
     return stream
 
 
-class _Streams(NamedTuple):
-    """Both streams before a block, and where the source's is when the block has run."""
-
-    block: int
-    theirs: Stream
-    ours: Stream
-    leaving: HiddenStates
-
-
-class _BlockFit:
-    """One block of the pruned model and what it is fitted to.
+class _Noted:
+    """A block of the source, and what a fit needs to know of it, noted while the text goes through it once.
 
     Args:
-        source: the source model.
-        own: its block in that place.
-        block: what is left of it in the pruned model.
-        streams: before the block.
-        units: of the source's, that the MLP has; None: all of them.
+        own: the block.
+        index: its number.
+        theirs: the source's stream before it.
+        probe: a single window of it.
+        units: which of its MLP's hidden units are left; None: all.
+
+    Attributes:
+        writers: paths of the last modules of attention and MLP, which write to the residual stream.
+        linears: paths of their last linears: the same ones, or the norms follow.
+        factor: by what the block scales what these write when it adds it to its input; None if it does not just add.
+        writes: by path, what was written, batch by batch, as far as it is needed.
     """
 
-    def __init__(
-        self, source: StreamedModel, own: nn.Module, block: nn.Module, streams: _Streams, units: torch.Tensor | None
-    ) -> None:
-        self._own, self._block, self._streams, self._units = own, block, streams, units
-        architecture = find_architecture(source.model.config)
-        # Paths of the last modules of attention and MLP, which write to the residual stream, and of their last linears:
-        # the same ones, or the norms that follow.
-        self._writers = architecture.output_norms
-        self._linears = (architecture.roles.output, architecture.roles.down)
-        folder = streams.theirs.hidden.folder
-        self._their_writes = {path: HiddenStates((), folder) for path in dict.fromkeys(self._writers + self._linears)}
-        self._fitted: dict[str, torch.Tensor] = {}
-        # Of the MLP's last linear: what the source's units that are left give, and what the source writes with all.
-        self._seen_units = (RunningSum(), RunningSum())
+    def __init__(self, own: nn.Module, index: int, theirs: Stream, probe: Stream, units: torch.Tensor | None) -> None:
+        architecture = find_architecture(theirs.config)
+        self.own, self.index, self.theirs, self._units = own, index, theirs, units
+        self.writers = architecture.output_norms
+        self.linears = (architecture.roles.output, architecture.roles.down)
+        self.factor = self._residual_factor(probe)
+        paths = dict.fromkeys(self.writers + self.linears)
+        if self.factor is not None and self.writers == self.linears:
+            del paths[self.linears[1]]  # what it should write follows from where the block should put its stream
+        self.writes = {path: HiddenStates((), theirs.hidden.folder) for path in paths}
+        # Of the MLP's last linear: what the units that are left give, and what is written with all of them.
+        self._of_units = (RunningSum(), RunningSum())
 
-    def run(self) -> dict[str, torch.Tensor]:
-        """Fits what writes to the residual stream, in the order in which the block computes; fitted tensors by path."""
-        factor = self._watch_own()
-        modules = dict(self._block.named_modules())
-        for writer, path in zip(self._writers, self._linears, strict=True):
-            linear = modules.get(path)
-            if isinstance(linear, nn.Linear | Conv1D):
-                found = ridge_fit(self._start(path, linear), self._moments(writer, path, factor))
-                if linear.bias is not None:
-                    self._set(f"{path}.bias", found[:, -1])
-                    found = found[:, :-1]
-                self._set(f"{path}.weight", found.T if isinstance(linear, Conv1D) else found)
-                if writer != path and factor is not None:
-                    self._fit_gain(writer, factor)
-        return self._fitted
-
-    def _set(self, path: str, values: torch.Tensor) -> None:
-        """It takes the place of the parameter, which itself stays as it is."""
-        self._fitted[path] = values.to(self._block.get_parameter(path).dtype).contiguous()
-        exchange_parameters(self._block, {path: self._fitted[path]})
-
-    def _start(self, path: str, linear: nn.Module) -> torch.Tensor:
-        """Where a linear's fit begins: as it is, or, with fewer units, refitted to these alone."""
-        weight = weight_matrix(linear)
-        if linear.bias is not None:
-            weight = torch.cat([weight, cast(torch.Tensor, linear.bias)[:, None]], 1)
-        if self._units is None or path != self._linears[1]:
-            return weight
-        inputs, targets = (running.total for running in self._seen_units)
-        return ridge_fit(weight, Moments(inputs, targets), _UNITS_RIDGE)
-
-    def _watch_own(self) -> float | None:
-        """Notes what the source's block writes; by what it scales that when it adds it to the residual stream."""
-        first: torch.Tensor | None = None
-        down = self._linears[1]
-        with watched(self._own, self._their_writes) as seen:
-            for output in self._streams.theirs.outputs(self._own, self._streams.block):
-                first = output if first is None else first
-                for path, writes in self._their_writes.items():
+    def outputs(self) -> Iterator[torch.Tensor]:
+        """What the block makes of the stream, batch by batch."""
+        down = self.linears[1]
+        with watched(self.own, {*self.writes, down}) as seen:
+            for output in self.theirs.outputs(self.own, self.index):
+                for path, writes in self.writes.items():
                     writes.append(seen[path][1].reshape(output.shape))
                 if self._units is not None:
                     given, written = (values.flatten(0, -2).float() for values in seen[down])
-                    given = self._with_one(down, given[:, self._units.to(given.device)])
-                    self._seen_units[0].add(given.T @ given)
-                    self._seen_units[1].add(written.T @ given)
-        assert first is not None
-        return self._residual_factor(first)
+                    given = with_one(self.own, down, given[:, self._units.to(given.device)])
+                    self._of_units[0].add(second_moment(given))
+                    self._of_units[1].add(written.T @ given)
+                yield output
 
-    def _with_one(self, path: str, given: torch.Tensor) -> torch.Tensor:
-        """What a linear is given, and where it has a bias a one beside it: the bias is fitted as its last column."""
-        has_bias = self._own.get_submodule(path).bias is not None
-        return torch.cat([given, torch.ones_like(given[:, :1])], 1) if has_bias else given
+    def start(self, path: str, linear: nn.Module) -> torch.Tensor:
+        """Where a linear's fit begins: as it is, or, with fewer units, refitted to these alone; its bias behind it."""
+        weight = weight_matrix(linear)
+        if linear.bias is not None:
+            weight = torch.cat([weight, cast(torch.Tensor, linear.bias)[:, None]], 1)
+        if self._units is None or path != self.linears[1]:
+            return weight
+        inputs, targets = (running.total for running in self._of_units)
+        return ridge_fit(weight, Moments(inputs, targets), _UNITS_RIDGE)
 
-    def _residual_factor(self, leaving: torch.Tensor) -> float | None:
-        """By what the block scales its sublayers' outputs when it adds them to its input; None if it does not just add.
-
-        A block that normalises the sum (OPT 350M) or scales it (Granite) tells by what it does with zeros.
-        """
-        entering, leaving = self._streams.theirs.hidden[0].double(), leaving.double()
-        passed = self._output_of(torch.zeros_like(entering))
-        written = torch.stack([writes[0].double() for writes in self._their_writes.values()]).sum(0)
+    def _residual_factor(self, probe: Stream) -> float | None:
+        """A block that normalises the sum (OPT 350M) or scales it (Granite) tells by what it does with zeros."""
+        entering = probe.hidden[0].double()
+        with watched(self.own, self.writers) as seen:
+            leaving = next(probe.outputs(self.own, self.index)).double()
+            writes = [seen[path][1].reshape(leaving.shape).double() for path in self.writers]
+        written = torch.stack(writes).sum(0)
+        passed = self._output_of(torch.zeros_like(entering), probe)
         if torch.equal(leaving, entering):  # what it writes is zero, or lost in rounding: it is made to write something
             one = entering.abs() + 1
-            written, leaving = one * len(self._their_writes), self._output_of(one)
+            written, leaving = one * len(self.writers), self._output_of(one, probe)
         added = leaving - entering
         factor = ((added * written).sum() / written.square().sum()).item()
         off = max((passed - entering).norm().item(), (added - factor * written).norm().item())
         return factor if off <= _ADDITIVE_TOLERANCE * added.norm().item() else None
 
-    def _output_of(self, written: torch.Tensor) -> torch.Tensor:
-        """What the source's block makes of the first batch where each of its writers writes this; float64."""
+    def _output_of(self, written: torch.Tensor, probe: Stream) -> torch.Tensor:
+        """What the block makes of a window where each of its writers writes this; float64."""
         with ExitStack() as hooks:
-            for path in self._writers:
-                writer = self._own.get_submodule(path)
+            for path in self.writers:
+                writer = self.own.get_submodule(path)
                 handle = writer.register_forward_hook(lambda _, __, out: written.to(out).view(out.shape))
                 hooks.callback(handle.remove)
-            return next(self._streams.theirs.outputs(self._own, self._streams.block)).double()
+            return next(probe.outputs(self.own, self.index)).double()
 
-    def _moments(self, writer: str, path: str, factor: float | None) -> Moments:
-        """Of what a linear is given in the pruned model, and of what it should write there."""
+
+def with_one(block: nn.Module, path: str, given: torch.Tensor) -> torch.Tensor:
+    """What a linear is given, and where it has a bias a one beside it: the bias is fitted as its last column."""
+    has_bias = block.get_submodule(path).bias is not None
+    return torch.cat([given, torch.ones_like(given[:, :1])], 1) if has_bias else given
+
+
+class _BlockFit:
+    """One kept block of the pruned model.
+
+    Args:
+        block: its parameters are exchanged for the fitted ones.
+        noted: the source's block in its place, when the text has gone through it.
+        ours: the pruned model's stream before it.
+        leaving: the source's hidden states that it should put out.
+    """
+
+    def __init__(self, block: nn.Module, noted: _Noted, ours: Stream, leaving: HiddenStates) -> None:
+        self._block, self._noted, self._ours, self._leaving = block, noted, ours, leaving
+        self._modules = dict(block.named_modules())
+        self._fitted: dict[str, torch.Tensor] = {}
+        # What the attention's last linear was given; where the MLP's was as it had been, the same, and what the block
+        # put out.
+        self._gathered, self._given, self._output = (HiddenStates((), ours.hidden.folder) for _ in range(3))
+
+    def run(self) -> dict[str, torch.Tensor]:
+        """Fits what writes to the residual stream, in the order in which the block computes; fitted tensors by path."""
+        noted = self._noted
+        for writer, path in zip(noted.writers, noted.linears, strict=True):
+            linear = self._linear(path)
+            if linear is not None:
+                is_mlp = path == noted.linears[1]
+                moments = self._of_mlp(writer, path) if is_mlp else self._of_attention(writer, path)
+                found = ridge_fit(noted.start(path, linear), moments)
+                if linear.bias is not None:
+                    self._fitted[f"{path}.bias"] = self._like(f"{path}.bias", found[:, -1])
+                    found = found[:, :-1]
+                found = found.T if isinstance(linear, Conv1D) else found
+                self._fitted[f"{path}.weight"] = self._like(f"{path}.weight", found)
+                if not (is_mlp and self._is_mended_behind):
+                    exchange_parameters(self._block, self._fitted)
+                if writer != path and noted.factor is not None:
+                    self._fit_gain(writer, noted.factor)
+        return self._fitted
+
+    def advanced(self, fitted: Mapping[str, torch.Tensor]) -> HiddenStates:
+        """Our stream behind the block with what was fitted, now or by an earlier run: the same numbers either way."""
+        ours, noted = self._ours, self._noted
+        down, factor = noted.linears[1], noted.factor
+        behind = {path: values for path, values in fitted.items() if path.startswith(f"{down}.")}
+        if factor is None or not (behind and self._is_mended_behind):
+            exchange_parameters(self._block, fitted)
+            return ours.at(ours.outputs(self._block, noted.index)).hidden
+        if not len(self._output):
+            exchange_parameters(self._block, {path: fitted[path] for path in fitted if path not in behind})
+            for _ in self._through_mlp(down):
+                pass
+        before = {path: self._block.get_parameter(path) for path in behind}
+        change = {path: (values.double() - before[path].double()).float() for path, values in behind.items()}
+        exchange_parameters(self._block, fitted)
+        weight, bias = change[f"{down}.weight"], change.get(f"{down}.bias")
+        weight = weight if isinstance(self._linear(down), Conv1D) else weight.T
+
+        def mended(given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+            more = given.float() @ weight if bias is None else torch.addmm(bias, given.flatten(0, -2).float(), weight)
+            return (output.float() + factor * more.view(output.shape)).to(output.dtype)
+
+        return ours.at(map(mended, self._given, self._output)).hidden
+
+    @property
+    def _is_mended_behind(self) -> bool:
+        """Whether what a change of the MLP's last linear does can be added to what the block put out."""
+        noted = self._noted
+        return noted.factor is not None and noted.writers[1] == noted.linears[1]
+
+    def _linear(self, path: str) -> nn.Module | None:
+        linear = self._modules.get(path)
+        return linear if isinstance(linear, nn.Linear | Conv1D) else None
+
+    def _like(self, path: str, values: torch.Tensor) -> torch.Tensor:
+        return values.to(self._block.get_parameter(path).dtype).contiguous()
+
+    def _of_attention(self, writer: str, path: str) -> Moments:
+        """What the attention's last linear is given, and should write: what the source's did, and what is missing."""
         inputs, targets = RunningSum(), RunningSum()
-        for number, seen, output in self._passes(path):
-            given = self._with_one(path, seen[0].flatten(0, -2).float())
-            inputs.add(given.T @ given)
-            if writer == path and factor is not None:
-                wished = self._wished(writer, number, seen[1], output, factor)
-            else:
-                wished = self._their_writes[path][number]
+        noted = self._noted
+        for number, seen in enumerate(self._ours.inputs(self._block, noted.index, path)):
+            self._gathered.append(seen)
+            given = with_one(self._block, path, seen.flatten(0, -2).float())
+            inputs.add(second_moment(given))
+            wished = noted.writes[path][number]
+            if writer == path and noted.factor is not None:
+                wished = wished + self._short(number, noted.factor)
             targets.add(wished.flatten(0, -2).float().T @ given)
         return Moments(inputs.total, targets.total)
+
+    def _of_mlp(self, writer: str, path: str) -> Moments:
+        """The same of the MLP's: what it takes to leave the block where the source's stream does."""
+        inputs, targets = RunningSum(), RunningSum()
+        noted = self._noted
+        for number, seen, output in self._through_mlp(path):
+            given = with_one(self._block, path, seen[0].flatten(0, -2).float())
+            inputs.add(second_moment(given))
+            if writer == path and noted.factor is not None:
+                wished = seen[1].reshape(output.shape) + (self._leaving[number] - output) / noted.factor
+            else:
+                wished = noted.writes[path][number]
+            targets.add(wished.flatten(0, -2).float().T @ given)
+        return Moments(inputs.total, targets.total)
+
+    def _short(self, number: int, factor: float) -> torch.Tensor:
+        """By how much our stream before the block is short of the source's, in what is written."""
+        return (self._noted.theirs.hidden[number] - self._ours.hidden[number]) / factor
+
+    def _through_mlp(self, path: str) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor], torch.Tensor]]:
+        """Runs the block: number of the batch, what its MLP's last linear was given and returned, the output."""
+        with self._attention_done():
+            for number, seen, output in self._passes(path):
+                if self._is_mended_behind:
+                    self._given.append(seen[0].reshape(*output.shape[:-1], -1))
+                    self._output.append(output)
+                yield number, seen, output
+
+    @contextmanager
+    def _attention_done(self) -> Iterator[None]:
+        """Within it the block's attention, if it was fitted, runs its last linear alone, once for each batch."""
+        last = self._noted.linears[0]
+        gathered = iter(self._gathered)
+        attention = [self._block.get_submodule(last.rpartition(".")[0])] if len(self._gathered) else []
+        with replaced_forwards(attention, lambda *_: lambda *_, **__: (self._modules[last](next(gathered)), None)):
+            yield
+
+    def _passes(self, path: str) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor], torch.Tensor]]:
+        with watched(self._block, [path]) as seen:
+            for number, output in enumerate(self._ours.outputs(self._block, self._noted.index)):
+                yield number, seen[path], output
 
     def _fit_gain(self, writer: str, factor: float) -> None:
         """The weight of a norm that stands between a linear and the residual stream, each channel by least squares."""
         products, squares = RunningSum(), RunningSum()
         for number, seen, output in self._passes(writer):
             written = seen[1].flatten(0, -2).float()
-            wished = self._wished(writer, number, seen[1], output, factor).flatten(0, -2).float()
-            products.add((written * wished).sum(0))
+            if writer == self._noted.writers[0]:
+                wished = self._noted.writes[writer][number] + self._short(number, factor)
+            else:
+                wished = seen[1].reshape(output.shape) + (self._leaving[number] - output) / factor
+            products.add((written * wished.flatten(0, -2).float()).sum(0))
             squares.add(written.square().sum(0))
         ridge = _GAIN_RIDGE * squares.total.mean().clamp(min=1e-30)
         scale = (products.total + ridge) / (squares.total + ridge)
@@ -242,23 +349,6 @@ class _BlockFit:
         # Gemma's norms multiply by 1 + weight, the others by the weight.
         with_zeros = functional_call(norm, {"weight": torch.zeros_like(norm.weight)}, (torch.ones_like(norm.weight),))
         offset = float(with_zeros.any())
-        self._set(f"{writer}.weight", (norm.weight.double() + offset) * scale - offset)
-
-    def _passes(self, path: str) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor], torch.Tensor]]:
-        """Runs the block on our stream: number of the batch, what that module was given and returned, the output."""
-        with watched(self._block, [path]) as seen:
-            for number, output in enumerate(self._streams.ours.outputs(self._block, self._streams.block)):
-                yield number, seen[path], output
-
-    def _wished(
-        self, writer: str, number: int, written: torch.Tensor, output: torch.Tensor, factor: float
-    ) -> torch.Tensor:
-        """What a writer should have written in a batch, where it has written `written` and the block put out `output`.
-
-        The attention: what the source's wrote, and by how much our stream is short of the source's. The MLP: what it
-        takes to leave the block where the source's stream does.
-        """
-        if writer == self._writers[0]:
-            short = self._streams.theirs.hidden[number] - self._streams.ours.hidden[number]
-            return self._their_writes[writer][number] + short / factor
-        return written.reshape(output.shape) + (self._streams.leaving[number] - output) / factor
+        path = f"{writer}.weight"
+        self._fitted[path] = self._like(path, (norm.weight.double() + offset) * scale - offset)
+        exchange_parameters(self._block, {path: self._fitted[path]})

@@ -28,12 +28,14 @@ def damped(moments: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Ten
 
     d is that share of M's mean eigenvalue, or more where rounding errors have left M less than none.
     """
-    damping = share * moments.diagonal().mean().clamp(min=1e-30)
+    diagonal = moments.diagonal().clone()
+    damping = share * diagonal.mean().clamp(min=1e-30)
     for more in range(_MOST_DAMPINGS):
         damping = 10 * damping if more else damping
-        root = moments.clone()
-        root.diagonal().add_(damping)
-        root, failed = torch.linalg.cholesky_ex(root, check_errors=more + 1 == _MOST_DAMPINGS)
+        # In place, and undone: of a wide MLP each copy is a gigabyte.
+        moments.diagonal().add_(damping)
+        root, failed = torch.linalg.cholesky_ex(moments, check_errors=more + 1 == _MOST_DAMPINGS)
+        moments.diagonal().copy_(diagonal)
         if not failed.item():
             break
     return root, damping

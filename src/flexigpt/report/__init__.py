@@ -1,6 +1,6 @@
 """Records -> figures and one HTML page that needs nothing else.
 
-Read `report`, `page`, then `figures`, `result_figures` and `drawing`.
+Read `report`, `page`, then `stack`, `figures`, `result_figures` and `drawing`.
 """
 
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
-    from flexigpt.report.drawing import plan_picture
     from flexigpt.report.report import report
+    from flexigpt.report.stack import plan_picture
 else:
     lazy_door(__name__)

@@ -1,32 +1,34 @@
-"""What was recorded of one model's blocks, plan and size -> figures. Nothing is computed again."""
+"""What was recorded of one model's replicas and size -> figures. Nothing is computed again."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from flexigpt.model import REPLICA_PARTS
-from flexigpt.record import Recorded, find_in
+from flexigpt.record import Recorded, Size, find_in
 from flexigpt.report.drawing import (
     DASHES,
-    WIDTH,
+    Cell,
     Drawn,
     colour,
+    heat,
+    heat_map,
     key,
     line_key,
     new_figure,
-    plain_axes,
-    plan_figure,
-    ramp,
+    number_ranges,
     series,
     style,
     swatch,
 )
+from flexigpt.report.stack import blocks_figure, blocks_title, plan_figure
 
-_MOST_TICKS, _MOST_KEYS = 40, 10
+_ROW, _LEAST_ROWS = 0.21, 4  # inches of a heat map's row, and as many rows as its label needs
+
+# Share of a model below which a part is not told from others, and what these are called.
+_SMALL, _REST = 0.005, "the rest"
 
 
 def figures_of(recorded: Recorded, prefix: str = "") -> dict[str, Drawn]:
@@ -37,11 +39,11 @@ def figures_of(recorded: Recorded, prefix: str = "") -> dict[str, Drawn]:
         prefix: of the figures' names, so that those of several models differ.
     """
     makers: dict[str, Callable[[Recorded], Drawn | None]] = {
-        "influence": influence_figure,
-        "costs": costs_figure,
         "plan": _plan,
+        "blocks": blocks_figure,
         "distances": distances_figure,
         "adapters": adapters_figure,
+        "adapter-ranks": adapter_ranks_figure,
         "storage": storage_figure,
     }
     with style():
@@ -49,108 +51,37 @@ def figures_of(recorded: Recorded, prefix: str = "") -> dict[str, Drawn]:
     return {name: replace(one, name=f"{prefix}{name}") for name, one in drawn.items() if one is not None}
 
 
-def number_ranges(blocks: Iterable[int]) -> str:
-    """2-4, 7 of 2, 3, 4, 7."""
-    runs: list[list[int]] = []
-    for block in sorted(blocks):
-        if runs and block == runs[-1][1] + 1:
-            runs[-1][1] = block
-        else:
-            runs.append([block, block])
-    return ", ".join(str(a) if a == b else f"{a}, {b}" if b == a + 1 else f"{a}\u2013{b}" for a, b in runs)
-
-
 def _plan(recorded: Recorded) -> Drawn | None:
     if recorded.plan is None:
         return None
     origins, units = (find_in(recorded.record, key) for key in ("source_blocks", "mlp_units"))
-    return plan_figure(recorded.plan, source_blocks=origins, units=units)
-
-
-def influence_figure(recorded: Recorded) -> Drawn | None:
-    """The score of each block as a bar; a bar that would dwarf the others is cut off, its value written in it."""
-    scores, name = find_in(recorded.record, "scores"), find_in(recorded.record, "block_score")
-    if not scores:
-        return None
-    pruned = {block for block in recorded.pruned if block < len(scores)}
-    kept_scores = [score for block, score in enumerate(scores) if block not in pruned]
-    lowest = pruned and kept_scores and max(scores[block] for block in pruned) <= min(kept_scores)
-    what = "removed" if recorded.removed else "pruned"
-    title = f"The {len(pruned)} blocks of least {name} are {what}" if lowest else f"{name.capitalize()} of each block"
-    figure = new_figure(WIDTH, 2.7, title)
-    axes = figure.add_subplot()
-    middle = sorted(scores)[len(scores) // 2]
-    top = min(max(scores), 3 * middle) * 1.08 if middle > 0 else None
-    for block, score in enumerate(scores):
-        shade = colour("orange") if block in pruned else colour("kept")
-        (bar,) = axes.bar(block, score, width=0.78, color=shade)
-        bar.set_gid(f"score-{block}-{'pruned' if block in pruned else 'kept'}")
-    cut = [f"{block} ({score:.3g})" for block, score in enumerate(scores) if top is not None and score > top]
-    if cut:
-        axes.set_title(f"cut off at the top: {', '.join(cut)}", size=8, color=colour("muted"), loc="right")
-    axes.set(xlabel="block", ylabel=name, ylim=(0, top), xlim=(-0.7, len(scores) - 0.3))
-    _block_ticks(axes, len(scores))
-    key(figure, [(what, swatch(colour("orange"))), ("kept", swatch(colour("kept")))], 2)
-    alt = f"Bars: {name} of {len(scores)} blocks. Pruned: {number_ranges(pruned) or 'none'}."
-    return Drawn(name="influence", alt=alt, figure=figure)
-
-
-def costs_figure(recorded: Recorded) -> Drawn | None:
-    """What leaving out each attention and each MLP would cost, as bars; where costs differ much by their logarithm."""
-    costs = find_in(recorded.record, "sublayer_costs")
-    if not costs or recorded.plan is None or not recorded.plan.sublayers:
-        return None
-    changed = {(one.sublayer, one.block) for one in recorded.plan.sublayers}
-    figure = new_figure(WIDTH, 4.2, "What it would cost to leave out the attention or the MLP of each block")
-    panels: Any = figure.subplots(2, 1, sharex=True, sharey=True)
-    positive = [cost for values in costs.values() for cost in values if cost > 0]
-    for (sublayer, name), axes in zip((("attention", "attention"), ("mlp", "MLP")), panels, strict=True):
-        for block, cost in enumerate(costs[sublayer]):
-            is_changed = (sublayer, block) in changed
-            (bar,) = axes.bar(block, cost, width=0.78, color=colour("orange" if is_changed else "kept"))
-            bar.set_gid(f"cost-{sublayer}-{block}-{'pruned' if is_changed else 'kept'}")
-        axes.set_title(name)
-        axes.set_ylabel("cost (nats a token)")
-    if positive and max(positive) > 30 * min(positive):
-        panels[0].set_yscale("log", nonpositive="clip")
-        panels[0].set_ylim(min(positive) / 2)
-        panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panels[1].set(xlabel="block", xlim=(-0.7, len(costs["mlp"]) - 0.3))
-    _block_ticks(panels[1], len(costs["mlp"]))
-    key(figure, [("narrowed or gone", swatch(colour("orange"))), ("kept whole", swatch(colour("kept")))], 2)
-    first = {name: sorted(range(len(costs[name])), key=costs[name].__getitem__)[:3] for name in ("attention", "mlp")}
-    told = "; ".join(
-        f"{shown} cheapest in {number_ranges(first[name])}"
-        for name, shown in (("attention", "attention"), ("mlp", "MLP"))
-    )
-    alt = f"Bars: cost of leaving out attention and MLP, of {len(costs['mlp'])} blocks. {told}."
-    return Drawn(name="costs", alt=alt, figure=figure)
+    return plan_figure(recorded.plan, source_blocks=origins, units=units, beside=blocks_title(recorded))
 
 
 def distances_figure(recorded: Recorded) -> Drawn | None:
-    """Distance of every pruned block to every candidate, by the candidate and by how far apart the two stand."""
+    """How much further than its nearest candidate each kept block is from each pruned one."""
     rows, bases = recorded.distances, recorded.bases
     if not rows:
         return None
-    figure = new_figure(WIDTH, 2.85, _distances_title(rows, bases))
-    by_index, by_gap = figure.subplots(1, 2, sharey="row")
-    shades = _shades(sorted(rows))
-    for i, row in rows.items():
-        _draw_row(by_index, sorted(row.items()), bases.get(i), shades[i])
-        for side, dashes in ((-1, "-"), (1, DASHES)):
-            gaps = {abs(i - j): distance for j, distance in row.items() if (j - i) * side > 0}
-            base = bases.get(i, i)
-            marked = abs(i - base) if (base - i) * side > 0 else None
-            _draw_row(by_gap, sorted(gaps.items()), marked, shades[i], dashes)
+    candidates = sorted({j for row in rows.values() for j in row})
+    more = {(i, j): distance / (min(row.values()) or 1.0) - 1 for i, row in rows.items() for j, distance in row.items()}
+    furthest = max(more.values(), default=0) or 1.0
+    figure = new_figure(0.95 + _ROW * max(_LEAST_ROWS, len(rows)), _distances_title(rows, bases))
+    axes = figure.add_subplot()
+    cells = {
+        (number, candidates.index(j)): Cell(
+            share=1 - more[i, j] / furthest, text=f"+{more[i, j]:.0%}", marked=bases.get(i) == j
+        )
+        for number, i in enumerate(rows)
+        for j in rows[i]
+    }
+    heat_map(axes, [str(i) for i in rows], [str(j) for j in candidates], cells)
+    axes.set(xlabel="kept block", ylabel="pruned block")
+    ends = [("nearest", swatch(heat(1))), (f"{furthest / 2:.0%} further", swatch(heat(0.5)))]
+    key(figure, [("its base", _dot()), *ends, (f"{furthest:.0%}", swatch(heat(0)))], 4)
+    told = "; ".join(f"{i} is nearest to {min(row, key=row.__getitem__)}" for i, row in rows.items())
     name = find_in(recorded.record, "base_distance")
-    by_index.set(xlabel="candidate", ylabel="distance")
-    by_index.set_title(f"{name} distance, chose the bases", weight="bold")
-    by_gap.set_xlabel("steps apart, |i \u2212 j|")
-    for axes in (by_index, by_gap):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
-    sides = [("candidate before it", line_key(colour("muted"))), ("after it", line_key(colour("muted"), DASHES))]
-    key(figure, [*_block_keys(shades), ("its base", _dot(colour("ink"))), *sides], 7)
-    alt = f"Lines: distance of each pruned block ({number_ranges(rows)}) to each kept block, by {name}."
+    alt = f"Heat map: {name} distance of each pruned block ({number_ranges(rows)}) to each kept block. {told}."
     return Drawn(name="distances", alt=alt, figure=figure)
 
 
@@ -160,53 +91,86 @@ def _distances_title(rows: dict[int, dict[int, float]], bases: dict[int, int]) -
         return "Distances to the candidates"
     if len(found) > 1 and len(set(found.values())) == 1:
         return f"Block {next(iter(found.values()))} is the base of all {len(found)} pruned blocks"
-    nearest = sum(abs(i - j) == min(abs(i - other) for other in rows[i]) for i, j in found.items())
-    return f"A nearest kept block is the base of {nearest} of {len(found)} pruned blocks"
-
-
-def _draw_row(axes: Axes, row: list[tuple[int, float]], marked: int | None, shade: str, dashes: Any = "-") -> None:
-    """Distances of one pruned block, its base marked."""
-    axes.plot([x for x, _ in row], [distance for _, distance in row], color=shade, linewidth=1.3, linestyle=dashes)
-    for x, distance in row:
-        if x == marked:
-            axes.plot([x], [distance], "o", color=shade, markersize=5.5, markeredgecolor=colour("ink"))
+    beside = sum(abs(i - j) == min(abs(i - other) for other in rows[i]) for i, j in found.items())
+    return f"{beside} of {len(found)} pruned blocks borrow from the kept block next to them"
 
 
 def adapters_figure(recorded: Recorded) -> Drawn | None:
-    """What share of |W_i - W_j|_F^2 an adapter's first directions mend; a panel for each linear."""
-    spectra = find_in(recorded.record, "adapter_spectra")
-    if not spectra or find_in(recorded.record, "fitted"):  # older records have them of adapters that ignore the weights
+    """What share of |W_i - W_j|_F^2 each adapter mends."""
+    spectra = _spectra(recorded)
+    if not spectra:
         return None
     linears = list(dict.fromkeys(linear for block in spectra.values() for linear in block))
-    columns = min(4, len(linears))
-    lines = -(-len(linears) // columns)
-    finals = [spectrum["mended"][-1] for block in spectra.values() for spectrum in block.values()]
-    ranks = {spectrum["ranks"][-1] for block in spectra.values() for spectrum in block.values()}
+    finals = [one["mended"][-1] for block in spectra.values() for one in block.values()]
+    ranks = {one["ranks"][-1] for block in spectra.values() for one in block.values()}
     kind = f"Rank-{max(ranks)} adapters" if len(ranks) == 1 else f"Adapters of rank {min(ranks)} to {max(ranks)}"
     title = f"{kind} mend {_percents(finals)} of the squared difference to the base"
-    figure = new_figure(WIDTH, 0.95 + 1.75 * lines, title)
-    grid: Any = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-    shades = _shades(sorted(spectra))
-    for axes in grid.flat[len(linears) :]:
-        plain_axes(axes)
-    for linear, axes in zip(linears, grid.flat, strict=False):
-        found = {block: own[linear] for block, own in spectra.items() if linear in own}
-        for block, spectrum in found.items():
-            (line,) = axes.plot(spectrum["ranks"], spectrum["mended"], color=shades[block], linewidth=1.3, marker=".")
-            line.set_gid(f"mended-{block}-{linear}")
-        last = [spectrum["mended"][-1] for spectrum in found.values()]
-        axes.axhspan(max(last), 1, color=colour("rest"), linewidth=0)
-        axes.text(0.04, 0.95, f"mended {_percents(last)}\nlost: the rest", transform=axes.transAxes, va="top", size=8)
-        axes.set_title(linear)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.set_ylim(0, 1)
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    for axes in grid[-1][: len(linears) - columns * (lines - 1)]:
-        axes.set_xlabel("first r directions")
-    key(figure, _block_keys(shades), 11)
-    alt = f"Lines: share of the squared difference to the base that r directions mend, for {', '.join(linears)}."
-    return Drawn(name="adapters", alt=alt, figure=figure)
+    cells = {
+        (number, linears.index(linear)): _share(one["mended"][-1])
+        for number, own in enumerate(spectra.values())
+        for linear, one in own.items()
+    }
+    alt = f"Heat map: {title}, for each replica ({number_ranges(spectra)}) and each of {', '.join(linears)}."
+    return _shares_map("adapters", title, alt, [str(block) for block in spectra], _short(linears), cells, "replica")
+
+
+def adapter_ranks_figure(recorded: Recorded) -> Drawn | None:
+    """What share the first directions of the adapters mend, over the replicas."""
+    spectra = _spectra(recorded)
+    found: dict[str, dict[int, list[float]]] = {}
+    for block in spectra.values():
+        for linear, one in block.items():
+            for rank, share in zip(one["ranks"], one["mended"], strict=True):
+                found.setdefault(linear, {}).setdefault(int(rank), []).append(share)
+    ranks = sorted({rank for own in found.values() for rank in own})
+    if len(ranks) < 2:
+        return None
+    cells = {
+        (number, ranks.index(rank)): _share(sum(shares) / len(shares))
+        for number, own in enumerate(found.values())
+        for rank, shares in own.items()
+    }
+    title = "What a smaller rank would mend, on average over the replicas"
+    alt = f"Heat map: {title}: ranks {', '.join(map(str, ranks))}, for each of {', '.join(found)}."
+    rows = _short(list(found))
+    return _shares_map("adapter-ranks", title, alt, rows, [str(rank) for rank in ranks], cells, "", "rank")
+
+
+def _shares_map(
+    name: str,
+    title: str,
+    alt: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    cells: dict[tuple[int, int], Cell],
+    ylabel: str,
+    xlabel: str = "",
+) -> Drawn:
+    figure = new_figure(0.75 + _ROW * max(_LEAST_ROWS, len(rows)) + 0.06 * max(map(len, columns)), title)
+    axes = figure.add_subplot()
+    heat_map(axes, rows, columns, cells)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    if max(map(len, columns)) > 3:
+        axes.tick_params(axis="x", rotation=40)
+    ends = [("all of it", swatch(heat(1))), ("half", swatch(heat(0.5))), ("nothing", swatch(heat(0)))]
+    key(figure, ends, 3)
+    return Drawn(name=name, alt=alt, figure=figure)
+
+
+def _spectra(recorded: Recorded) -> dict[int, dict[str, dict[str, list[float]]]]:
+    """Older records have them of adapters that ignore the weights too: these are left out."""
+    spectra: dict[int, dict[str, dict[str, list[float]]]] = find_in(recorded.record, "adapter_spectra") or {}
+    return {} if find_in(recorded.record, "fitted") else spectra
+
+
+def _share(share: float) -> Cell:
+    return Cell(share=share, text=f"{100 * share:.0f}")
+
+
+def _short(linears: Sequence[str]) -> list[str]:
+    """Names of linears without the module that they stand in, where that tells them apart."""
+    short = [linear.rpartition(".")[2] for linear in linears]
+    return short if len(set(short)) == len(short) else list(linears)
 
 
 def storage_figure(recorded: Recorded) -> Drawn | None:
@@ -214,72 +178,64 @@ def storage_figure(recorded: Recorded) -> Drawn | None:
     sizes = [size for size in recorded.sizes if size.parts]
     if not sizes:
         return None
-    parts = list(dict.fromkeys(part for size in sizes for part in size.parts))
+    stored = [_large_parts(size, sizes) for size in sizes]
+    parts = list(dict.fromkeys(part for its in stored for part in its))
     first, last = sizes[0], sizes[-1]
     scale, unit = (1e9, "GB") if max(size.bytes for size in sizes) >= 1e9 else (1e6, "MB")
     title = f"Stored: {first.bytes / scale:.2f} {unit} became {last.bytes / scale:.2f} {unit}"
-    figure = new_figure(WIDTH, 1.35 + 0.42 * len(sizes) + 0.22 * (-(-len(parts) // 3)), title)
+    figure = new_figure(0.95 + 0.42 * len(sizes) + 0.2 * (-(-(len(parts) + 1) // 2)), title)
     axes = figure.add_subplot()
-    for row, size in enumerate(sizes):
+    for row, (size, its) in enumerate(zip(sizes, stored, strict=True)):
         left = 0.0
         for number, part in enumerate(parts):
-            width = size.parts.get(part, 0) * size.itemsize / scale
+            width = its.get(part, 0) * size.itemsize / scale
             (bar,) = axes.barh(row, width, left=left, height=0.62, color=_part_shade(part, number))
             bar.set_gid(f"stored-{row}-{part.replace(' ', '-').replace(',', '')}")
             left += width
-        share = "" if row == 0 else f" ({size.bytes / first.bytes:.1%})"
-        axes.annotate(f"{size.bytes / scale:.2f}{share}", (left, row), (4, 0), textcoords="offset points", va="center")
+        share = "" if row == 0 else f"\n{size.bytes / first.bytes:.1%}"
+        place: dict[str, Any] = {"textcoords": "offset points", "va": "center", "size": 8}
+        axes.annotate(f"{size.bytes / scale:.2f}{share}", (left, row), (3, 0), **place)
     removal = find_in(recorded.record, "plain_removal")
     if removal:
         x = removal["parameters"] * first.itemsize / scale
         axes.axvline(x, color=colour("ink"), linewidth=1, linestyle=DASHES)
     axes.set(ylim=(len(sizes) - 0.5, -0.5), xlabel=unit)
     axes.set_yticks(range(len(sizes)), [f"\u2009{size.label}" for size in sizes], size=9)
-    axes.set_xlim(0, 1.17 * max(size.bytes for size in sizes) / scale)
+    axes.set_xlim(0, 1.3 * max(size.bytes for size in sizes) / scale)
     axes.grid(False)
     entries = [(part, swatch(_part_shade(part, number))) for number, part in enumerate(parts)]
     if removal:
         dashed = line_key(colour("ink"), DASHES)
-        entries.append(("plain removal would store", dashed))
-    key(figure, entries, 3)
+        entries.append(("plain removal", dashed))
+    key(figure, entries, 2)
     told = ", ".join(f"{size.label} {size.bytes / scale:.2f} {unit}" for size in sizes)
     return Drawn(name="storage", alt=f"Stacked bars: stored bytes by part. {told}.", figure=figure)
+
+
+def _large_parts(size: Size, sizes: Sequence[Size]) -> dict[str, int]:
+    """Parameters by part; parts that are small in all of the sizes together."""
+    large = [part for part in size.parts if any(one.parts.get(part, 0) > _SMALL * one.parameters for one in sizes)]
+    rest = sum(number for part, number in size.parts.items() if part not in large)
+    return {part: size.parts[part] for part in large} | ({_REST: rest} if rest else {})
 
 
 def _part_shade(part: str, number: int) -> str:
     """What dominates is quiet, what is new stands out."""
     replicas = dict.fromkeys(REPLICA_PARTS.values())
-    known = dict(zip(replicas, ("orange", "red", "purple"), strict=True)) | {
-        "embeddings": "sky",
-        "output head": "slate",
+    known = dict(zip(replicas, ("orange", "red", "blue"), strict=True)) | {
+        "embeddings": "slate",
+        "output head": "green",
         "kept blocks, linears": "kept",
-        "kept blocks, norms and biases": "muted",
+        "kept blocks, norms and biases": "purple",
         "replicas, norms and biases": "amber",
-        "outside the blocks, other": "green",
+        "outside the blocks, other": "muted",
+        _REST: "ink",
     }
     return colour(known[part]) if part in known else series(number)
 
 
-def _block_ticks(axes: Axes, num_blocks: int) -> None:
-    step = 1 if num_blocks <= _MOST_TICKS else 5
-    axes.set_xticks(range(0, num_blocks, step))
-
-
-def _shades(blocks: Sequence[int]) -> dict[int, str]:
-    """From dark to bright by their order."""
-    return {block: ramp(number / max(1, len(blocks) - 1)) for number, block in enumerate(blocks)}
-
-
-def _block_keys(shades: dict[int, str]) -> list[tuple[str, Line2D]]:
-    """All blocks of a ramp, or some of them spread evenly."""
-    blocks = list(shades)
-    if len(blocks) > _MOST_KEYS:
-        blocks = [blocks[round(n * (len(blocks) - 1) / (_MOST_KEYS - 2))] for n in range(_MOST_KEYS - 1)]
-    return [(f"block {block}" if n == 0 else str(block), line_key(shades[block])) for n, block in enumerate(blocks)]
-
-
-def _dot(shade: str) -> Line2D:
-    return Line2D([], [], color=colour("paper"), marker="o", markersize=5.5, markeredgecolor=shade, linestyle="none")
+def _dot() -> Line2D:
+    return Line2D([], [], color=colour("ink"), marker="o", markersize=4, linestyle="none")
 
 
 def _percents(shares: Sequence[float]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
@@ -21,14 +22,13 @@ from flexigpt.record import (
     plan_rows,
     removal_rows,
     shown_name,
+    verdict,
 )
 from flexigpt.runtime import megabytes
 
 Svgs = Mapping[str, Markup]  # by the figure's name
 
 _OF_ONE = {
-    "influence": "Which blocks change little",
-    "costs": "What each attention and each MLP is worth",
     "plan": "What became of each block",
     "distances": "Why these bases",
     "adapters": "What replicas mend",
@@ -36,7 +36,19 @@ _OF_ONE = {
     "settings": "Settings",
 }
 
-_OF_ALL = {"recovery": "Recovery", "evaluation": "Evaluation"}
+_OF_ALL = {
+    "frontier": "How small it can go",
+    "continuations": "The same words, continued",
+    "recovery": "Recovery",
+    "evaluation": "Evaluation",
+}
+
+# What records a section that is left out.
+_RECORDED_BY = {
+    "continuations": "flexigpt eval OUT SOURCE --perplexity TEXT --record writes how both continue the same words",
+    "recovery": "flexigpt recover trains a model back",
+    "evaluation": "flexigpt eval --record measures models side by side",
+}
 
 
 def page(models: Sequence[Recorded], own: Sequence[Svgs], shared: Svgs, palette: str, generator: str) -> str:
@@ -52,23 +64,38 @@ def page(models: Sequence[Recorded], own: Sequence[Svgs], shared: Svgs, palette:
     here = files("flexigpt.report")
     template, style = ((here / name).read_text(encoding="utf-8") for name in ("page.html.j2", "report.css"))
     shown = [_of_one(model, svgs) for model, svgs in zip(models, own, strict=True)]
-    sections = [{"id": name, "heading": heading, "name": name, "model": None} for name, heading in _OF_ALL.items()]
+    there = {
+        "frontier": "frontier" in shared,
+        "continuations": _continuations(models),
+        "recovery": "recovery-cross-entropy" in shared,
+        "evaluation": _evaluations(models),
+    }
+    sections = [
+        {"id": name, "heading": heading, "name": name, "model": None}
+        for name, heading in _OF_ALL.items()
+        if there[name]
+    ]
     each = []
     for number, model in enumerate(shown):
         suffix, whose = (f"-{number}", f"{model['name']}: ") if len(shown) > 1 else ("", "")
         for name in model["sections"]:
             heading = _OF_ONE[name]
             each.append({"id": f"{name}{suffix}", "heading": f"{whose}{heading}", "name": name, "model": model})
+    first = [one for one in sections if one["name"] in ("frontier", "continuations")]
+    later = [one for one in sections if one not in first]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(
         models=shown,
         shared=shared,
-        sections=sections + each if len(shown) > 1 else [*each[:-1], *sections, each[-1]],
+        sections=[*first, *later, *each] if len(shown) > 1 else [*first, *each[:-1], *later, each[-1]],
+        recovery=[svg for name, svg in shared.items() if name.startswith("recovery")],
         style=Markup(f"{palette}\n{style}"),
         generator=generator,
-        evaluations=_evaluations(models),
+        evaluations=there["evaluation"],
+        continuations=there["continuations"],
         near=bool(fidelities(models)),
-        **(_recovery(models) if "recovery" in shared else {}),
+        unrecorded=[told for name, told in _RECORDED_BY.items() if not there[name]],
+        **(_recovery(models) if there["recovery"] else {}),
     )
 
 
@@ -81,16 +108,14 @@ def _of_one(model: Recorded, svgs: Svgs) -> dict[str, Any]:
     return {
         "name": model.name,
         "lead": _what_it_is(model),
+        "verdict": verdict(model),
         "numbers": _numbers(model),
         "command": record.get("command"),
         "origin": f"Source: {shown_name(source['source_name'])}. {versions}.",
         "svgs": svgs,
         "sections": _sections(model, svgs),
-        "narrow": model.plan is not None and model.plan.sublayers,
+        "stack": _stack_caption(model, f"{scored[:1].upper()}{scored[1:]}"),
         "removed": model.removed,
-        "extended": find_in(record, "source_blocks"),
-        "scored": scored[:1].upper() + scored[1:],
-        "scores": _score_rows(model) if "influence" in svgs else None,
         "blocks": _block_rows(model),
         "distances": _distance_rows(model) if "distances" in svgs else None,
         "spectra": _spectrum_rows(model) if "adapters" in svgs else None,
@@ -102,18 +127,32 @@ def _of_one(model: Recorded, svgs: Svgs) -> dict[str, Any]:
     }
 
 
+def _stack_caption(model: Recorded, scored: str) -> str:
+    """What the stack of blocks and the bars beside it show; `scored` is which score on which text."""
+    plan, costs, scores = model.plan, find_in(model.record, "sublayer_costs"), find_in(model.record, "scores")
+    told = ["The stack of blocks, the first at the top."] if plan else []
+    if plan and plan.sublayers:
+        told.append("Beside the attention stands the MLP, filled as far as its hidden units are left.")
+    if model.bases:
+        told.append("A replica computes with the linears of the block that its arrow leads to, its base.")
+    if costs and plan and plan.sublayers:
+        told.append("Costs are second-order estimates of what the loss would rise by, up to a factor that all share.")
+    elif scores:
+        told.append(f"{scored}: the lower, the less a block changes what passes through it.")
+    return " ".join(told)
+
+
 def _sections(model: Recorded, svgs: Svgs) -> list[str]:
-    """Those that have something to say of such a model: without replicas nothing of bases and adapters."""
-    narrow = model.plan is not None and model.plan.sublayers
-    unasked = {"influence", "distances", "adapters"} if narrow else {"costs"}
-    if narrow and model.bases:
-        unasked -= {"distances", "adapters"}
-    return [name for name in _OF_ONE if name in svgs or name not in {*unasked, "costs"}]
+    """Those that have something to show."""
+    there = {"plan": {"plan", "blocks"} & set(svgs) or model.removed, "storage": model.sizes, "settings": True}
+    return [name for name in _OF_ONE if there.get(name, name in svgs)]
 
 
 def _what_it_is(model: Recorded) -> str:
     trained = ", after recovery training" if "recovery" in model.record else ""
     source = shown_name(model.chain[0]["source_name"])
+    if model.frontier:
+        return f"{source} at {len(model.record['points'])} sizes, before any training."
     if model.plan is not None:
         count, depth = len(model.plan.replicas), model.plan.num_blocks
         if model.plan.sublayers:
@@ -149,15 +188,9 @@ def _scaled(number: int, billions: str, millions: str) -> str:
     return f"{number / 1e9:,.2f} {billions}" if number >= 1e9 else f"{number / 1e6:,.2f} {millions}"
 
 
-def _score_rows(model: Recorded) -> Rows:
-    scores, gone = find_in(model.record, "scores"), "removed" if model.removed else "pruned"
-    rows = [[str(b), f"{score:.4g}", gone if b in model.pruned else "kept"] for b, score in enumerate(scores)]
-    return Rows(["block", find_in(model.record, "block_score"), "became"], rows)
-
-
 def _block_rows(model: Recorded) -> Rows | None:
     if model.plan is None:
-        return removal_rows(model.record) if model.removed else None
+        return _with_bytes(removal_rows(model.record), model) if model.removed else None
     # Without scores of another numbering, or distances where an edited plan has pairs that were not measured.
     always = ("source_blocks", "mlp_units", "sublayer_costs")
     shown: Record = {key: found for key in always if (found := find_in(model.record, key))}
@@ -166,7 +199,18 @@ def _block_rows(model: Recorded) -> Rows | None:
         shown |= {"scores": scores, "block_score": find_in(model.record, "block_score")}
     if distances and all(base in distances.get(block, {}) for block, base in model.bases.items()):
         shown["distances"] = distances
-    return plan_rows(model.plan, shown)
+    return _with_bytes(plan_rows(model.plan, shown), model)
+
+
+def _with_bytes(rows: Rows, model: Recorded) -> Rows:
+    """The same with what each block stores."""
+    last = model.sizes[-1] if model.sizes else None
+    if last is None or len(last.blocks) != len(rows.rows):
+        return rows
+    cells = [
+        [*row, megabytes(round(number * last.itemsize))] for row, number in zip(rows.rows, last.blocks, strict=True)
+    ]
+    return replace(rows, headings=[*rows.headings, "MB"], rows=cells, align=f"{rows.align}r" if rows.align else "")
 
 
 def _distance_rows(model: Recorded) -> Rows:
@@ -221,20 +265,34 @@ def _option_rows(record: Record) -> Rows:
 def _recovery(models: Sequence[Recorded]) -> dict[str, Any]:
     """What is shown of training."""
     trained = [model for model in models if "recovery" in model.record]
-    rows = []
-    for model in trained:
-        recovery, points = model.record["recovery"], held_out(model) if "perplexity" in model.record else []
-        ends = [f"{value:.2f}" for _, value in (points[0], points[-1])] if points else ["", ""]
-        speed = recovery.get("tokens_per_second")
-        shown = f"{speed:,.0f}" if isinstance(speed, int | float) else ""
-        rows.append([model.name, recovery["train"], f"{recovery['tokens']:,}", f"{recovery['steps']:,}", *ends, shown])
-    headings = ["model", "trained", "tokens", "steps", "perplexity before", "after", "tokens/s"]
+    columns = [[model.name, *_trained(model)] for model in trained]
+    names = ["", "trained", "tokens", "steps", "perplexity before", "perplexity after", "tokens/s"]
+    headings, *rows = [list(row) for row in zip(names, *columns, strict=True)]
     stopped = {model.name: model.record["recovery"].get("stopped") for model in trained}
     return {
         "trained": Rows(headings, rows),
         "stopped": [f"{name} stopped early: {reason}" for name, reason in stopped.items() if reason],
         "unmeasured": not all("perplexity" in model.record for model in trained),
     }
+
+
+def _trained(model: Recorded) -> list[str]:
+    recovery, points = model.record["recovery"], held_out(model) if "perplexity" in model.record else []
+    ends = [f"{value:.2f}" for _, value in (points[0], points[-1])] if points else ["", ""]
+    speed = recovery.get("tokens_per_second")
+    shown = f"{speed:,.0f}" if isinstance(speed, int | float) else ""
+    return [recovery["train"], f"{recovery['tokens']:,}", f"{recovery['steps']:,}", *ends, shown]
+
+
+def _continuations(models: Sequence[Recorded]) -> dict[str, dict[str, str]]:
+    """Prompt -> model -> what it continued it with, sources first."""
+    found: dict[str, dict[str, str]] = {}
+    sources = {shown_name(model.chain[0]["source_name"]) for model in models}
+    rows = [row for model in models if model.evaluation for row in model.evaluation["models"]]
+    for row in sorted(rows, key=lambda row: shown_name(row["name"]) not in sources):
+        for one in row.get("continuations", ()):
+            found.setdefault(one["prompt"], {}).setdefault(shown_name(row["name"]), one["text"])
+    return {prompt: texts for prompt, texts in found.items() if len(texts) > 1}
 
 
 def _evaluations(models: Sequence[Recorded]) -> list[Rows]:

@@ -31,23 +31,23 @@ def parse_size(size: str, itemsize: int) -> int:
     Raises:
         InputError: a size that cannot be read.
     """
-    found = _read(size, _COUNTS | {unit: scale / itemsize for unit, scale in _BYTES.items()})
+    found = _read(size, {"": 1, **_COUNTS} | {unit: scale / itemsize for unit, scale in _BYTES.items()})
     if found < 1:
         raise InputError(f"size {size!r} cannot be read: give parameters (4.8B, 350M) or bytes (3.2GB, 900MiB)")
     return int(found)
 
 
-def parse_share(share: str) -> float:
-    """A share of a whole as people write it, 3.7%, as 0.037.
+def parse_share(
+    share: str, name: str = "--rank", instead: str = "a number, as 12, or a share of the source's parameters, as 3.7%"
+) -> float:
+    """A share of a whole as people write it, 3.7%, as 0.037, of an option that says what to give instead.
 
     Raises:
         InputError: what cannot be read, or is not between 0 and 100%.
     """
     value = _read(share, {"%": 1}) / 100
     if not 0 < value < 1:
-        raise InputError(
-            f"--rank {share} cannot be used: give a number, as 12, or a share of the source's parameters, as 3.7%"
-        )
+        raise InputError(f"{name} {share} cannot be used: give {instead}")
     return value
 
 

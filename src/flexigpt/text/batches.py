@@ -12,7 +12,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from flexigpt.runtime import InputError
-from flexigpt.text.windows import Documents, local_files, tokenize, too_short
+from flexigpt.text.mixture import turns
+from flexigpt.text.names import Texts, local_files, shares_of
+from flexigpt.text.windows import Document, Documents, tokenize, too_short
 
 # Documents that are shuffled together, fewer where they have so many characters together.
 _RUN_DOCUMENTS, _RUN_CHARACTERS = 10_000, 2**28
@@ -134,13 +136,13 @@ class TrainingStream:
                 run, run_start, first = run + 1, run_end, 0
             run, run_start = 0, self._beginning
 
-    def _read_run(self, reader: Iterator[str]) -> list[str]:
+    def _read_run(self, reader: Iterator[Document]) -> list[Document]:
         """The documents of the next run; none at the end of the text."""
-        documents: list[str] = []
+        documents: list[Document] = []
         characters = 0
         for document in islice(reader, self._run_documents):
             documents.append(document)
-            characters += len(document)
+            characters += len(document) if isinstance(document, str) else len(str(document))
             if characters >= _RUN_CHARACTERS:
                 break
         return documents
@@ -156,8 +158,48 @@ class TrainingStream:
             )
 
 
+class MixedStream:
+    """Windows for training from one text or a mixture, whose texts take turns; otherwise as a `TrainingStream`.
+
+    Each text is shuffled, cut and read `epochs` times over by itself.
+    """
+
+    def __init__(
+        self, texts: Texts, tokenizer: PreTrainedTokenizerBase, *, window_length: int, seed: int, epochs: int = 1
+    ) -> None:
+        shares = shares_of(texts)
+        self._shares, self._window_length = list(shares.values()), window_length
+        given = {"window_length": window_length, "seed": seed, "epochs": epochs}
+        self._streams = [TrainingStream(text, tokenizer, **given) for text in shares]
+
+    def next_windows(self, count: int) -> torch.Tensor:
+        """The next `count` (1 or more) windows. (count, window_length + 1) int64.
+
+        Raises:
+            EndOfText: a text has fewer windows left than its share; the stream stays where it was.
+            InputError: text that cannot be read.
+        """
+        before = self.state_dict()
+        order = turns(self._shares, [state["tokens_before"] // self._window_length for state in before["texts"]], count)
+        try:
+            taken = {number: iter(self._streams[number].next_windows(order.count(number))) for number in set(order)}
+        except InputError:
+            self.load_state_dict(before)
+            raise
+        return torch.stack([next(taken[number]) for number in order])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the latest window, of each text."""
+        return {"texts": [stream.state_dict() for stream in self._streams]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on after the latest window before `state_dict`, as a `TrainingStream` does."""
+        for stream, place in zip(self._streams, state["texts"], strict=True):
+            stream.load_state_dict(place)
+
+
 def iterate(
-    stream: TrainingStream, count: int, steps: int
+    stream: TrainingStream | MixedStream, count: int, steps: int
 ) -> Generator[tuple[torch.Tensor, dict[str, Any]], None, None]:
     """`steps` batches of `count` windows, (count, window_length + 1) int64, each with the stream's state after it.
 
@@ -180,8 +222,8 @@ def iterate(
             yield batch
 
 
-def check_enough(text: str, tokenizer: PreTrainedTokenizerBase, *, tokens: int, epochs: int) -> None:
-    """Refuses, before any work, a text that ends before `tokens` tokens were predicted in `epochs` passes.
+def check_enough(texts: Texts, tokenizer: PreTrainedTokenizerBase, *, tokens: int, epochs: int) -> None:
+    """Refuses, before any work, a text that ends before its share of `tokens` was predicted in `epochs` passes.
 
     Counts the tokens of files of 64 MiB together at most, and no further than needed. Larger texts and data sets on
     the hub are not counted: there `EndOfText` says so.
@@ -189,6 +231,11 @@ def check_enough(text: str, tokenizer: PreTrainedTokenizerBase, *, tokens: int, 
     Raises:
         InputError: too few tokens, with the number of epochs that suffices; text that cannot be read.
     """
+    for text, share in shares_of(texts).items():
+        _check_enough(text, tokenizer, math.floor(tokens * share), epochs)
+
+
+def _check_enough(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, epochs: int) -> None:
     files = local_files(text)
     if not files or sum(file.stat().st_size for file in files) > _COUNTED_BYTES:
         return

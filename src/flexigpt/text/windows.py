@@ -1,7 +1,6 @@
 """Text -> tokens -> windows."""
 
 import glob
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,14 +13,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from flexigpt.runtime import InputError, fingerprint, local_path
-
-DEFAULT_TEXT = "JeanKaddour/minipile"
+from flexigpt.runtime import InputError
+from flexigpt.text.conversations import Conversation, render, told_apart
+from flexigpt.text.mixture import order_of_windows
+from flexigpt.text.names import COLUMN, Texts, column_in, hub_name, local_files, reader, split_column
 
 # Defaults; tokens in a window where the model takes more.
-_SPLIT, _COLUMN, _WINDOW_LENGTH = "validation", "text", 2048
+_SPLIT, _WINDOW_LENGTH = "validation", 2048
 _SHUFFLE_BUFFER = 10_000
-_READERS = {".txt": "text", ".jsonl": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
+
+Document = str | Conversation
 
 # Characters that are tokenised together: each takes some 160 bytes meanwhile. And the tokens at the end of a piece that
 # the next characters might change.
@@ -29,23 +30,6 @@ _PIECE, _UNSURE = 2**17, 512
 
 # TypeError: what `datasets` raises for a column of other values than in the first rows.
 _READING_ERRORS = (OSError, ValueError, EOFError, TypeError, zlib.error)
-
-
-def split_column(text: str) -> tuple[str, str]:
-    """FILE, its ~ expanded, and COLUMN of the text FILE#COLUMN; the column is `text` where none is named.
-
-    A # may be part of a path: what is there by its whole name is not split, nor is what no column is called.
-
-    Raises:
-        InputError: nothing after the #.
-    """
-    text = os.path.expanduser(text)
-    place, mark, column = text.rpartition("#")
-    if not mark or os.path.exists(text) or set(column) & set("/\\*?") or _kind(column) is not None:
-        return text, _COLUMN
-    if not column:
-        raise InputError(f"{text} names no column: give {place}#COLUMN, or leave the # out")
-    return os.path.expanduser(place), column
 
 
 class Documents:
@@ -58,11 +42,12 @@ class Documents:
         text: a .txt file (one document), a .jsonl, .jsonl.gz or .parquet file (one document a row); a folder with such
             files or a pattern (`shards/*.jsonl.gz`) of them, all of one kind, read in the order of their names; or a
             data set on the hub as NAME[:CONFIG][@SPLIT], of which the split is `validation` by default. Each may end
-            with #COLUMN, the column that holds the text, `text` by default; a .txt file has no other.
+            with #COLUMN, the column that holds text or conversations (lists of {role, content}), by default `text`, or
+            `messages` where there is no `text`; a .txt file has no other.
         seed: shuffles the documents (in a buffer of 10,000); None leaves them in order.
 
     Attributes:
-        num_bytes: UTF-8 bytes of what was read so far.
+        num_bytes: UTF-8 bytes of what was read so far; of conversations once they were rendered.
 
     Raises:
         InputError: a file that is missing, empty, of another kind or not valid; a column that is not there. What only
@@ -81,29 +66,34 @@ class Documents:
         else:
             self._beginning = self._rows.state_dict()
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Document]:
         """From the loaded place (the beginning where none was loaded); one iterator at a time."""
-        return ("".join(pieces) for pieces in self.pieces())
+        return (found if isinstance(found, list) else "".join(self._counted(found)) for found in self.pieces())
 
-    def pieces(self) -> Iterator[Iterator[str]]:
-        """The same, each document in pieces of some characters; of a .txt file no more is read than is asked for."""
-        column, text = self._column, self._text
+    def pieces(self) -> Iterator[Iterator[str] | Conversation]:
+        """The same, a text in pieces of some characters; of a .txt file no more is read than is asked for."""
+        text = self._text
         with self._errors_told():
             for row in self._rows:
-                if column not in row:
-                    raise _no_column(text, column, row)
-                found = row[column]
-                if found is not None and not isinstance(found, str):
-                    raise InputError(f"column {column!r} of {text} holds {type(found).__name__}: expected text")
-                pieces = self._read(found) if found and self._is_plain else _cut(found or "")
+                column = column_in(text, self._column, row)
+                found = told_apart(row[column], f"column {column!r} of {text}")
+                if isinstance(found, list):
+                    yield found
+                    continue
+                pieces = self._read(found) if found and self._is_plain else _cut(found)
                 first = next(pieces, "")
                 if first:
-                    yield self._counted(chain([first], pieces))
+                    yield chain([first], pieces)
 
     def tokens(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
         """The ids of all documents, as `tokenize` makes them, in pieces; no more is read than is asked for."""
-        for pieces in self.pieces():
-            yield from _tokenized(pieces, tokenizer)
+        for found in self.pieces():
+            if isinstance(found, list):
+                rendered = render(found, tokenizer)
+                self.num_bytes += len(rendered.encode())
+                yield _ids_of(rendered, tokenizer)
+            else:
+                yield from _tokenized(self._counted(found), tokenizer)
 
     def _counted(self, pieces: Iterable[str]) -> Iterator[str]:
         for piece in pieces:
@@ -119,7 +109,7 @@ class Documents:
 
     @property
     def _is_plain(self) -> bool:
-        return bool(self._files) and _reader(self._files) == "text"
+        return bool(self._files) and reader(self._files) == "text"
 
     def state_dict(self) -> dict[str, Any]:
         """The place after the latest document, JSON-ready. Exact for documents in order only."""
@@ -158,127 +148,63 @@ class Documents:
         return f"{self._files[min(state['shard_idx'], len(self._files) - 1)]} (of {self._text})"
 
 
-def local_files(text: str) -> list[Path]:
-    """The files that a text, with or without a column, names, by name in order; none for a data set on the hub.
-
-    Raises:
-        InputError: a file that is missing, empty or of another kind; no files or files of different kinds.
-    """
-    text, _ = split_column(text)
-    if not text:
-        raise InputError("the name of the text is empty: give a file or a data set on the hub")
-    path = Path(text)
-    folder = os.path.isdir(path)
-    several = folder or (("*" in text or "?" in text) and not os.path.exists(path))
-    if several:
-        # A folder may hold other files too; what a pattern matches is meant.
-        pattern = os.path.join(glob.escape(text), "*") if folder else text
-        found = [Path(name) for name in glob.glob(pattern, recursive=True) if not os.path.isdir(name)]
-        files = sorted(file for file in found if _kind(file.name) is not None or not folder)
-        if not files:
-            raise InputError(f"no text file is in or matches {text}: give {', '.join(_READERS)} files")
-    elif _kind(text) is not None or os.path.exists(path):
-        files = [path]
-    else:
-        local_path(_hub_name(text)[0], "text file or folder")
-        return []
-    for file in files:
-        _check_file(file, several)
-    kinds = {_kind(file.name): file.name for file in files}
-    if len(kinds) > 1:
-        raise InputError(f"{text} has files of different kinds ({', '.join(kinds.values())}): give files of one kind")
-    return files
-
-
-def text_fingerprint(text: str) -> str:
-    """What tells one text from another, without reading all of it: 16 hexadecimal digits, and the column if named.
-
-    Of local files their names without folders, their sizes, and the first and the last MiB of each; of a data set on
-    the hub its name.
-
-    Raises:
-        InputError: a file that is missing, empty or of another kind.
-    """
-    place, column = split_column(text)
-    return fingerprint(place, local_files(text)) + ("" if column == _COLUMN else f"#{column}")
-
-
-def _check_file(file: Path, one_of_several: bool) -> None:
-    if not os.path.isfile(file):
-        raise InputError(f"text file {file} is not there: give {', '.join(_READERS)} or a data set on the hub")
-    if _kind(file.name) is None:
-        raise InputError(f"text file {file} is of an unknown kind: expected {', '.join(_READERS)}")
-    if file.stat().st_size == 0:
-        remedy = "remove it or " if one_of_several else ""
-        raise InputError(f"text file {file} is empty: {remedy}give a file with text in it")
-
-
-def _kind(name: str) -> str | None:
-    return next((suffix for suffix in _READERS if name.lower().endswith(suffix)), None)
-
-
-def _hub_name(text: str) -> tuple[str, str, str]:
-    """NAME, CONFIG and SPLIT of NAME[:CONFIG][@SPLIT]."""
-    name, _, split = text.partition("@")
-    name, _, config = name.partition(":")
-    return name, config, split
-
-
-def _reader(files: list[Path]) -> str:
-    return _READERS[_kind(files[0].name) or ""]
-
-
-def _no_column(text: str, column: str, columns: Iterable[str]) -> InputError:
-    there = ", ".join(map(repr, columns))
-    return InputError(f"{text} has no column {column!r}: its columns are {there}; give {text}#COLUMN")
-
-
-def _open_rows(text: str, column: str, files: list[Path]) -> Any:
+def _open_rows(text: str, column: str | None, files: list[Path]) -> Any:
     """A stream of rows (dictionaries); of .txt files a row says where its text is."""
     from datasets import IterableDataset, disable_progress_bars, load_dataset  # noqa: PLC0415 - a second
 
     disable_progress_bars()
     if files:
-        reader, options = _reader(files), {}
-        if reader == "text":
+        kind, options = reader(files), {}
+        if kind == "text":
             return IterableDataset.from_generator(_names, gen_kwargs={"files": list(map(str, files))})
-        if reader == "parquet":
+        if kind == "parquet":
             options = _parquet_options(text, column, files[0])
         escaped = [glob.escape(str(file)) for file in files]
         try:
-            return load_dataset(reader, data_files=escaped, split="train", streaming=True, **options)
+            return load_dataset(kind, data_files=escaped, split="train", streaming=True, **options)
         except StopIteration:
             # The JSON reader looks at the first row for the columns: there is none in any file.
             raise too_short(text, 0, 0) from None
-    name, config, split = _hub_name(text)
+    name, config, split = hub_name(text)
     return load_dataset(name, config or None, split=split or _SPLIT, streaming=True)
 
 
 def _names(files: list[str]) -> Iterator[dict[str, str]]:
-    return ({_COLUMN: file} for file in files)
+    return ({COLUMN: file} for file in files)
 
 
-def _parquet_options(text: str, column: str, file: Path) -> dict[str, Any]:
+def _parquet_options(text: str, column: str | None, file: Path) -> dict[str, Any]:
     """Reads the one column, whatever the others hold; as strings where they are views, which cannot be shuffled."""
     import pyarrow as pa  # noqa: PLC0415 - with datasets
     from datasets import Features  # noqa: PLC0415
     from pyarrow.parquet import read_schema  # noqa: PLC0415
 
     schema = read_schema(file)
-    if column not in schema.names:
-        raise _no_column(text, column, schema.names)
+    column = column_in(text, column, schema.names)
     kind = schema.field(column).type
     features = Features.from_arrow_schema(pa.schema({column: pa.string() if pa.types.is_string_view(kind) else kind}))
     # Its own batch size is the first row group's, which may be of no rows.
     return {"columns": [column], "features": features, "batch_size": 1000}
 
 
-def tokenize(document: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def tokenize(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """A document's token ids between the tokens that most models saw around one in training.
 
-    Before it the one for a beginning, after it the one for an end where that is another, as far as there are such.
+    Before it the one for a beginning, after it the one for an end where that is another, as far as there are such. A
+    conversation has those of the tokenizer's chat template alone.
+
+    Raises:
+        InputError: a conversation that the tokenizer cannot render.
     """
+    if isinstance(document, list):
+        return _ids_of(render(document, tokenizer), tokenizer)
     return [token for ids in _tokenized(_cut(document), tokenizer) for token in ids]
+
+
+def _ids_of(rendered: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of what a chat template made, which names its special tokens itself."""
+    ids: list[int] = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _cut(document: str) -> Iterator[str]:
@@ -374,15 +300,28 @@ def check_window_length(window_length: int | None, config: PreTrainedConfig) -> 
 
 
 def calibration_windows(
-    text: str, tokenizer: PreTrainedTokenizerBase, *, windows: int, window_length: int, seed: int
+    text: Texts, tokenizer: PreTrainedTokenizerBase, *, windows: int, window_length: int, seed: int
 ) -> torch.Tensor:
     """Windows for calibration: the documents shuffled by seed, joined and cut. (windows, window_length) int64.
 
-    Returns fewer windows where the text has fewer.
+    Of several texts each gives its share of the windows, which take turns. Returns fewer windows where a text has
+    fewer.
 
     Raises:
-        InputError: text that cannot be read, or that has fewer tokens than one window.
+        InputError: text that cannot be read, has fewer tokens than one window, or too small a share for one.
     """
+    names, order = order_of_windows(text, windows)
+    left = [
+        iter(_windows_of(name, tokenizer, order.count(number), window_length, seed))
+        for number, name in enumerate(names)
+    ]
+    taken = (next(left[number], None) for number in order)
+    return torch.stack([window for window in taken if window is not None])
+
+
+def _windows_of(
+    text: str, tokenizer: PreTrainedTokenizerBase, windows: int, window_length: int, seed: int
+) -> torch.Tensor:
     wanted = windows * window_length
     tokens: list[int] = []
     for ids in Documents(text, seed).tokens(tokenizer):
