@@ -37,8 +37,8 @@ def to_executorch(model: str, out: Path, options: ExportOptions) -> None:
         import executorch.exir  # noqa: F401 - whether it is there, and fits this torch
     except Exception as error:
         raise InputError(
-            f"--to executorch needs executorch ({one_line(error)}): pip install executorch, in the version for "
-            f"torch {torch.__version__.partition('+')[0]}"
+            f"--to executorch needs executorch ({one_line(error)}): pip install 'flexigpt[executorch]', in the version "
+            f"for torch {torch.__version__.partition('+')[0]}"
         ) from error
     compact: Any = load_model(model, "float32", "cpu")
     text_config = compact.config.text_config

@@ -37,7 +37,7 @@ def to_onnx(model: str, out: Path, options: ExportOptions) -> None:
     """
     for library in ("onnx", "onnxscript", *(["onnxruntime"] if options.bits else [])):
         if find_spec(library) is None:
-            raise InputError(f"--to onnx needs {library}: pip install 'flexigpt[onnx]'")
+            raise InputError(f"--to onnx needs {library}: pip install 'flexigpt[export]'")
     import onnx_ir as ir  # noqa: PLC0415
     from onnx_ir.passes.common import RemoveUnusedNodesPass  # noqa: PLC0415
 
