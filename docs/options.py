@@ -12,12 +12,13 @@ from flexigpt.cli.options import descriptions
 from flexigpt.decoding import BenchmarkOptions, GenerateOptions, SampleOptions
 from flexigpt.evaluation import EvalOptions
 from flexigpt.export import ExportOptions
-from flexigpt.pruning import ExtendOptions, PruneOptions
+from flexigpt.pruning import ExtendOptions, FrontierOptions, PruneOptions
 from flexigpt.recovery import RecoverOptions
 from flexigpt.runtime import choices_of, flag
 
 COMMANDS: dict[str, Any] = {
     "prune": PruneOptions,
+    "frontier": FrontierOptions,
     "extend": ExtendOptions,
     "recover": RecoverOptions,
     "eval": EvalOptions,

@@ -17,6 +17,7 @@ from flexigpt.cli.commands import (
     EvalOptions,
     ExportOptions,
     ExtendOptions,
+    FrontierOptions,
     GenerateOptions,
     PruneOptions,
     SampleOptions,
@@ -30,6 +31,7 @@ from flexigpt.runtime import flag
 COMMANDS = typer.main.get_command(app).commands
 CLASSES = {
     "prune": PruneOptions,
+    "frontier": FrontierOptions,
     "extend": ExtendOptions,
     "recover": Recover,
     "eval": EvalOptions,
@@ -62,6 +64,7 @@ def test_every_field_is_described_and_is_an_option_or_pythons_alone(name: str) -
 def test_no_value_of_an_option_is_a_traceback(run: Run, name: str) -> None:
     """Of any option, of which many are numbers; those that are allowed end at a model that is not there."""
     needed = {"prune": ["out", "--ratio", "0.4"], "extend": ["out", "--blocks", "1:2"], "recover": ["out"]}
+    needed |= {"frontier": ["out", "--perplexity", "no/such/text"]}
     needed |= {"eval": ["--perplexity", "no/such/text"], "generate": ["--prompt", "Hi"], "sample": ["own.jsonl"]}
     needed |= {"export": ["out", "--to", "stock"]}
     for option in options_of(name):

@@ -61,7 +61,7 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
     ratio: float | None = option(None, group=_WHAT, everyday=True)
     blocks: Sequence[int] | None = option(None, group=_WHAT, metavar="12,13,...", parse=_BLOCKS)
     target_size: str | None = option(None, group=_WHAT, everyday=True, metavar="4.8B|3.2GB")
-    max_loss: str | None = option(None, group=_WHAT, everyday=True, metavar="10%")
+    max_loss: str | None = option(None, group=_WHAT, metavar="10%")
     plan: str | Path | None = option(None, group=_WHAT)
     form: FormOfReplicas = option("units", group=_WHAT, command=False)
     block_score: BlockScoreName = option("influence", group=_WHAT)

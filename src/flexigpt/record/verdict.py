@@ -17,9 +17,9 @@ def verdict(model: Recorded) -> str | None:
         source, knee = model.frontier[-1], next((one for one in model.frontier if one.get("chosen")), None)
         if knee is None:
             return None
-        losses = f"{_shown(source['perplexity'])} \u2192 {_shown(knee['perplexity'])}"
+        change = f"{_shown(source['perplexity'])} \u2192 {_shown(knee['perplexity'])}"
         share = f"{knee['bytes'] / source['bytes']:.0%} of the bytes"
-        return f"Down to {share}, perplexity {losses}, little is lost; below that it rises faster than before"
+        return f"Down to {share}, perplexity {change}, little is lost; below that it rises faster than before"
     if not model.sizes:
         return "A plan: no model was made, and nothing of it was measured" if model.plan is not None else None
     first, last = model.sizes[0], model.sizes[-1]
