@@ -73,8 +73,12 @@ def quantize(compact: Any, bits: int | None) -> None:
     table = compact.get_input_embeddings()
     if compact.get_output_embeddings().weight is table.weight:  # each is rounded for another kernel
         table.weight = nn.Parameter(table.weight.clone())
-    for config, kind in ((IntxWeightOnlyConfig, nn.Embedding), (Int8DynamicActivationIntxWeightConfig, nn.Linear)):
-        quantize_(compact, config(dtype, grain), lambda module, _, kind=kind: isinstance(module, kind))
+    quantize_(compact, IntxWeightOnlyConfig(dtype, grain), lambda module, _: isinstance(module, nn.Embedding))
+
+    def whole_groups(module: nn.Module, _: str) -> bool:
+        return isinstance(module, nn.Linear) and (bits == 8 or module.in_features % _GROUP == 0)
+
+    quantize_(compact, Int8DynamicActivationIntxWeightConfig(dtype, grain), whole_groups)
 
 
 class Step(nn.Module):
