@@ -14,7 +14,7 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from flexigpt.export.onnx import quiet
+from flexigpt.export.onnx import cached_blocks, parts_of, quiet
 from flexigpt.export.options import ExportOptions
 from flexigpt.export.stock import rounded, write_tokenizer
 from flexigpt.runtime import InputError, one_line
@@ -89,11 +89,11 @@ class Step(nn.Module):
         self.model, self.context = model, context
         seen = DynamicCache()
         model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=seen, use_cache=True)
-        self.blocks = [number for number, layer in enumerate(seen.layers) if layer.is_initialized]
-        for block in self.blocks:
-            for name, part in (("key", seen.layers[block].keys), ("value", seen.layers[block].values)):
-                slots = torch.zeros(1, part.shape[1], context, part.shape[3])
-                self.register_buffer(f"{name}_{block}", slots, persistent=False)
+        self.blocks = cached_blocks(seen)
+        names = [f"{part}_{block}" for block in self.blocks for part in ("key", "value")]
+        for name, part in zip(names, parts_of(seen, self.blocks), strict=True):
+            slots = torch.zeros(1, part.shape[1], context, part.shape[3])
+            self.register_buffer(name, slots, persistent=False)
 
     def forward(self, input_ids: torch.Tensor, cache_position: torch.Tensor) -> torch.Tensor:
         """(1, length) ids at (length) positions -> (1, length, vocabulary) logits."""
