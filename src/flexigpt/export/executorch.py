@@ -98,12 +98,13 @@ class Step(nn.Module):
     def forward(self, input_ids: torch.Tensor, cache_position: torch.Tensor) -> torch.Tensor:
         """(1, length) ids at (length) positions -> (1, length, vocabulary) logits."""
         cache = StaticCache(config=self.model.config.get_text_config(), max_cache_len=self.context)
-        for block in self.blocks:
-            # Not one for a sliding window, which forgets by counts of its own.
+        for block in range(len(cache.layers)):
+            # Not one for a sliding window, which forgets by counts of its own; masks ask those of gone attentions, too.
             layer = cache.layers[block] = StaticLayer(self.context)
-            layer.keys, layer.values = self.get_buffer(f"key_{block}"), self.get_buffer(f"value_{block}")
-            layer.cumulative_length = cache_position[0].clone()
-            layer.device, layer.dtype, layer.is_initialized = layer.keys.device, layer.keys.dtype, True
+            layer.cumulative_length, layer.is_initialized = cache_position[0].clone(), True
+            if block in self.blocks:
+                layer.keys, layer.values = self.get_buffer(f"key_{block}"), self.get_buffer(f"value_{block}")
+                layer.device, layer.dtype = layer.keys.device, layer.keys.dtype
         given = {"input_ids": input_ids, "position_ids": cache_position[None], "past_key_values": cache}
         return self.model(**given, use_cache=True).logits
 
