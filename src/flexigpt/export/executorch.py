@@ -16,15 +16,13 @@ from transformers.cache_utils import StaticLayer
 
 from flexigpt.export.onnx import cached_blocks, parts_of, quiet
 from flexigpt.export.options import ExportOptions
-from flexigpt.export.stock import rounded, write_tokenizer
+from flexigpt.export.stock import write_tokenizer
 from flexigpt.runtime import InputError, one_line
 from flexigpt.weights import load_model
 
 FILE = "model.pte"
 # Of the cache, which is part of the program's memory: 2048 tokens, or the model's context where that is shorter.
 _CONTEXT = 2048
-# Weights of 4 bits that share a scale; those of 8 bits share one for each output, as XNNPACK has it.
-_GROUP = 32
 
 
 def to_executorch(model: str, out: Path, options: ExportOptions) -> None:
@@ -42,15 +40,10 @@ def to_executorch(model: str, out: Path, options: ExportOptions) -> None:
         ) from error
     compact: Any = load_model(model, "float32", "cpu")
     text_config = compact.config.text_config
-    if options.bits == 4 and compact.config.sublayers:
-        compact = rounded(compact, _GROUP)
     context = min(_CONTEXT, getattr(text_config, "max_position_embeddings", _CONTEXT))
     try:
         with quiet(), torch.no_grad():
-            quantize(compact, options.bits)
             buffer = lowered(compact, context)
-    except InputError:
-        raise
     except Exception as error:  # of many classes
         raise InputError(
             f"this {text_config.model_type} cannot be written for ExecuTorch: {one_line(error)}"
@@ -59,26 +52,6 @@ def to_executorch(model: str, out: Path, options: ExportOptions) -> None:
     text_config.save_pretrained(out)
     compact.generation_config.save_pretrained(out)
     write_tokenizer(model, out)
-
-
-def quantize(compact: Any, bits: int | None) -> None:
-    """Rounds linears to 8 or 4 bits, inputs to 8 as they come ("8da4w"), and the table of tokens; not adapters."""
-    if bits is None:
-        return
-    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, quantize_
-    from torchao.quantization.granularity import PerAxis, PerGroup
-
-    dtype = getattr(torch, f"int{bits}")
-    grain = PerGroup(_GROUP) if bits == 4 else PerAxis(0)
-    table = compact.get_input_embeddings()
-    if compact.get_output_embeddings().weight is table.weight:  # each is rounded for another kernel
-        table.weight = nn.Parameter(table.weight.clone())
-    quantize_(compact, IntxWeightOnlyConfig(dtype, grain), lambda module, _: isinstance(module, nn.Embedding))
-
-    def whole_groups(module: nn.Module, _: str) -> bool:
-        return isinstance(module, nn.Linear) and (bits == 8 or module.in_features % _GROUP == 0)
-
-    quantize_(compact, Int8DynamicActivationIntxWeightConfig(dtype, grain), whole_groups)
 
 
 class Step(nn.Module):
@@ -112,8 +85,7 @@ class Step(nn.Module):
 def lowered(compact: Any, context: int) -> bytes:
     """The program: ids (1, length) and positions (length) -> logits (1, length, vocabulary)."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
-    from executorch.exir.passes.quant_fusion_pass import QuantFusionPass
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
     step = Step(compact.requires_grad_(False), context)
     length = torch.export.Dim("length", max=context - 1)
@@ -123,5 +95,4 @@ def lowered(compact: Any, context: int) -> bytes:
     edge = to_edge_transform_and_lower(
         traced, partitioner=[XnnpackPartitioner()], compile_config=EdgeCompileConfig(_check_ir_validity=False)
     )
-    program = edge.to_executorch(ExecutorchBackendConfig(passes=[QuantFusionPass()]))
-    return bytes(program.buffer)
+    return bytes(edge.to_executorch().buffer)
