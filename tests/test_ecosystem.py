@@ -95,11 +95,10 @@ def test_hidden_states_and_attentions_are_the_stock_models(attention: str, both:
         model.set_attn_implementation(attention)
     found, expected = (model(input_ids=ids, **asked) for model in both)
     torch.testing.assert_close(found.hidden_states, expected.hidden_states, rtol=1e-4, atol=1e-5)
-    pairs = list(zip(found.attentions or (), expected.attentions or (), strict=True))
-    assert len(pairs) == (6 if attention == "eager" else 0)
-    for its, wanted in pairs:
-        if its is not None:  # of an attention that is gone
-            torch.testing.assert_close(its, wanted, rtol=1e-4, atol=1e-5)
+    if attention == "eager":
+        gone = {row["block"] for row in both[0].config.sublayers if row["sublayer"] == "attention"}
+        wanted = tuple(its for block, its in enumerate(expected.attentions) if block not in gone)
+        torch.testing.assert_close(found.attentions, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_pipeline_writes_what_generate_does(tiny_compact: Path) -> None:
