@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     )
     from flexigpt.runtime.options import RunOptions, check_options, choices_of, option
     from flexigpt.runtime.processes import ALONE, World
-    from flexigpt.runtime.progress import T, Timed, Track, in_parallel, silent, workers_of
+    from flexigpt.runtime.progress import T, Timed, Track, bars, in_parallel, silent, workers_of
     from flexigpt.runtime.units import megabytes, parse_numbers, parse_share, parse_size, parse_tokens
 else:
     lazy_door(__name__)
