@@ -15,7 +15,7 @@ PATTERNS += ("examples/*.ipynb",)
 class _PlainBrackets(Extension):
     """Our pages write `NAME[:CONFIG][@SPLIT]` and mean no link."""
 
-    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802 - the name that markdown calls
+    def extendMarkdown(self, md: Markdown) -> None:
         md.inlinePatterns.deregister("mkdocs-autorefs", strict=False)
 
 

@@ -162,7 +162,7 @@ class Plan:
         rows = [(one.block, "block", f"replica of {one.base}, rank {one.shown_rank()}") for one in self.replicas]
         for one in self.sublayers:
             rows.append((one.block, one.sublayer, "gone" if one.units is None else f"{one.units:,} units"))
-        cells = "".join(f"<tr><th>{block}</th><td>{what}</td><td>{form}</td></tr>" for block, what, form in sorted(rows))
+        cells = "".join(f"<tr><th>{row[0]}</th><td>{row[1]}</td><td>{row[2]}</td></tr>" for row in sorted(rows))
         heading = "<tr><th>block</th><th>what</th><th>becomes</th></tr>"
         return f"<table>{heading}{cells}</table><p>Everything else of {self.num_blocks} blocks is kept.</p>"
 
