@@ -66,6 +66,9 @@ class Rows:
             table.add_row(*map(Text, row), style=style, end_section=number + 1 == self.sums)
         return Group(table, *map(Text, self.notes))
 
+    def _repr_html_(self) -> str:
+        return self.html(self.title)  # how a notebook shows it
+
     def markdown(self) -> str:
         """In Markdown, without the title."""
         lines = [self.headings, ["---" if side == "l" else "---:" for side in self._sides], *self.rows]

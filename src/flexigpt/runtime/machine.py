@@ -15,6 +15,12 @@ from flexigpt.runtime.options import RunOptions, choices_of
 
 DTYPES = choices_of(RunOptions.__annotations__["dtype"])
 
+# What torch calls a CPU (x86 without AVX-512) for which it has no kernels in bfloat16 and float16, but loops.
+WITHOUT_HALF = "AVX2"
+
+# Compute capability of the first NVIDIA GPUs that multiply bfloat16.
+_BFLOAT16_FROM = 8
+
 DEVICES = "auto, cpu, cuda or cuda:N"
 
 
@@ -43,6 +49,27 @@ def check_dtype(dtype: str) -> None:
 def versions(*others: str) -> dict[str, str]:
     """Of flexigpt, of the libraries that results depend on, and of these others."""
     return {name: version(name) for name in ("flexigpt", "torch", "transformers", *others)}
+
+
+def machine_lines() -> list[str]:
+    """What the report of a fault has to say: versions, devices, and what each device computes in."""
+    libraries = versions("accelerate", "peft", "safetensors", "tokenizers")
+    libraries.pop("flexigpt")
+    kernels = torch.backends.cpu.get_cpu_capability()
+    half = "bfloat16 and float16 in float32" if kernels == WITHOUT_HALF else "float32, bfloat16, float16"
+    cpu = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
+    lines = [
+        f"Python {platform.python_version()}, {platform.platform()}",
+        ", ".join(f"{name} {number}" for name, number in libraries.items()),
+        f"cpu: {cpu}, {psutil.virtual_memory().total / 1e9:.0f} GB, {kernels}: {half}",
+    ]
+    if not torch.cuda.is_available():
+        return [*lines, "no GPU"]
+    for number in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(number)
+        half = "float32, bfloat16, float16" if gpu.major >= _BFLOAT16_FROM else "float32, float16"
+        lines.append(f"cuda:{number}: {gpu.name}, {gpu.total_memory / 1e9:.0f} GB, {gpu.major}.{gpu.minor}: {half}")
+    return lines
 
 
 def device_name(device: torch.device) -> str:
