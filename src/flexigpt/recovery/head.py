@@ -54,6 +54,10 @@ class Head:
             logits: torch.Tensor = (forward or self._model)(input_ids=ids, use_cache=False).logits
         return logits[0]
 
+    def chunk(self, device: torch.device) -> int:
+        """Tokens whose logits exist at a time."""
+        return max(_LEAST_TOKENS, _CHUNK_BUDGET.get(device.type, 2**22) // self.vocabulary)
+
     def loss_in_chunks(self, hidden: torch.Tensor, loss_of: LossOf) -> tuple[torch.Tensor, torch.Tensor]:
         """What `loss_of` gives for all tokens together; one has to call `backward` on the first.
 
@@ -61,7 +65,7 @@ class Head:
             hidden: (..., tokens, hidden).
             loss_of: is given (..., some tokens, hidden).
         """
-        size = max(_LEAST_TOKENS, _CHUNK_BUDGET.get(hidden.device.type, 2**22) // self.vocabulary)
+        size = self.chunk(hidden.device)
         trained = [p for p in self._model.get_output_embeddings().parameters() if p.requires_grad]
         loss, sums = _Chunks.apply(loss_of, size, hidden, *trained)
         return loss, sums
