@@ -49,7 +49,6 @@ class Teacher:
 
     Attributes:
         shared_bytes: of the student's own tensors; all others are own_bytes.
-        head: makes logits of its hidden states.
         blocks_run_once: blocks, counted from the first, that run for teacher and student together.
 
     Raises:
@@ -58,7 +57,7 @@ class Teacher:
 
     def __init__(self, source: str, student: PreTrainedModel, dtype: torch.dtype) -> None:
         self.model = load_model(source, str(student.dtype).removeprefix("torch."), "cpu")
-        self.dtype, self.head = dtype, Head(self.model)
+        self.dtype, self._head = dtype, Head(self.model)
         self._same = _same_tensors(self.model, student)
         self.shared_bytes = self.own_bytes = self.blocks_run_once = 0
 
@@ -93,15 +92,20 @@ class Teacher:
 
     @torch.no_grad()
     def hidden(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(batch, tokens) ids -> (batch, tokens, hidden), of which `head` makes logits, and what enters the first
-        trained block.
+        """(batch, tokens) ids -> (batch, tokens, hidden), of which `logits` makes logits, and what enters the
+        first trained block.
 
         The latter, (batch, tokens, hidden), is None where teacher and student share no first blocks.
         """
         once = self.blocks_run_once > 0
         with entering(self._blocks[self.blocks_run_once]) if once else contextlib.nullcontext() as entered:
-            hidden = self.head.instead(self.model, ids, lambda _: self.head.hidden(ids))
+            hidden = self._head.instead(self.model, ids, lambda _: self._head.hidden(ids))
         return hidden, entered[0] if entered else None
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(tokens, hidden), some of those that `hidden` gave, -> (tokens, vocabulary)."""
+        return self._head.logits(hidden)
 
     @contextlib.contextmanager
     def entered(self, hidden: torch.Tensor | None) -> Iterator[None]:

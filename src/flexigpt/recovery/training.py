@@ -286,7 +286,7 @@ class Training:
 
         def loss_of(chunk: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
             logits = head.logits(chunk[0], forward)
-            teacher_logits = None if teacher is None or taught is None else teacher.head.logits(taught[rows])
+            teacher_logits = None if teacher is None or taught is None else teacher.logits(taught[rows])
             loss, apart = 0.0, torch.zeros((), dtype=torch.float64, device=logits.device)
             if draft is not None:  # first, since it reads the model's logits, and the other loss writes over them
                 given = {"scale": scale * settings.draft_weight, "distill_weight": 1.0}
