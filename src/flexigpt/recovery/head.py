@@ -79,7 +79,7 @@ class _Chunks(torch.autograd.Function):
         ctx: Any, loss_of: LossOf, size: int, hidden: torch.Tensor, *parameters: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         slopes, gradients = torch.empty_like(hidden), [torch.zeros_like(p) for p in parameters]
-        losses, told = [], []
+        losses, told = list[torch.Tensor](), list[torch.Tensor]()
         for start in range(0, hidden.shape[-2], size):
             rows = slice(start, start + size)
             with torch.enable_grad():

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +36,12 @@ def _train_replicas_and_kept(model: PreTrainedModel, lora_rank: int) -> None:
     # Scaled by 1, as alpha = rank makes it, whatever the rank; patterns are searched for at the end of names.
     narrow = {re.escape(path): most for path, most in most_ranks.items() if most < lora_rank}
     transposed = isinstance(model.get_submodule(targets[0]), Conv1D)
-    given = {"r": lora_rank, "lora_alpha": lora_rank, "rank_pattern": narrow, "alpha_pattern": dict(narrow)}
+    given: dict[str, Any] = {
+        "r": lora_rank,
+        "lora_alpha": lora_rank,
+        "rank_pattern": narrow,
+        "alpha_pattern": dict(narrow),
+    }
     config = LoraConfig(**given, target_modules=targets, fan_in_fan_out=transposed)
     inject_adapter_in_model(config, model)
     for module in model.modules():

@@ -252,7 +252,7 @@ class Training:
         ids = part[:, :-1]
         with contextlib.ExitStack() as around:
             around.enter_context(self.computing())
-            taught = None
+            taught: torch.Tensor | None = None
             if self.teacher is not None:
                 taught, entering = self.teacher.hidden(ids)
                 taught = taught.flatten(0, 1)
@@ -287,14 +287,15 @@ class Training:
         def loss_of(chunk: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
             logits = head.logits(chunk[0], forward)
             teacher_logits = None if teacher is None or taught is None else teacher.logits(taught[rows])
-            loss, apart = 0.0, torch.zeros((), dtype=torch.float64, device=logits.device)
+            of_draft: torch.Tensor | float = 0.0
+            apart = torch.zeros((), dtype=torch.float64, device=logits.device)
             if draft is not None:  # first, since it reads the model's logits, and the other loss writes over them
                 given = {"scale": scale * settings.draft_weight, "distill_weight": 1.0}
                 drafted = head.logits(chunk[1], forward)
-                loss, _, apart = token_loss(drafted, targets[rows], teacher_logits=logits.detach(), **given)
+                of_draft, _, apart = token_loss(drafted, targets[rows], teacher_logits=logits.detach(), **given)
             given = {"scale": scale, "distill_weight": settings.distill_weight}
             of_model = token_loss(logits, targets[rows], teacher_logits=teacher_logits, **given)
-            return of_model.loss + loss, torch.stack((of_model.cross_entropy, of_model.divergence, apart))
+            return of_model.loss + of_draft, torch.stack((of_model.cross_entropy, of_model.divergence, apart))
 
         return head.loss_in_chunks(hidden.flatten(1, 2), loss_of)
 
