@@ -273,7 +273,7 @@ def notes(record: Record) -> list[str]:
     if "recovery" in record:
         recovery = record["recovery"]
         lines.append(
-            f"trained ({recovery['train']}) on {recovery['tokens']:,} tokens of "
+            f"trained {recovery.get('trained', recovery['train'])} on {recovery['tokens']:,} tokens of "
             f"{shown_texts(record['options']['data'])} in {recovery['steps']:,} steps"
         )
     if "quantization" in record:

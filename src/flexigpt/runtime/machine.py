@@ -21,6 +21,9 @@ WITHOUT_HALF = "AVX2"
 # Compute capability of the first NVIDIA GPUs that multiply bfloat16.
 _BFLOAT16_FROM = 8
 
+# Units of x86 that multiply them.
+_HALF_UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+
 DEVICES = "auto, cpu, cuda or cuda:N"
 
 
@@ -80,6 +83,16 @@ def device_name(device: torch.device) -> str:
     lines = found.read_text(encoding="utf-8").splitlines() if found.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def slow_half(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a CPU computes in this dtype by way of others, which takes several times as long as float32."""
+    if device.type != "cpu" or dtype not in _HALF_UNITS or platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":  # torch then has no kernels for them
+        return True
+    found = torch.cpu.get_capabilities()
+    return not any(found.get(unit) for unit in _HALF_UNITS[dtype])
 
 
 def peak_bytes(device: torch.device) -> int:

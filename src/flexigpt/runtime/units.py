@@ -80,3 +80,8 @@ def parse_numbers(text: str, name: str, example: str) -> tuple[int, ...]:
         return tuple(int(number) for number in text.split(","))
     except ValueError:
         raise InputError(f"{name} {text} cannot be read: give numbers with commas between them, as {example}") from None
+
+
+def size_in_words(num_bytes: float) -> str:
+    """1.2 GB, 350 MB."""
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.0f} MB"
