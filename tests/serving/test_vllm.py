@@ -1,6 +1,7 @@
 """Our model for vLLM against transformers' compact model, with vLLM's layers stubbed: see `vllm_stub`."""
 
 import sys
+import threading
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -42,6 +43,9 @@ def compact(family: str, output_norm: bool, scaled: bool = False) -> FlexiGPTFor
     return model
 
 
+_ONE_AT_A_TIME = threading.Lock()
+
+
 def served(model: FlexiGPTForCausalLM, folder: Path) -> Any:
     """vLLM's model of a checkpoint, loaded as vLLM does."""
     from flexigpt.serving.vllm_model import FlexiGPTForCausalLM as Served  # noqa: PLC0415 - with the stub in place
@@ -51,7 +55,8 @@ def served(model: FlexiGPTForCausalLM, folder: Path) -> Any:
         compilation_config=SimpleNamespace(static_forward_context={}),
         quant_config=None,
     )
-    made = Served(vllm_config=asked)
+    with _ONE_AT_A_TIME:  # real devices have a process each, and classes of their own to build with
+        made = Served(vllm_config=asked)
     made.asked = asked
     loaded = made.load_weights(iter(load_file(folder / "model.safetensors").items()))
     assert loaded == {name for name, _ in made.named_parameters()}
