@@ -116,7 +116,12 @@ def test_it_computes_with_the_weights_in_its_file_and_leaves_the_rest_as_it_was(
     out = quantised(source, bits)
     # bitsandbytes itself decodes an ordinary model of such odd shapes wrongly on some CPUs, and fails on others.
     again = load_model(str(out)) if (form, bits) == ("tiny_source", 4) else opened(out)
-    torch.testing.assert_close(logits(again), logits(decoded(opened(source), out, bits)), atol=1e-4, rtol=1e-4)
+    expected = logits(decoded(opened(source), out, bits))
+    packing = [module for module in again.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    for packed, most in ((False, 1e-4), (True, 1e-2)):  # packed, bitsandbytes multiplies bfloat16
+        for module in packing:
+            module.support_avx512bf16_for_cpu = packed
+        torch.testing.assert_close(logits(again), expected, atol=most, rtol=1e-4)
     tensors, was = stored(out), stored(source)
     linears = {name for name in was if name.endswith(tuple(f"{linear}.weight" for linear in LINEARS))}
     assert all(torch.equal(tensors[name], was[name]) for name in was.keys() - linears)
@@ -197,7 +202,7 @@ def test_it_generates_and_drafts_and_all_else_refuses_it(
         assert not (tmp_path / "x").exists()
     library = LIBRARIES[bits]
     monkeypatch.setitem(sys.modules, library, None)
-    code, printed, errors = run("generate", out, "--prompt", "It was")
+    code, printed, errors = run("generate", out, "--prompt", "It was", "--max-new-tokens", 2)
     assert (code, printed, len(errors.splitlines())) == (2, "", 1)
     assert f"is quantised by {library}, which is not installed: pip install 'flexigpt[quantize]'" in errors
 
