@@ -5,14 +5,16 @@ python benchmarks/out_of_core.py --shape tinyllama --memory 128MiB --kills 6
 python benchmarks/out_of_core.py --growth
 python benchmarks/out_of_core.py --pair llama-2-7b
 python benchmarks/out_of_core.py --preset default --shape llama-2-7b
+python benchmarks/out_of_core.py --preset default --source out/smollm2-135m --calibration out/texts/calibration.jsonl \
+    --windows 64 --window-length 256
 
 Checkpoints are random, their spectra like trained ones'; they are made in --work and deleted afterwards. Every run is
-a `flexigpt prune` in a process of its own, whose memory is sampled. The floor is each byte read once, and what has to be
-multiplied at least, at the rates of this machine: of the paper's preset one forward pass and the products of the
-factorisations; of the default what docs/speed.md counts. A forward pass of the same text through the same blocks, without
-logits, is timed beside it. Rows are added to
-benchmarks/results/out_of_core.json and the table made anew. --pair measures the distance of one pair of blocks by a
-full SVD for each linear, and adds to the row of that shape how long all pairs would take so.
+a `flexigpt prune` in a process of its own, whose memory is sampled. The floor is each byte read once, and what has to
+be multiplied at least, at the rates of this machine: of the paper's preset one forward pass and the products of the
+factorisations; of the default what docs/speed.md counts. A forward pass of the same text through the same blocks,
+without logits, is timed beside it, in CPU seconds. Rows are added to benchmarks/results/out_of_core.json and the table
+made anew. --pair measures the distance of one pair of blocks by a full SVD for each linear, and adds to the row of that
+shape how long all pairs would take so.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import json
 import os
 import platform
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -32,7 +35,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from flexigpt.model import empty_model
 from flexigpt.replicas import truncated_svd
@@ -42,6 +45,12 @@ EXAMPLE = ROOT / "examples" / "novel16"
 RESULTS = Path(__file__).parent / "results" / "out_of_core"
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama-2-7b-2": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 32,
+    },
     "tinyllama": {
         "hidden_size": 2048,
         "intermediate_size": 5632,
@@ -55,6 +64,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 VOCABULARY = 32000
 SPIKES = 128
+SOURCE = "source"
 SAMPLE_SECONDS = 0.05
 READ_BYTES = 2**24
 
@@ -65,11 +75,13 @@ class Run:
 
     Attributes:
         seconds: wall clock, start of Python included.
+        cpu: seconds of all its threads.
         anonymous, mapped, total: peaks of its resident memory in bytes; each on its own.
         record: what it measured, where it wrote a record.
     """
 
     seconds: float
+    cpu: float
     anonymous: int
     mapped: int
     total: int
@@ -124,6 +136,7 @@ def measured(command: list[str], cache: Path, threads: int, kill_after: float | 
         text=True,
     )
     peaks = {"RssAnon": 0, "RssFile": 0, "VmRSS": 0}
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     while process.poll() is None:
         for name, value in resident(process.pid).items():
             peaks[name] = max(peaks[name], value)
@@ -133,12 +146,14 @@ def measured(command: list[str], cache: Path, threads: int, kill_after: float | 
             return None
         time.sleep(SAMPLE_SECONDS)
     seconds = time.perf_counter() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if process.returncode:
         assert process.stderr is not None
         raise RuntimeError(process.stderr.read()[-2000:])
     record = Path(command[2]) / "record.json"
     return Run(
         seconds=seconds,
+        cpu=after.ru_utime + after.ru_stime - spent.ru_utime - spent.ru_stime,
         anonymous=peaks["RssAnon"],
         mapped=peaks["RssFile"],
         total=peaks["VmRSS"],
@@ -202,20 +217,28 @@ def floor_of_units(folder: Path, config: LlamaConfig, tokens: int, ratio: float)
     }
 
 
-def forward_seconds(source: Path, text: str, windows: int, window_length: int, threads: int) -> float:
+# Arguments: source, text, windows, tokens in each.
+FORWARD = """
+import sys, time
+from flexigpt.calibration import block_means
+from flexigpt.text import calibration_windows
+from flexigpt.weights import Source, load_tokenizer
+name, text, windows, length = sys.argv[1:]
+tokenizer = load_tokenizer(name)
+ids = calibration_windows(text, tokenizer, windows=int(windows), window_length=int(length), seed=0)
+source, began = Source(name), time.process_time()
+block_means(source, ids, {})
+print(time.process_time() - began)
+"""
+
+
+def forward_seconds(source: Path, arguments: argparse.Namespace) -> float:
     """CPU seconds of the text's way through the blocks, once, in a process of its own."""
-    code = (
-        "import sys, time\nfrom flexigpt.calibration import block_means\nfrom flexigpt.text import calibration_windows\n"
-        "from flexigpt.weights import Source, load_tokenizer\nname, text, windows, length = sys.argv[1:]\n"
-        "ids = calibration_windows(text, load_tokenizer(name), windows=int(windows), window_length=int(length), seed=0)\n"
-        "source, began = Source(name), time.process_time()\nblock_means(source, ids, {})\n"
-        "print(time.process_time() - began)"
-    )
-    command = [sys.executable, "-c", code, str(source), text, str(windows), str(window_length)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    return float(
-        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()[-1]
-    )
+    given = (source, arguments.calibration, arguments.windows, arguments.window_length)
+    command = [sys.executable, "-c", FORWARD, *map(str, given)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return float(ran.stdout.split()[-1])
 
 
 def matmul_rate(dtype: torch.dtype = torch.float32) -> float:
@@ -257,32 +280,38 @@ def bench(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     work = Path(arguments.work) / name
     shutil.rmtree(work, ignore_errors=True)
     try:
-        config = make_checkpoint(name, work / "source")
+        source = Path(arguments.source) if name == SOURCE else work / "source"
+        config = AutoConfig.from_pretrained(source) if name == SOURCE else make_checkpoint(name, source)
         rank = config.hidden_size // 16
         options = [
-            *("--ratio", str(arguments.ratio), "--calibration", str(EXAMPLE / "calibration.jsonl")),
+            *("--ratio", str(arguments.ratio), "--calibration", arguments.calibration),
             *("--windows", str(arguments.windows), "--window-length", str(arguments.window_length)),
             *(("--memory", arguments.memory) if arguments.memory else ()),
         ]
 
         def prune(out: str, cache: str, *more: str, kill_after: float | None = None) -> Run | None:
-            command = ["prune", "--preset", "paper", str(work / "source"), str(work / out), *options, *more]
+            command = ["prune", str(source), str(work / out), "--preset", arguments.preset, *options, *more]
             return measured(command, work / cache, arguments.threads, kill_after)
 
         pruned = int(arguments.ratio * config.num_hidden_layers + 1e-9)
         tokens = arguments.windows * arguments.window_length
-        floor = floor_seconds(work / "source", config, tokens, rank, pruned)
+        if arguments.preset == "paper":
+            floor = floor_seconds(source, config, tokens, rank, pruned)
+        else:
+            floor = floor_of_units(source, config, tokens, arguments.ratio)
         first = prune("compact", "cache")
         assert first is not None
         again = prune("plan", "cache", "--plan-only", "--ratio", str(arguments.other_ratio))
         assert again is not None
         row = {
-            "shape": name,
+            "shape": name if arguments.preset == "paper" else f"{name}, default preset",
             "memory": arguments.memory or "",
             "windows": arguments.windows,
             "blocks": config.num_hidden_layers,
             "source_bytes": first.record["source"]["bytes"],
             "seconds": first.seconds,
+            "cpu": first.cpu,
+            "forward_cpu": forward_seconds(source, arguments),
             "stages": first.record["stages"],
             "floor": floor,
             "anonymous": first.anonymous,
@@ -340,6 +369,11 @@ def write_table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"- {row['shape']} {row['memory']} ({row['threads']} threads, {row['machine']}): {stages}; floor: {floors}"
         )
+        if "forward_cpu" in row:
+            lines.append(
+                f"  - {row['cpu']:,.0f} CPU seconds, {row['cpu'] / row['forward_cpu']:.1f} times those of a forward "
+                f"pass of the same text without logits ({row['forward_cpu']:,.0f})"
+            )
         if "remark" in row:
             lines.append(f"  - {row['remark']}")
         if "pair" in row:
@@ -361,6 +395,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--growth", action="store_true", help="12, 24 and 48 blocks of the same width")
     parser.add_argument("--pair", choices=SHAPES)
+    parser.add_argument("--source", help="a real model in the place of a shape")
+    parser.add_argument("--preset", choices=("paper", "default"), default="paper")
+    parser.add_argument("--calibration", default=str(EXAMPLE / "calibration.jsonl"))
     parser.add_argument("--ratio", type=float, default=0.3)
     parser.add_argument("--other-ratio", type=float, default=0.4, help="to plan again for")
     parser.add_argument("--windows", type=int, default=32)
@@ -371,9 +408,10 @@ def main() -> None:
     parser.add_argument("--work", default=str(ROOT / "out" / "benchmark-out-of-core"))
     arguments = parser.parse_args()
     names = [arguments.shape] if arguments.shape else []
+    names += [SOURCE] if arguments.source else []
     names += [name for name in SHAPES if name.startswith("narrow")] if arguments.growth else []
     if not names and not arguments.pair:
-        parser.error("give --shape, --growth or --pair")
+        parser.error("give --shape, --source, --growth or --pair")
     file = RESULTS.with_suffix(".json")
     rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
     for name in names:

@@ -93,6 +93,11 @@ def test_a_plan_can_be_made_edited_and_applied(
     assert run("prune", tiny_source, tmp_path / "direct", "--ratio", "0.4", *flags)[0] == 0
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("as-it-is", "direct")]
     assert weights[0] == weights[1]
+    told, made = (json.loads((tmp_path / name / "record.json").read_text()) for name in ("plan", "direct"))
+    assert {key: told["planned"][key] for key in ("parameters", "bytes")} == {
+        key: made["compact"][key] for key in ("parameters", "bytes")
+    }
+    assert f"the model will store {made['compact']['parameters']:,} parameters" in " ".join(printed.split())
     plan["sublayers"] = [
         {"block": 1, "sublayer": "attention", "form": "none"},
         {"block": 3, "sublayer": "mlp", "form": "units", "units": 5},

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
-from flexigpt.model import FlexiGPTForCausalLM, Plan
+from flexigpt.model import FlexiGPTForCausalLM, Plan, empty_compact, stored_bytes
 from flexigpt.pruning.assemble import assembled, planned
 from flexigpt.pruning.estimate import Announce
 from flexigpt.pruning.frontier import sized
@@ -64,4 +64,7 @@ def plan_only(
     Arguments and errors are those of `assemble_pruned`.
     """
     workspace, plan, record = planned(source, sized(source, options, track), track, announce, writes=False)
+    empty, _ = empty_compact(workspace.empty, plan, workspace.options.has_norms)
+    size = {"parameters": empty.num_parameters(), "bytes": stored_bytes(empty)}
+    record["planned"] = size | {"share": size["parameters"] / workspace.shape.parameters}
     return plan, record | workspace.took()

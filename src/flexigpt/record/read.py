@@ -46,6 +46,7 @@ def _in_numbers(measured: dict[str, Any]) -> dict[str, Any]:
 _Count = Annotated[int, Field(ge=0, le=2**63)]
 _Stored = Annotated[int, Field(gt=0, le=2**63)]
 _Block = Annotated[int, Field(ge=0, le=2**16)]
+_Planned = TypedDict("_Planned", {"parameters": _Stored, "bytes": _Stored, "share": float})
 _Perplexity = TypedDict("_Perplexity", {"perplexity": float, "tokens": _Count, "window_length": _Count})
 _Spectrum = TypedDict("_Spectrum", {"ranks": list[_Count], "mended": list[float]})
 _Calibration = TypedDict("_Calibration", {"text": str, "windows": tuple[_Count, _Count], "asked": NotRequired[_Count]})
@@ -105,6 +106,7 @@ class _Record(TypedDict):
     fitted: NotRequired[bool | None]
     compared: NotRequired[tuple[str, str] | None]
     perplexity: NotRequired[_Text | None]
+    planned: NotRequired[_Planned | None]
     plain_removal: NotRequired[_Parameters | None]
     removed: NotRequired[_Removed | None]
     source_blocks: NotRequired[list[_Block] | None]

@@ -261,6 +261,12 @@ def notes(record: Record) -> list[str]:
         judging = f"the first {judged} of " if judged < windows else ""
         measured = find_in(record, "block_score") or "calibrated"
         lines.append(f"{measured} on {judging}{windows} windows of {length} tokens of {text}{fewer}")
+    if "planned" in record:
+        planned = record["planned"]
+        lines.append(
+            f"the model will store {planned['parameters']:,} parameters, {planned['share']:.1%} of the source's: "
+            f"{megabytes(planned['bytes'])} MB"
+        )
     if "recovery" in record:
         recovery = record["recovery"]
         lines.append(

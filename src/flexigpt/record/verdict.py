@@ -4,7 +4,9 @@ import math
 from typing import Any
 
 from flexigpt.record.read import Recorded
+from flexigpt.record.record import find_in
 from flexigpt.record.tables import shown_name
+from flexigpt.runtime import megabytes
 
 # Perplexity, as a multiple of the source's: up to the first a model is as good, up to the second near, beyond the third
 # it hardly predicts text.
@@ -21,7 +23,10 @@ def verdict(model: Recorded) -> str | None:
         share = f"{knee['bytes'] / source['bytes']:.0%} of the bytes"
         return f"Down to {share}, perplexity {change}, little is lost; below that it rises faster than before"
     if not model.sizes:
-        return "A plan: no model was made, and nothing of it was measured" if model.plan is not None else None
+        planned = find_in(model.record, "planned")
+        of_what = f" for {planned['share']:.1%} of the parameters, {megabytes(planned['bytes'])} MB" if planned else ""
+        none = f"A plan{of_what}: no model was made, and nothing of it was measured"
+        return none if model.plan is not None else None
     first, last = model.sizes[0], model.sizes[-1]
     told = [f"{last.bytes / first.bytes:.0%} of the bytes"]
     losses = perplexity_pair(model)
