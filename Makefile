@@ -10,7 +10,7 @@ TORCH ?= torch
 # One stamp for the installation: made again when what it installs changes.
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo real test check slow wheel test-lowest test-latest clean
+.PHONY: demo real test check slow docs wheel test-lowest test-latest clean
 
 # Prune the shipped model at 30 % on its own text and print what it cost.
 demo: $(INSTALLED)
@@ -39,14 +39,25 @@ check: $(INSTALLED)
 slow: $(INSTALLED)
 	$(VENV)/bin/pytest -m slow
 
-# The wheel alone, in a fresh environment: it holds every file of the package, and its commands run.
+# The site of the pages and the public names, in out/site; a link that leads nowhere is an error. flexigpt need not be installed.
+docs:
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --constraint constraints.txt $$($(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+# Source and wheel, checked as the index would; and the wheel alone, in a fresh environment: it holds every file of the
+# package, its types serve a user's mypy, and its commands run.
 wheel:
 	rm -rf .venv-wheel build dist out/wheel
+	mkdir -p out
 	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/pip wheel --quiet --no-deps --wheel-dir dist .
+	.venv-wheel/bin/pip install --quiet --constraint constraints.txt build mypy twine
+	.venv-wheel/bin/python -m build --outdir dist . > out/wheel.log
+	.venv-wheel/bin/twine check --strict dist/*
 	.venv-wheel/bin/pip install --quiet --constraint constraints.txt dist/*.whl
 	diff -r -x __pycache__ -x '*.egg-info' src/flexigpt .venv-wheel/lib/python3*/site-packages/flexigpt
-	.venv-wheel/bin/flexigpt --version
+	.venv-wheel/bin/mypy --config-file= --strict tests/typed_user.py
+	.venv-wheel/bin/flexigpt --version --verbose
 	.venv-wheel/bin/flexigpt prune $(EXAMPLE) out/wheel/pruned --ratio 0.2 --calibration $(EXAMPLE)/calibration.jsonl --windows 4 --window-length 256
 	.venv-wheel/bin/flexigpt report out/wheel/pruned --out out/wheel/report
 

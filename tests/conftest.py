@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from families import tiny_config
 from flexigpt import PruneOptions, prune, write_checkpoint
 from flexigpt.cli.main import main
-from flexigpt.recovery import checkpoints
+from flexigpt.recovery import checkpoints, head
 from talking import TEMPLATE
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "novel16"
@@ -132,3 +132,10 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         return int(stopped.value.code or 0), printed.out, printed.err
 
     return command
+
+
+@pytest.fixture
+def few_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training logits of 13 tokens exist at a time, which divides none of the tests' batches."""
+    monkeypatch.setattr(head, "_LEAST_TOKENS", 13)
+    monkeypatch.setitem(head._CHUNK_BUDGET, "cpu", 1)

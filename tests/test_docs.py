@@ -7,13 +7,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 import warnings
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import typer
 
+import flexigpt
 from flexigpt.cli.main import app, main
 from flexigpt.model import ARCHITECTURES
 
@@ -133,6 +136,21 @@ def test_the_tables_of_options_are_those_of_the_commands() -> None:
         assert pages["with_tables"](page) == page, "run: python docs/options.py"
         found |= {command for _, command, _ in pages["PLACE"].findall(page)}
     assert found == set(pages["COMMANDS"])
+
+
+def test_the_site_has_every_page_and_every_public_name() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert all(f": docs/{path.name}\n" in navigation for path in ROOT.glob("docs/*.md"))
+    described = re.findall(r"^::: (\S+)\.(\w+)$", (ROOT / "docs/site/api.md").read_text(), re.MULTILINE)
+    for place, name in described:
+        assert getattr(flexigpt, name) is getattr(import_module(place), name)
+    assert sorted(name for _, name in described) == flexigpt.__all__
+
+
+def test_the_version_is_everywhere_the_same() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[0] == version
 
 
 def test_modules_are_small() -> None:

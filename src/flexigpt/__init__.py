@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from flexigpt.recovery import recover as recover
     from flexigpt.report import report as report
     from flexigpt.runtime import InputError as InputError
+    from flexigpt.runtime import bars as bars
 else:
     lazy_door(__name__)
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import re
 import shlex
 import shutil
 import signal
@@ -401,6 +403,17 @@ def test_a_full_disk_behind_stdout_is_one_line(tiny_source: Path) -> None:
 
 def test_version(run: Run) -> None:
     assert run("--version") == (0, f"flexigpt {version('flexigpt')}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [("--version", "--verbose"), ("-v", "--version")])
+def test_the_version_for_a_report_of_a_fault(run: Run, arguments: tuple[str, str]) -> None:
+    code, printed, _ = run(*arguments)
+    ours, python, libraries, cpu, *gpus = printed.splitlines()
+    assert (code, ours) == (0, f"flexigpt {version('flexigpt')}")
+    assert python.startswith(f"Python {platform.python_version()}, ")
+    assert f"torch {torch.__version__}, transformers {version('transformers')}" in libraries
+    assert re.fullmatch(r"cpu: .+, \d+ threads, \d+ GB, \w+: .*float32.*", cpu)
+    assert len(gpus) == max(torch.cuda.device_count(), 1)
 
 
 def test_help_lists_the_commands(run: Run) -> None:

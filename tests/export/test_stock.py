@@ -58,7 +58,11 @@ def test_an_ordinary_model_is_refused(run: Run, tiny_source: Path, tmp_path: Pat
 
 
 def test_bits_that_a_form_cannot_have_are_refused(run: Run, tiny_compact: Path, tmp_path: Path) -> None:
-    for asked, said in ((("stock", "4"), "leave it out"), (("gguf", "5"), "give 8 or 4")):
+    for asked, said in (
+        (("stock", "4"), "leave it out"),
+        (("executorch", "8"), "leave it out"),
+        (("gguf", "5"), "give 8 or 4"),
+    ):
         code, _, errors = run("export", tiny_compact, tmp_path / "out", "--to", asked[0], "--bits", asked[1])
         assert code == 2
         assert said in errors

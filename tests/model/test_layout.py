@@ -6,10 +6,11 @@ import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flexigpt import Plan, Replica
-from flexigpt.model import ModelShape, empty_model, model_shape, num_blocks
+from flexigpt.model import ModelShape, empty_model, mlp_widths, model_shape, num_blocks
 from flexigpt.model.build import compact_config
 from flexigpt.pruning.scores import num_pruned_at
 from flexigpt.runtime import InputError, parse_size
+from three_blocks import narrow, shared
 
 _7B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
 _LLAMA_LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -151,3 +152,9 @@ def test_sizes_are_parameters_or_bytes() -> None:
     assert parse_size("350m", 2) == 350_000_000
     assert parse_size("3.2GB", 2) == 1_600_000_000
     assert parse_size("1GiB", 4) == 2**28
+
+
+def test_mlps_are_as_wide_as_their_down_projections_also_behind_output_norms() -> None:
+    model = shared()
+    assert mlp_widths(model) == [model.config.text_config.intermediate_size] * 3
+    assert mlp_widths(narrow()) == [21, model.config.text_config.intermediate_size, 0]

@@ -11,7 +11,7 @@ from flexigpt.model import run as half_precision
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the CPU, it counts as one without half-precision products."""
-    monkeypatch.setattr(half_precision, "_WITHOUT_KERNELS", torch.backends.cpu.get_cpu_capability())
+    monkeypatch.setattr(half_precision, "WITHOUT_HALF", torch.backends.cpu.get_cpu_capability())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -45,7 +45,7 @@ def test_float32_is_left_alone(without_kernels: None) -> None:
 
 
 def test_a_cpu_with_kernels_computes_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(half_precision, "_WITHOUT_KERNELS", "some other CPU")
+    monkeypatch.setattr(half_precision, "WITHOUT_HALF", "some other CPU")
     model, ids = tiny_model("llama", torch.bfloat16), token_ids()
     expected = model(ids).logits
     with fast_half(model):

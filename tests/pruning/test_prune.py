@@ -170,7 +170,7 @@ def test_the_method_on_the_shipped_model(example: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({}, "exactly one of --ratio, --blocks, --target-size and --plan: got none"),
+        ({}, "exactly one of --ratio, --blocks, --target-size, --max-loss and --plan: got none"),
         ({"ratio": 0.3, "blocks": [1]}, "got --ratio and --blocks"),
         ({"ratio": 0.3, "block_score": "best"}, "--block-score best is unknown: give influence, angular"),
         ({"ratio": 0.3, "base_distance": "best"}, "--base-distance best is unknown: give low-rank, full-rank, frob"),

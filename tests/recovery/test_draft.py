@@ -27,6 +27,8 @@ from flexigpt.recovery.training import Training
 from flexigpt.runtime import ALONE
 from flexigpt.text import TokenizedText
 
+pytestmark = pytest.mark.usefixtures("few_logits")
+
 WEIGHT = 0.3
 DRAFTING = replace(SETTINGS, draft_weight=WEIGHT)
 APART = Plan(num_blocks=NUM_BLOCKS, replicas=(Replica(block=2, base=1, rank=3), Replica(block=4, base=5, rank=3)))

@@ -1,11 +1,14 @@
 """The training loss against plain cross-entropy and KL divergence, over all families."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from families import FAMILIES, VOCABULARY, tiny_model, token_ids
-from flexigpt.recovery import training as losses
+from flexigpt.recovery import head
+from flexigpt.recovery.head import Head
 from flexigpt.recovery.training import token_loss
 
 
@@ -20,11 +23,7 @@ def reference(
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("chunk", [1, 5 * VOCABULARY, 2**24])
-def test_value_and_gradient_are_those_of_the_plain_loss(
-    weight: float, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(losses, "_CHUNK_BUDGET", chunk)
+def test_value_and_gradient_are_those_of_the_plain_loss(weight: float) -> None:
     torch.manual_seed(0)
     raw = torch.randn(13, VOCABULARY, dtype=torch.float32, requires_grad=True)
     targets = torch.randint(VOCABULARY, (13,))
@@ -69,3 +68,37 @@ def test_a_model_that_kept_its_logits_is_refused_not_given_wrong_gradients() -> 
     loss = token_loss(raw.tanh(), torch.zeros(4, dtype=torch.int64)).loss
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 1000])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_some_tokens_at_a_time_train_as_all_at_once(
+    family: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the family does to its logits, and whether or not its head is trained, alone or as embeddings, too."""
+    monkeypatch.setattr(head, "_LEAST_TOKENS", tokens)
+    monkeypatch.setitem(head._CHUNK_BUDGET, "cpu", 1)
+    model, ids = tiny_model(family), token_ids()
+    expected = model(input_ids=ids, labels=ids).loss
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    targets, parts, sizes = ids[:, 1:].flatten(), Head(model), list[int]()
+
+    def run(forward: Any) -> Any:
+        def loss_of(chunk: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = parts.logits(chunk, forward)
+            sizes.append(len(logits))
+            found = token_loss(logits, targets[rows], scale=1 / len(targets))
+            return found.loss, found.cross_entropy
+
+        return parts.loss_in_chunks(parts.hidden(ids[:, :-1]).flatten(0, 1), loss_of)
+
+    loss, entropy = parts.instead(model, ids[:, :-1], run)
+    assert max(sizes) == min(tokens, len(targets))
+    torch.testing.assert_close(loss.float(), expected)
+    torch.testing.assert_close(entropy.float() / len(targets), expected)
+    loss.backward()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(dict(model.named_parameters())[name].grad, gradient, msg=name)
+    torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected)

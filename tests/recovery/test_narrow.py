@@ -14,7 +14,7 @@ from conftest import Run
 from families import FAMILIES, compact_of, tiny_model
 from flexigpt import FlexiGPTForCausalLM, InputError, Plan, PruneOptions, prune, recover, write_checkpoint
 from flexigpt.model import SublayerReplica, materialize, sublayer_paths
-from flexigpt.recovery.trainable import lora_rank_for, merge_lora, prepare_training
+from flexigpt.recovery.trainable import lora_rank_for, merge_lora, prepare_training, trained_parameters
 from flexigpt.replicas import tensors_of_units
 from flexigpt.weights import StreamedModel, exchange_parameters, load_model, open_empty
 
@@ -73,12 +73,23 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(narrow: Path, text: Path
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 
-def test_a_lora_fits_the_narrowest_linear(run: Run, narrow: Path, text: Path, tmp_path: Path) -> None:
+def test_a_narrow_linear_takes_a_lower_rank_and_leaves_the_others_theirs(
+    run: Run, narrow: Path, text: Path, tmp_path: Path
+) -> None:
+    """An MLP of 7 units has linears of 32 x 7, and gets a LoRA of rank 7; 20 units hold the 16 asked for."""
     options = ("--data", text, "--tokens", 64, "--window-length", 16, "--batch-tokens", 64)
-    code, _, errors = run("recover", narrow, tmp_path / "out", *options, "--lora-rank", 8)
+    code, _, errors = run("recover", narrow, tmp_path / "out", *options, "--lora-rank", 33)
     assert code == 2
-    assert errors.endswith("a LoRA of rank 8 does not fit the linears: give --lora-rank 1 to 7\n")
-    assert run("recover", narrow, tmp_path / "out", *options, "--lora-rank", 7)[0] == 0
+    assert errors.endswith("a LoRA of rank 33 does not fit the linears: give --lora-rank 1 to 32\n")
+    assert run("recover", narrow, tmp_path / "out", *options, "--lora-rank", 16)[0] == 0
+    model = load_model(str(narrow))
+    prepare_training(model, "replicas+kept", 16, seed=0)
+    ends = ".lora_A.default.weight"
+    ranks = {n.removesuffix(ends): len(p) for n, p in trained_parameters(model).items() if n.endswith(ends)}
+    assert {name for name, rank in ranks.items() if rank == 7} == {n for n in ranks if ".layers.0.mlp." in n}
+    assert {rank for name, rank in ranks.items() if ".layers.0.mlp." not in name} == {16}
+    scales = [m.scaling["default"] for m in model.modules() if hasattr(m, "lora_A")]
+    assert scales == [1.0] * len(ranks)
 
 
 def test_where_there_are_no_replicas_it_is_said_what_to_do(run: Run, narrow: Path, text: Path, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from flexigpt.recovery.trainable import TRAIN, prepare_training, trained_paramet
 from flexigpt.recovery.training import Training
 from flexigpt.runtime import ALONE
 
+pytestmark = pytest.mark.usefixtures("few_logits")
+
 WEIGHT = 0.3
 DISTILLING = replace(SETTINGS, distill_weight=WEIGHT)
 

@@ -17,6 +17,8 @@ from flexigpt.recovery.trainable import TRAIN, prepare_training, trained_paramet
 from flexigpt.recovery.training import PRECISIONS, NotFiniteError, Settings, Training
 from flexigpt.runtime import ALONE, choices_of
 
+pytestmark = pytest.mark.usefixtures("few_logits")
+
 CPU = torch.device("cpu")
 WINDOW, WINDOWS, STEPS = 16, 4, 8
 SETTINGS = Settings(

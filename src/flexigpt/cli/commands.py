@@ -192,7 +192,15 @@ def recover(
 
         command = asked.call.command
         record = recovery.recover(
-            model, out, options, resume=resume, overwrite=overwrite, command=command, track=track, log=log
+            model,
+            out,
+            options,
+            resume=resume,
+            overwrite=overwrite,
+            command=command,
+            track=track,
+            note=track.note,
+            log=log,
         )
     if record is None:
         return

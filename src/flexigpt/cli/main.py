@@ -35,9 +35,13 @@ _LOST_OUTPUT = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO,
 _LIBRARIES = ("datasets", "huggingface_hub", "matplotlib", "transformers")
 
 
-def _print_version(asked: bool) -> None:
+def _print_version(context: typer.Context, asked: bool) -> None:
     if asked:
         print(f"flexigpt {flexigpt.__version__}")
+        if context.obj.verbosity is Verbosity.VERBOSE:
+            from flexigpt.runtime import machine_lines  # noqa: PLC0415 - it loads torch
+
+            print("\n".join(machine_lines()))
         raise typer.Exit
 
 
@@ -45,7 +49,10 @@ def root(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result and errors only.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print what libraries say, too.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version; with -v the machine."
+        ),
     ] = False,
 ) -> None:
     """Smaller large language models: units that a text needs least go, or blocks are shared."""

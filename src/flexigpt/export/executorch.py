@@ -14,17 +14,15 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from flexigpt.export.onnx import quiet
+from flexigpt.export.onnx import cached_blocks, parts_of, quiet
 from flexigpt.export.options import ExportOptions
-from flexigpt.export.stock import rounded, write_tokenizer
+from flexigpt.export.stock import write_tokenizer
 from flexigpt.runtime import InputError, one_line
 from flexigpt.weights import load_model
 
 FILE = "model.pte"
 # Of the cache, which is part of the program's memory: 2048 tokens, or the model's context where that is shorter.
 _CONTEXT = 2048
-# Weights of 4 bits that share a scale; those of 8 bits share one for each output, as XNNPACK has it.
-_GROUP = 32
 
 
 def to_executorch(model: str, out: Path, options: ExportOptions) -> None:
@@ -42,15 +40,10 @@ def to_executorch(model: str, out: Path, options: ExportOptions) -> None:
         ) from error
     compact: Any = load_model(model, "float32", "cpu")
     text_config = compact.config.text_config
-    if options.bits == 4 and compact.config.sublayers:
-        compact = rounded(compact, _GROUP)
     context = min(_CONTEXT, getattr(text_config, "max_position_embeddings", _CONTEXT))
     try:
         with quiet(), torch.no_grad():
-            quantize(compact, options.bits)
             buffer = lowered(compact, context)
-    except InputError:
-        raise
     except Exception as error:  # of many classes
         raise InputError(
             f"this {text_config.model_type} cannot be written for ExecuTorch: {one_line(error)}"
@@ -61,26 +54,6 @@ def to_executorch(model: str, out: Path, options: ExportOptions) -> None:
     write_tokenizer(model, out)
 
 
-def quantize(compact: Any, bits: int | None) -> None:
-    """Rounds linears to 8 or 4 bits, inputs to 8 as they come ("8da4w"), and the table of tokens; not adapters."""
-    if bits is None:
-        return
-    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, quantize_
-    from torchao.quantization.granularity import PerAxis, PerGroup
-
-    dtype = getattr(torch, f"int{bits}")
-    grain = PerGroup(_GROUP) if bits == 4 else PerAxis(0)
-    table = compact.get_input_embeddings()
-    if compact.get_output_embeddings().weight is table.weight:  # each is rounded for another kernel
-        table.weight = nn.Parameter(table.weight.clone())
-    quantize_(compact, IntxWeightOnlyConfig(dtype, grain), lambda module, _: isinstance(module, nn.Embedding))
-
-    def whole_groups(module: nn.Module, _: str) -> bool:
-        return isinstance(module, nn.Linear) and (bits == 8 or module.in_features % _GROUP == 0)
-
-    quantize_(compact, Int8DynamicActivationIntxWeightConfig(dtype, grain), whole_groups)
-
-
 class Step(nn.Module):
     """A model with its cache in buffers of its own, which is how a program keeps what it writes."""
 
@@ -89,21 +62,22 @@ class Step(nn.Module):
         self.model, self.context = model, context
         seen = DynamicCache()
         model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=seen, use_cache=True)
-        self.blocks = [number for number, layer in enumerate(seen.layers) if layer.is_initialized]
-        for block in self.blocks:
-            for name, part in (("key", seen.layers[block].keys), ("value", seen.layers[block].values)):
-                slots = torch.zeros(1, part.shape[1], context, part.shape[3])
-                self.register_buffer(f"{name}_{block}", slots, persistent=False)
+        self.blocks = cached_blocks(seen)
+        names = [f"{part}_{block}" for block in self.blocks for part in ("key", "value")]
+        for name, part in zip(names, parts_of(seen, self.blocks), strict=True):
+            slots = torch.zeros(1, part.shape[1], context, part.shape[3])
+            self.register_buffer(name, slots, persistent=False)
 
     def forward(self, input_ids: torch.Tensor, cache_position: torch.Tensor) -> torch.Tensor:
         """(1, length) ids at (length) positions -> (1, length, vocabulary) logits."""
         cache = StaticCache(config=self.model.config.get_text_config(), max_cache_len=self.context)
-        for block in self.blocks:
-            # Not one for a sliding window, which forgets by counts of its own.
+        for block in range(len(cache.layers)):
+            # Not one for a sliding window, which forgets by counts of its own; masks ask those of gone attentions, too.
             layer = cache.layers[block] = StaticLayer(self.context)
-            layer.keys, layer.values = self.get_buffer(f"key_{block}"), self.get_buffer(f"value_{block}")
-            layer.cumulative_length = cache_position[0].clone()
-            layer.device, layer.dtype, layer.is_initialized = layer.keys.device, layer.keys.dtype, True
+            layer.cumulative_length, layer.is_initialized = cache_position[0].clone(), True
+            if block in self.blocks:
+                layer.keys, layer.values = self.get_buffer(f"key_{block}"), self.get_buffer(f"value_{block}")
+                layer.device, layer.dtype = layer.keys.device, layer.keys.dtype
         given = {"input_ids": input_ids, "position_ids": cache_position[None], "past_key_values": cache}
         return self.model(**given, use_cache=True).logits
 
@@ -111,8 +85,7 @@ class Step(nn.Module):
 def lowered(compact: Any, context: int) -> bytes:
     """The program: ids (1, length) and positions (length) -> logits (1, length, vocabulary)."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
-    from executorch.exir.passes.quant_fusion_pass import QuantFusionPass
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
     step = Step(compact.requires_grad_(False), context)
     length = torch.export.Dim("length", max=context - 1)
@@ -122,5 +95,4 @@ def lowered(compact: Any, context: int) -> bytes:
     edge = to_edge_transform_and_lower(
         traced, partitioner=[XnnpackPartitioner()], compile_config=EdgeCompileConfig(_check_ir_validity=False)
     )
-    program = edge.to_executorch(ExecutorchBackendConfig(passes=[QuantFusionPass()]))
-    return bytes(program.buffer)
+    return bytes(edge.to_executorch().buffer)

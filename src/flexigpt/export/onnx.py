@@ -81,7 +81,14 @@ class Step(nn.Module):
 
 def parts_of(cache: DynamicCache, blocks: list[int]) -> list[torch.Tensor]:
     """Keys and values of these blocks, in turn."""
-    return [part for block in blocks for part in (cache.layers[block].keys, cache.layers[block].values)]
+    layers: Any = cache.layers  # some kinds of layer have neither
+    return [part for block in blocks for part in (layers[block].keys, layers[block].values)]
+
+
+def cached_blocks(cache: DynamicCache) -> list[int]:
+    """The blocks that have an attention: of the others nothing is in a cache that was used."""
+    layers: Any = cache.layers
+    return [number for number, layer in enumerate(layers) if layer.is_initialized]
 
 
 def traced(model: Any) -> "ir.Model":
@@ -95,7 +102,7 @@ def traced(model: Any) -> "ir.Model":
     with torch.no_grad():
         cache = DynamicCache()
         model(input_ids=torch.zeros(_BATCH, _PAST, dtype=torch.long), past_key_values=cache, use_cache=True)
-    blocks = [number for number, layer in enumerate(cache.layers) if layer.is_initialized]
+    blocks = cached_blocks(cache)
     past = parts_of(cache, blocks)
     positions = torch.arange(_PAST, _PAST + _LENGTH).expand(_BATCH, -1).contiguous()
     ids, mask = torch.zeros_like(positions), torch.ones(_BATCH, _PAST + _LENGTH, dtype=torch.long)

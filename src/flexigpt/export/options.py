@@ -10,7 +10,7 @@ _WHAT = "What to write"
 FormName = Literal["stock", "gguf", "mlx", "onnx", "executorch"]
 
 # The bits that a form can be quantised to.
-_BITS: dict[str, tuple[int, ...]] = {"stock": (), "gguf": (8, 4), "mlx": (8, 4), "onnx": (8, 4), "executorch": (8, 4)}
+_BITS: dict[str, tuple[int, ...]] = {"stock": (), "gguf": (8, 4), "mlx": (8, 4), "onnx": (8, 4), "executorch": ()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,5 +29,5 @@ class ExportOptions:
         check_options(self)
         known = _BITS[self.to]
         if self.bits is not None and self.bits not in known:
-            can = f"give {' or '.join(map(str, known))}" if known else "it has the model's own dtype: leave it out"
+            can = f"give {' or '.join(map(str, known))}" if known else "it is not quantised, leave it out"
             raise InputError(f"--bits {self.bits} cannot be had with --to {self.to}: {can}")

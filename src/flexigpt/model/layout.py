@@ -120,7 +120,8 @@ def layout_of(model: PreTrainedModel) -> Layout:
 def mlp_widths(model: PreTrainedModel) -> list[int]:
     """How many hidden units each block's MLP has; 0 where it is gone."""
     down = find_architecture(model.config.get_text_config()).roles.down
-    found = (dict(block.named_modules()).get(down) for block in layout_of(model).blocks)
+    modules = (dict(block.named_modules()) for block in layout_of(model).blocks)
+    found = (its.get(f"{down}{INNER}", its.get(down)) for its in modules)  # an output norm may be around it
     return [0 if linear is None or isinstance(linear, NoSublayer) else linear_size(linear)[1] for linear in found]
 
 

@@ -157,6 +157,15 @@ class Plan:
         pruned = {replica.block for replica in self.replicas}
         return [block for block in range(self.num_blocks) if block not in pruned]
 
+    def _repr_html_(self) -> str:
+        """How a notebook shows it: a row for each block that changes."""
+        rows = [(one.block, "block", f"replica of {one.base}, rank {one.shown_rank()}") for one in self.replicas]
+        for one in self.sublayers:
+            rows.append((one.block, one.sublayer, "gone" if one.units is None else f"{one.units:,} units"))
+        cells = "".join(f"<tr><th>{row[0]}</th><td>{row[1]}</td><td>{row[2]}</td></tr>" for row in sorted(rows))
+        heading = "<tr><th>block</th><th>what</th><th>becomes</th></tr>"
+        return f"<table>{heading}{cells}</table><p>Everything else of {self.num_blocks} blocks is kept.</p>"
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready data: what `--plan-only` writes and `--plan` reads."""
         data = {

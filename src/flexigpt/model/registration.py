@@ -24,15 +24,19 @@ class _Hook(MetaPathFinder):
 
     def __init__(self) -> None:
         self._unseen = {*_PAIRS, *_PAIRS.values()}
+        self._sought: set[str] = set()
         self._loaded: set[str] = set()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in self._unseen:
+        if fullname not in self._unseen or fullname in self._sought:
             return None
-        self._unseen.remove(fullname)  # before the search, which comes back here
-        spec = find_spec(fullname)
+        self._sought.add(fullname)  # the search comes back here
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self._sought.discard(fullname)  # who looks whether it is there need not load it
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 

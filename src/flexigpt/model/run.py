@@ -11,10 +11,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-_HALF = (torch.bfloat16, torch.float16)
+from flexigpt.runtime import WITHOUT_HALF
 
-# On x86 without AVX-512 torch falls back to loops for these; elsewhere it has kernels.
-_WITHOUT_KERNELS = "AVX2"
+_HALF = (torch.bfloat16, torch.float16)
 
 # Below so many rows a product is bound by reading the weight, and half of the bytes win.
 _MIN_ROWS = 4
@@ -26,7 +25,7 @@ def fast_half(model: PreTrainedModel) -> AbstractContextManager[Any]:
     So do the units of CPUs and GPUs that multiply bfloat16: they add up in float32. On any other machine, or for a
     float32 model, it does nothing. A weight is held in float32 for the length of one product.
     """
-    slow = model.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == _WITHOUT_KERNELS
+    slow = model.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == WITHOUT_HALF
     return _InFloat32() if slow and model.dtype in _HALF else nullcontext()
 
 

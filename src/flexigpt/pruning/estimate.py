@@ -11,7 +11,7 @@ from flexigpt.pruning.distances import BASE_DISTANCES
 from flexigpt.pruning.options import PruneOptions
 from flexigpt.pruning.source import Asked, CheckedSource, Texts, Workspace
 from flexigpt.replicas import hidden_copies
-from flexigpt.runtime import Track, find_device, workers_of
+from flexigpt.runtime import Track, find_device, size_in_words, workers_of
 from flexigpt.text import batch_size_for
 
 # What libraries take that are loaded later, and what they keep of memory that was given back.
@@ -51,10 +51,10 @@ class Estimate:
 
     def line(self) -> str:
         """All of it in one line."""
-        writes = [_size(self.written)] if self.written else []
-        writes += [f"{_size(self.scratch)} of scratch files"] if self.scratch >= 1e6 else []
+        writes = [size_in_words(self.written)] if self.written else []
+        writes += [f"{size_in_words(self.scratch)} of scratch files"] if self.scratch >= 1e6 else []
         wrote = f"writes {' and '.join(writes)}, " if writes else ""
-        return f"{wrote}takes at most about {_size(self.memory)} of memory"
+        return f"{wrote}takes at most about {size_in_words(self.memory)} of memory"
 
 
 Announce = Callable[[Estimate], None]
@@ -123,7 +123,3 @@ def _estimate(checked: CheckedSource[Asked], texts: Texts, written: int, ranks: 
     return Estimate(
         written=written * itemsize, scratch=scratch, memory=held + outside + max(running, factoring, measuring)
     )
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.0f} MB"

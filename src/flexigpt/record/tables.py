@@ -66,6 +66,9 @@ class Rows:
             table.add_row(*map(Text, row), style=style, end_section=number + 1 == self.sums)
         return Group(table, *map(Text, self.notes))
 
+    def _repr_html_(self) -> str:
+        return self.html(self.title)  # how a notebook shows it
+
     def markdown(self) -> str:
         """In Markdown, without the title."""
         lines = [self.headings, ["---" if side == "l" else "---:" for side in self._sides], *self.rows]
@@ -270,7 +273,7 @@ def notes(record: Record) -> list[str]:
     if "recovery" in record:
         recovery = record["recovery"]
         lines.append(
-            f"trained ({recovery['train']}) on {recovery['tokens']:,} tokens of "
+            f"trained {recovery.get('trained', recovery['train'])} on {recovery['tokens']:,} tokens of "
             f"{shown_texts(record['options']['data'])} in {recovery['steps']:,} steps"
         )
     if "quantization" in record:

@@ -67,6 +67,12 @@ class Draft:
             ids: (batch, tokens), those of the model's forward pass.
             entered: (batch, tokens, hidden), what entered the first replica in it.
         """
+        with self.skipping(entered):
+            logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def skipping(self, entered: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+        """Within it the model is its draft, from what entered the first replica on."""
 
         def switched(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
             def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -80,9 +86,7 @@ class Draft:
 
             return run
 
-        with replaced_forwards(self._blocks, switched):
-            logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits
-        return logits
+        return replaced_forwards(self._blocks, switched)
 
 
 @torch.no_grad()

@@ -23,7 +23,8 @@ class RecoverOptions:
         window_length: tokens in a window; default: the model's context, at most 2048.
         train: what is trained: what is the replicas' own, with replicas+kept also LoRA on the kept blocks, which is
             merged into them at the end.
-        lora_rank: rank of the LoRA on kept blocks; default: the replicas' own, or hidden size / 16 without replicas.
+        lora_rank: rank of the LoRA on kept blocks, less on linears too narrow for it; default: the replicas' own, or
+            hidden size / 16 without replicas.
         teacher: folder or hub name of the source model, to distill from; default: none.
         distill_weight: of the divergence from the teacher, beside 1 minus it of the cross-entropy.
         draft_weight: of the divergence of the draft (the model without its replicas) from the whole model, beside the

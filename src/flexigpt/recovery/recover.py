@@ -25,11 +25,12 @@ from flexigpt.record import (
     write_checkpoint,
 )
 from flexigpt.recovery.checkpoints import RunFolder
+from flexigpt.recovery.estimate import lines_of
 from flexigpt.recovery.measuring import HeldOut
 from flexigpt.recovery.options import RecoverOptions
 from flexigpt.recovery.teacher import Teacher, check_teacher
 from flexigpt.recovery.tracking import reported, tracker_classes
-from flexigpt.recovery.trainable import USES_LORA, lora_rank_for, merge_lora, prepare_training
+from flexigpt.recovery.trainable import USES_LORA, lora_rank_for, merge_lora, prepare_training, trained_in_words
 from flexigpt.recovery.training import PRECISIONS, NotFiniteError, Training, hold_in, resolve_settings
 from flexigpt.runtime import (
     InputError,
@@ -76,6 +77,7 @@ def recover(
     overwrite: bool = False,
     command: str | None = None,
     track: Track = silent,
+    note: Callable[[str], None] | None = None,
     log: Log | None = None,
 ) -> Record | None:
     """Trains a model and writes it to `out`; on the way checkpoints go to `out`.recovery, from which it resumes.
@@ -90,6 +92,7 @@ def recover(
         overwrite: whether what flexigpt wrote to `out` before, or an unfinished run, may be replaced.
         command: that ran it, for the model card.
         track: reports the progress of each stage.
+        note: is told, before the first step, what is trained and what that takes.
         log: reports each step's loss, learning rate and speed, and each measured perplexity.
 
     Returns:
@@ -111,7 +114,7 @@ def recover(
         world.lead(lambda: held.enter_context(reserved(out, inputs, overwrite)))
         run = _Run(model, out, options, world, device)
         if world.leads:
-            run.track, run.log = track, log
+            run.track, run.note, run.log = track, note, log
         world.lead(lambda: run.open_folder(resume, overwrite))
         trained = run.train(resume)
         processes.part()  # what follows is one process's work
@@ -127,6 +130,7 @@ class _Run:
     def __init__(self, model: str, out: Path, options: RecoverOptions, world: World, device: torch.device) -> None:
         self.model, self.out, self.options, self.world, self.device = model, out, options, world, device
         self.track: Track = silent
+        self.note: Callable[[str], None] | None = None
         self.log: Log | None = None
         self.folder = RunFolder(out, world)
         # Filled in the end, when the model in training is in no state to be written.
@@ -223,6 +227,10 @@ class _Run:
         needed = stored + _CHECKPOINTS * _BYTES_PER_TRAINED * training.trained_parameters
         self.world.lead(lambda: check_space(self.out, needed))
         training.fit_memory()
+        self.measured["trained"] = trained_in_words(self.options.train, self.lora_rank, self.has_replicas)
+        if self.note is not None:
+            for line in lines_of(training, self.measured["trained"], stored):
+                self.note(line)
         if teacher is not None:
             sizes = ("shared_bytes", "own_bytes", "blocks_run_once")
             self.measured["teacher"] = {name: getattr(teacher, name) for name in sizes}

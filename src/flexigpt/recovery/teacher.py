@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flexigpt.model import find_architecture, layout_of, replaced_forwards
 from flexigpt.recovery.draft import entering
+from flexigpt.recovery.head import Head
 from flexigpt.runtime import InputError
 from flexigpt.text import check_window_length
 from flexigpt.weights import load_model, load_tokenizer, move, open_empty
@@ -56,7 +57,7 @@ class Teacher:
 
     def __init__(self, source: str, student: PreTrainedModel, dtype: torch.dtype) -> None:
         self.model = load_model(source, str(student.dtype).removeprefix("torch."), "cpu")
-        self.dtype = dtype
+        self.dtype, self._head = dtype, Head(self.model)
         self._same = _same_tensors(self.model, student)
         self.shared_bytes = self.own_bytes = self.blocks_run_once = 0
 
@@ -90,15 +91,21 @@ class Teacher:
             self.blocks_run_once = first
 
     @torch.no_grad()
-    def logits(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(batch, tokens) ids -> (batch, tokens, vocabulary) logits, and what enters the first trained block.
+    def hidden(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(batch, tokens) ids -> (batch, tokens, hidden), of which `logits` makes logits, and what enters the
+        first trained block.
 
         The latter, (batch, tokens, hidden), is None where teacher and student share no first blocks.
         """
         once = self.blocks_run_once > 0
         with entering(self._blocks[self.blocks_run_once]) if once else contextlib.nullcontext() as entered:
-            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
-        return logits, entered[0] if entered else None
+            hidden = self._head.instead(self.model, ids, lambda _: self._head.hidden(ids))
+        return hidden, entered[0] if entered else None
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(tokens, hidden), some of those that `hidden` gave, -> (tokens, vocabulary)."""
+        return self._head.logits(hidden)
 
     @contextlib.contextmanager
     def entered(self, hidden: torch.Tensor | None) -> Iterator[None]:

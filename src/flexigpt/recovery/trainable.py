@@ -1,6 +1,8 @@
 """What recovery trains: adapters and output norms of the replicas, LoRA on the kept blocks, or everything."""
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,10 +31,18 @@ def _train_replicas_and_kept(model: PreTrainedModel, lora_rank: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model  # noqa: PLC0415 - seconds of import that only this needs
     from peft.tuners.lora import LoraLayer  # noqa: PLC0415
 
-    layout = layout_of(model)
-    targets = [f"{layout.prefix}.{block}.{path}" for block in layout.kept for path in layout.linears_of(block)]
+    most_ranks = _most_ranks(model)
+    targets = list(most_ranks)
+    # Scaled by 1, as alpha = rank makes it, whatever the rank; patterns are searched for at the end of names.
+    narrow = {re.escape(path): most for path, most in most_ranks.items() if most < lora_rank}
     transposed = isinstance(model.get_submodule(targets[0]), Conv1D)
-    config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=targets, fan_in_fan_out=transposed)
+    given: dict[str, Any] = {
+        "r": lora_rank,
+        "lora_alpha": lora_rank,
+        "rank_pattern": narrow,
+        "alpha_pattern": dict(narrow),
+    }
+    config = LoraConfig(**given, target_modules=targets, fan_in_fan_out=transposed)
     inject_adapter_in_model(config, model)
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -92,17 +102,36 @@ def merge_lora(model: PreTrainedModel) -> None:
 
 
 def lora_rank_for(model: PreTrainedModel, rank: int | None) -> int:
-    """The rank of the LoRA on kept blocks: as given; else the replicas', or hidden size / 16, if it fits.
+    """The rank of the LoRA on kept blocks: as given; else the replicas', or hidden size / 16.
+
+    A linear too narrow for it gets the rank that fits.
 
     Raises:
-        InputError: a rank below 1 or above a linear's size.
+        InputError: a rank below 1 or above every linear's size.
     """
     layout = layout_of(model)
-    linears = [layout.blocks[block].get_submodule(path) for block in layout.kept for path in layout.linears_of(block)]
-    most = min(min(linear_size(linear)) for linear in linears)
+    most = max(_most_ranks(model).values())
     if rank is None:
         rank = max(layout.ranks.values(), default=default_rank(model.config.get_text_config().hidden_size))
         return min(rank, most)
     if not 1 <= rank <= most:
         raise InputError(f"a LoRA of rank {rank} does not fit the linears: give --lora-rank 1 to {most}")
     return rank
+
+
+def _most_ranks(model: PreTrainedModel) -> dict[str, int]:
+    """The smaller side of each linear of the kept blocks, by name."""
+    layout = layout_of(model)
+    paths = [f"{layout.prefix}.{block}.{path}" for block in layout.kept for path in layout.linears_of(block)]
+    return {path: min(linear_size(model.get_submodule(path))) for path in paths}
+
+
+def trained_in_words(train: str, lora_rank: int, replicas: bool) -> str:
+    """What is trained of a model with replicas or without."""
+    if train not in USES_LORA:
+        return "every parameter" if train == "all" else "the replicas' own"
+    return (
+        f"the replicas' own, and LoRA of rank {lora_rank} on the kept blocks"
+        if replicas
+        else f"LoRA of rank {lora_rank}"
+    )

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from flexigpt.model import layout_of
 from flexigpt.recovery.draft import Draft
+from flexigpt.recovery.head import Head
 from flexigpt.recovery.options import RecoverOptions
 from flexigpt.recovery.teacher import Teacher
 from flexigpt.recovery.trainable import REPLICA_PARAMETERS, USES_LORA, trained_parameters
@@ -146,6 +147,7 @@ class Training:
     ) -> None:
         self.model, self.settings, self.world, self.device, self.teacher = model, settings, world, device, teacher
         hold_in(model, settings.dtype, frozen_only=True)
+        self.head = Head(model)
         self.draft = Draft(model) if settings.draft_weight else None
         self.trained_parameters = sum(p.numel() for p in trained_parameters(model).values())
         if settings.activation_checkpointing:
@@ -247,35 +249,55 @@ class Training:
 
     def _backward(self, part: torch.Tensor, scale: float) -> torch.Tensor:
         """Adds to the gradients; (3,) sums over the tokens: cross-entropy, divergence, the draft's divergence."""
-        targets, settings = part[:, 1:].flatten(), self.settings
-        with self.computing():
-            logits, teacher_logits, drafted = self._logits(part[:, :-1])
-        of_draft = None
-        if drafted is not None:  # first, since it reads the model's logits, and the other loss writes over them
-            given = {"scale": scale * settings.draft_weight, "distill_weight": 1.0}
-            of_draft = token_loss(drafted, targets, teacher_logits=logits.detach(), **given)
-        given = {"scale": scale, "distill_weight": settings.distill_weight}
-        of_model = token_loss(logits, targets, teacher_logits=teacher_logits, **given)
-        # One backward pass for both: what they share is run through once, and DDP sees each gradient once.
-        (of_model.loss if of_draft is None else of_model.loss + of_draft.loss).backward()
-        apart = torch.zeros_like(of_model.divergence) if of_draft is None else of_draft.divergence
-        return torch.stack((of_model.cross_entropy, of_model.divergence, apart))
-
-    def _logits(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """(batch, tokens) ids -> (batch x tokens, vocabulary) logits of model, teacher and draft."""
-        teacher_logits = drafted = None
-        branch: list[torch.Tensor] = []
+        ids = part[:, :-1]
         with contextlib.ExitStack() as around:
+            around.enter_context(self.computing())
+            taught: torch.Tensor | None = None
             if self.teacher is not None:
-                teacher_logits, entering = self.teacher.logits(ids)
-                teacher_logits = teacher_logits.flatten(0, 1)
+                taught, entering = self.teacher.hidden(ids)
+                taught = taught.flatten(0, 1)
                 around.enter_context(self.teacher.entered(entering))
-            if self.draft is not None:
-                branch = around.enter_context(self.draft.watched())
-            logits = self.wrapped(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-        if self.draft is not None:
-            drafted = self.draft.logits(ids, branch[0]).flatten(0, 1)
-        return logits, teacher_logits, drafted
+
+            def run(forward: Callable[..., Any]) -> tuple[torch.Tensor, torch.Tensor]:
+                return self._loss(forward, ids, part[:, 1:].flatten(), scale, taught)
+
+            loss, sums = self.head.instead(self.wrapped, ids, run)
+        # One backward pass for model and draft: what they share is run through once, and DDP sees each gradient once.
+        loss.backward()
+        return sums
+
+    def _loss(
+        self,
+        forward: Callable[..., Any],
+        ids: torch.Tensor,
+        targets: torch.Tensor,
+        scale: float,
+        taught: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss to call `backward` on and its sums; `taught` are the teacher's hidden states, (tokens, hidden)."""
+        head, draft, teacher, settings = self.head, self.draft, self.teacher, self.settings
+        if draft is None:
+            hidden = head.hidden(ids)[None]
+        else:
+            with draft.watched() as branch:
+                hidden = head.hidden(ids)
+            with draft.skipping(branch[0]):
+                hidden = torch.stack((hidden, head.hidden(ids)))
+
+        def loss_of(chunk: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = head.logits(chunk[0], forward)
+            teacher_logits = None if teacher is None or taught is None else teacher.logits(taught[rows])
+            of_draft: torch.Tensor | float = 0.0
+            apart = torch.zeros((), dtype=torch.float64, device=logits.device)
+            if draft is not None:  # first, since it reads the model's logits, and the other loss writes over them
+                given = {"scale": scale * settings.draft_weight, "distill_weight": 1.0}
+                drafted = head.logits(chunk[1], forward)
+                of_draft, _, apart = token_loss(drafted, targets[rows], teacher_logits=logits.detach(), **given)
+            given = {"scale": scale, "distill_weight": settings.distill_weight}
+            of_model = token_loss(logits, targets[rows], teacher_logits=teacher_logits, **given)
+            return of_model.loss + of_draft, torch.stack((of_model.cross_entropy, of_model.divergence, apart))
+
+        return head.loss_in_chunks(hidden.flatten(1, 2), loss_of)
 
     def _update(self, number: int, lr: float) -> float:
         """Clips and steps; returns the gradients' norm. Steps whose fp16 gradients overflow are skipped."""
@@ -335,10 +357,6 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
     model.disable_input_require_grads()
 
 
-# Numbers of float32 temporaries that a chunk of tokens may take: 64 MiB each.
-_CHUNK_BUDGET = 2**24
-
-
 def token_loss(
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -349,9 +367,8 @@ def token_loss(
 ) -> TokenLoss:
     """scale x sum over tokens of (1 - w) cross-entropy + w KL(teacher || student).
 
-    A model's logits are the largest tensor of a training step. Here they exist once: float32 is made of some tokens at
-    a time, and the gradient takes the logits' own place, so the logits must not be read afterwards. (Where an operation
-    of the model had kept them for its own backward pass, autograd would refuse that pass.)
+    The gradient takes the logits' own place, so the logits must not be read afterwards. (Where an operation of the
+    model had kept them for its own backward pass, autograd would refuse that pass.)
 
     Args:
         logits: (tokens, vocabulary), any floating dtype; overwritten where they need a gradient.
@@ -375,24 +392,19 @@ class _TokenLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # detach() keeps the version counter: whoever saved the logits for backward will find them changed.
         gradient = logits.detach()
-        entropy = torch.zeros((), dtype=torch.float64, device=logits.device)
-        divergence = torch.zeros_like(entropy)
-        for rows in torch.arange(len(logits)).split(max(1, _CHUNK_BUDGET // logits.shape[-1])):
-            chunk = slice(int(rows[0]), int(rows[-1]) + 1)
-            log_p = F.log_softmax(logits[chunk].float(), -1)
-            target = targets[chunk, None]
-            entropy -= log_p.gather(-1, target).sum(dtype=torch.float64)
-            wanted = None
-            if teacher_logits is not None:
-                log_q = F.log_softmax(teacher_logits[chunk].float(), -1)
-                wanted = log_q.exp()
-                divergence += (wanted * (log_q - log_p)).sum(dtype=torch.float64)
-            if ctx.needs_input_grad[0]:
-                slope = log_p.exp_()
-                slope.scatter_add_(-1, target, torch.full_like(target, weight - 1, dtype=slope.dtype))
-                if wanted is not None:
-                    slope.sub_(wanted, alpha=weight)
-                gradient[chunk] = slope
+        log_p, target = F.log_softmax(logits.float(), -1), targets[:, None]
+        entropy = -log_p.gather(-1, target).sum(dtype=torch.float64)
+        divergence, wanted = torch.zeros_like(entropy), None
+        if teacher_logits is not None:
+            log_q = F.log_softmax(teacher_logits.float(), -1)
+            wanted = log_q.exp()
+            divergence += log_q.sub_(log_p).mul_(wanted).sum(dtype=torch.float64)
+        if ctx.needs_input_grad[0]:
+            slope = log_p.exp_()
+            slope.scatter_add_(-1, target, torch.full_like(target, weight - 1, dtype=slope.dtype))
+            if wanted is not None:
+                slope.sub_(wanted, alpha=weight)
+            gradient.copy_(slope)
         ctx.scale, ctx.gradient = scale, gradient
         ctx.mark_non_differentiable(entropy, divergence)
         return scale * ((1 - weight) * entropy + weight * divergence), entropy, divergence

@@ -281,7 +281,8 @@ def _trained(model: Recorded) -> list[str]:
     ends = [f"{value:.2f}" for _, value in (points[0], points[-1])] if points else ["", ""]
     speed = recovery.get("tokens_per_second")
     shown = f"{speed:,.0f}" if isinstance(speed, int | float) else ""
-    return [recovery["train"], f"{recovery['tokens']:,}", f"{recovery['steps']:,}", *ends, shown]
+    what = recovery.get("trained", recovery["train"])
+    return [what, f"{recovery['tokens']:,}", f"{recovery['steps']:,}", *ends, shown]
 
 
 def _continuations(models: Sequence[Recorded]) -> dict[str, dict[str, str]]:

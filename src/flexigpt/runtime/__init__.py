@@ -28,10 +28,19 @@ if TYPE_CHECKING:
         unique_names,
     )
     from flexigpt.runtime.launch import launched, launched_rank, on_signals
-    from flexigpt.runtime.machine import check_dtype, device_name, find_device, peak_bytes, versions
+    from flexigpt.runtime.machine import (
+        WITHOUT_HALF,
+        check_dtype,
+        device_name,
+        find_device,
+        machine_lines,
+        peak_bytes,
+        slow_half,
+        versions,
+    )
     from flexigpt.runtime.options import RunOptions, check_options, choices_of, option
     from flexigpt.runtime.processes import ALONE, World
-    from flexigpt.runtime.progress import T, Timed, Track, in_parallel, silent, workers_of
-    from flexigpt.runtime.units import megabytes, parse_numbers, parse_share, parse_size, parse_tokens
+    from flexigpt.runtime.progress import T, Timed, Track, bars, in_parallel, silent, workers_of
+    from flexigpt.runtime.units import megabytes, parse_numbers, parse_share, parse_size, parse_tokens, size_in_words
 else:
     lazy_door(__name__)

@@ -15,6 +15,15 @@ from flexigpt.runtime.options import RunOptions, choices_of
 
 DTYPES = choices_of(RunOptions.__annotations__["dtype"])
 
+# What torch calls a CPU (x86 without AVX-512) for which it has no kernels in bfloat16 and float16, but loops.
+WITHOUT_HALF = "AVX2"
+
+# Compute capability of the first NVIDIA GPUs that multiply bfloat16.
+_BFLOAT16_FROM = 8
+
+# Units of x86 that multiply them.
+_HALF_UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+
 DEVICES = "auto, cpu, cuda or cuda:N"
 
 
@@ -45,6 +54,27 @@ def versions(*others: str) -> dict[str, str]:
     return {name: version(name) for name in ("flexigpt", "torch", "transformers", *others)}
 
 
+def machine_lines() -> list[str]:
+    """What the report of a fault has to say: versions, devices, and what each device computes in."""
+    libraries = versions("accelerate", "peft", "safetensors", "tokenizers")
+    libraries.pop("flexigpt")
+    kernels = torch.backends.cpu.get_cpu_capability()
+    half = "bfloat16 and float16 in float32" if kernels == WITHOUT_HALF else "float32, bfloat16, float16"
+    cpu = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
+    lines = [
+        f"Python {platform.python_version()}, {platform.platform()}",
+        ", ".join(f"{name} {number}" for name, number in libraries.items()),
+        f"cpu: {cpu}, {psutil.virtual_memory().total / 1e9:.0f} GB, {kernels}: {half}",
+    ]
+    if not torch.cuda.is_available():
+        return [*lines, "no GPU"]
+    for number in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(number)
+        half = "float32, bfloat16, float16" if gpu.major >= _BFLOAT16_FROM else "float32, float16"
+        lines.append(f"cuda:{number}: {gpu.name}, {gpu.total_memory / 1e9:.0f} GB, {gpu.major}.{gpu.minor}: {half}")
+    return lines
+
+
 def device_name(device: torch.device) -> str:
     """What the device calls itself."""
     if device.type == "cuda":
@@ -53,6 +83,16 @@ def device_name(device: torch.device) -> str:
     lines = found.read_text(encoding="utf-8").splitlines() if found.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def slow_half(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a CPU computes in this dtype by way of others, which takes several times as long as float32."""
+    if device.type != "cpu" or dtype not in _HALF_UNITS or platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":  # torch then has no kernels for them
+        return True
+    found = torch.cpu.get_capabilities()
+    return not any(found.get(unit) for unit in _HALF_UNITS[dtype])
 
 
 def peak_bytes(device: torch.device) -> int:

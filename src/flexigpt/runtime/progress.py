@@ -24,6 +24,13 @@ def silent(items: Iterable[T], stage: str, total: int) -> Iterator[T]:
     return iter(items)
 
 
+def bars(items: Iterable[T], stage: str, total: int) -> Iterator[T]:
+    """A track for Python: tqdm's bars, in a notebook its widgets where ipywidgets is installed."""
+    from tqdm.auto import tqdm  # noqa: PLC0415 - it asks the notebook what it can show
+
+    return iter(tqdm(items, desc=stage, total=total))
+
+
 class Timed:
     """A track that also times the stages.
 

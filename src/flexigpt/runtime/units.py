@@ -18,6 +18,8 @@ def _read(text: str, units: Mapping[str, float]) -> float:
     """A number times its unit; 0 for what cannot be read, or is meant by nobody."""
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Z%]*)", text.strip().upper())
     number = float(match[1]) * units.get(match[2], 0) if match else 0.0
+    if match and not match[2] and not number.is_integer():  # 3.2 of what?
+        return 0.0
     return number if number <= _MOST else 0.0
 
 
@@ -78,3 +80,8 @@ def parse_numbers(text: str, name: str, example: str) -> tuple[int, ...]:
         return tuple(int(number) for number in text.split(","))
     except ValueError:
         raise InputError(f"{name} {text} cannot be read: give numbers with commas between them, as {example}") from None
+
+
+def size_in_words(num_bytes: float) -> str:
+    """1.2 GB, 350 MB."""
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.0f} MB"
