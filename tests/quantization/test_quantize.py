@@ -18,6 +18,7 @@ from flexigpt import Plan, PruneOptions, inspect_model, prune, write_checkpoint
 from flexigpt.decoding import BenchmarkOptions
 from flexigpt.decoding.benchmark import variants_of
 from flexigpt.model import SublayerReplica
+from flexigpt.quantization.options import LIBRARIES
 from flexigpt.weights import load_model
 
 pytest.importorskip("torchao")
@@ -113,9 +114,14 @@ def test_it_computes_with_the_weights_in_its_file_and_leaves_the_rest_as_it_was(
 ) -> None:
     source = request.getfixturevalue(form)
     out = quantised(source, bits)
-    # bitsandbytes itself fails on an ordinary model of such odd shapes, where the CPU multiplies bfloat16.
+    # bitsandbytes itself decodes an ordinary model of such odd shapes wrongly on some CPUs, and fails on others.
     again = load_model(str(out)) if (form, bits) == ("tiny_source", 4) else opened(out)
-    torch.testing.assert_close(logits(again), logits(decoded(opened(source), out, bits)), atol=1e-4, rtol=1e-4)
+    expected = logits(decoded(opened(source), out, bits))
+    packing = [module for module in again.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    for packed, most in ((False, 1e-4), (True, 1e-2)):  # packed, bitsandbytes multiplies bfloat16
+        for module in packing:
+            module.support_avx512bf16_for_cpu = packed
+        torch.testing.assert_close(logits(again), expected, atol=most, rtol=1e-4)
     tensors, was = stored(out), stored(source)
     linears = {name for name in was if name.endswith(tuple(f"{linear}.weight" for linear in LINEARS))}
     assert all(torch.equal(tensors[name], was[name]) for name in was.keys() - linears)
@@ -166,7 +172,13 @@ def test_its_record_card_and_inspection_say_what_is_stored(
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_it_generates_and_drafts_and_all_else_refuses_it(
-    bits: int, tiny_compact: Path, text: Path, quantised: Quantised, run: Run, tmp_path: Path
+    bits: int,
+    tiny_compact: Path,
+    text: Path,
+    quantised: Quantised,
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = quantised(tiny_compact, bits)
     plain, drafted = (
@@ -180,11 +192,19 @@ def test_it_generates_and_drafts_and_all_else_refuses_it(
         ("extend", out, tmp_path / "x", "--blocks", "1:2"),
         ("recover", out, tmp_path / "x", "--data", text, "--tokens", "1000"),
         ("quantize", out, tmp_path / "x", "--bits", bits),
+        ("frontier", out, tmp_path / "x", "--calibration", text, "--perplexity", text),
+        ("recover", tiny_compact, tmp_path / "x", "--data", text, "--tokens", "1000", "--teacher", out),
+        ("export", out, tmp_path / "x", "--to", "stock"),
     ):
         code, printed, errors = run(*command)
-        assert (code, printed, len(errors.splitlines())) == (2, "", 1)
-        assert "is quantised by" in errors
+        assert (code, printed, len(errors.splitlines())) == (2, "", 1), command
+        assert "is quantised" in errors
         assert not (tmp_path / "x").exists()
+    library = LIBRARIES[bits]
+    monkeypatch.setitem(sys.modules, library, None)
+    code, printed, errors = run("generate", out, "--prompt", "It was", "--max-new-tokens", 2)
+    assert (code, printed, len(errors.splitlines())) == (2, "", 1)
+    assert f"is quantised by {library}, which is not installed: pip install 'flexigpt[quantize]'" in errors
 
 
 def test_linears_that_the_library_does_not_know_are_no_success(tmp_path: Path, tiny_source: Path, run: Run) -> None:

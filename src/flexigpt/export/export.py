@@ -74,7 +74,7 @@ def export(
             cannot be written to.
     """
     with reserved(out, (model,), overwrite):
-        empty = open_empty(model)
+        empty = open_empty(model, quantised=True)
         if not isinstance(empty.config, FlexiGPTConfig):
             raise InputError(
                 f"{model} is no compact model but an ordinary {empty.config.model_type}: other programs read it as it "

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
         SharedLinear,
         cache_name,
         linear_size,
-        unpacked_where_odd,
+        right_on_cpus,
     )
     from flexigpt.model.plan import (
         ModelShape,

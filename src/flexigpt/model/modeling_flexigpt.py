@@ -9,6 +9,7 @@ or nothing.
 """
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -195,17 +196,39 @@ class NoLinear(nn.Identity):
     """In the place of an inner linear of an MLP that is gone, where a family has no module for the MLP."""
 
 
-def unpacked_where_odd(model: nn.Module) -> None:
-    """Keeps bitsandbytes from packing 4-bit weights for a CPU where their shape does not allow it: it would fail.
+def right_on_cpus(model: nn.Module) -> None:
+    """Has 4-bit linears of bitsandbytes compute what they hold on CPUs, whatever their shape.
 
-    On CPUs that multiply bfloat16 it packs each weight when it is first used, and takes 32 rows and 64 columns at once.
-    MLPs with fewer units may have any number of them.
+    On CPUs that multiply bfloat16 it packs each weight when it is first used, and takes 32 rows and 64 columns at once:
+    others fail. With AVX-512 it takes the scales of a wrong row where 16 divides the columns and 64 does not. MLPs with
+    fewer units may have any number of them.
     """
     linears: Any = model.modules()
     for module in linears:
-        if getattr(module, "support_avx512bf16_for_cpu", False):
+        if hasattr(module, "support_avx512bf16_for_cpu"):
             outputs, inputs = linear_size(module)
-            module.support_avx512bf16_for_cpu = not (outputs % 32 or inputs % 64)
+            module.support_avx512bf16_for_cpu &= not (outputs % 32 or inputs % 64)
+            if inputs % 64 and "forward" not in vars(module):  # hooks put theirs there, too
+                module.forward = partial(_decoded_in_one_row, module)
+
+
+def _decoded_in_one_row(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    """A 4-bit linear's output. As one row the weight is decoded rightly: each scale is that of 64 numbers in turn."""
+    if x.device.type != "cpu":
+        return type(linear).forward(linear, x)  # type: ignore[no-any-return]
+    weight, ops = linear.weight, torch.ops.bitsandbytes
+    state = getattr(weight, "quant_state", None) or linear.quant_state
+    scales = state.absmax
+    if state.nested:
+        outer = state.state2
+        scales = (
+            ops.dequantize_blockwise(scales, outer.absmax, outer.code, outer.blocksize, torch.float32) + state.offset
+        )
+    given = x.to(linear.compute_dtype or x.dtype)
+    row = (1, state.shape.numel())
+    decoded = ops.dequantize_4bit(weight.data, scales, state.blocksize, state.quant_type, row, given.dtype)
+    bias = None if linear.bias is None else linear.bias.to(given.dtype)
+    return F.linear(given, decoded.view(state.shape), bias).to(x.dtype)
 
 
 def resized(linear: nn.Module, outputs: int, inputs: int) -> nn.Module:
@@ -351,7 +374,7 @@ class FlexiGPTPreTrainedModel(PreTrainedModel):
 
     def train(self, mode: bool = True) -> "FlexiGPTPreTrainedModel":
         """nn.Module's own; `from_pretrained` ends with it, when quantised linears are in their places."""
-        unpacked_where_odd(self)
+        right_on_cpus(self)
         return super().train(mode)
 
     def get_input_embeddings(self) -> nn.Module:

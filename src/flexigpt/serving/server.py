@@ -11,7 +11,7 @@ from flexigpt.model import FlexiGPTForCausalLM
 from flexigpt.runtime import InputError, find_device
 from flexigpt.serving.options import ServeOptions
 from flexigpt.text import check_tokenizer
-from flexigpt.weights import load_tokenizer, read_config
+from flexigpt.weights import check_quantiser, load_tokenizer, read_config
 
 
 def serve(model: str, options: ServeOptions, note: Callable[[str], None] = print) -> None:
@@ -28,7 +28,9 @@ def serve(model: str, options: ServeOptions, note: Callable[[str], None] = print
     if not is_serve_available():
         raise InputError("serving needs more packages: pip install 'flexigpt[serve]'")
     tokenizer, device = load_tokenizer(model), find_device(options.device)
-    check_tokenizer(model, tokenizer, read_config(model))
+    config = read_config(model)
+    check_tokenizer(model, tokenizer, config)
+    check_quantiser(model, config)
     _check_free(options.host, options.port)
     from transformers.cli.serve import Serve  # noqa: PLC0415 - with a web server behind it
 

@@ -11,6 +11,7 @@ from flexigpt.runtime.doors import lazy_door
 if TYPE_CHECKING:
     from flexigpt.weights.files import find_file, open_weights
     from flexigpt.weights.open import (
+        check_quantiser,
         has_replicas,
         load_model,
         load_tokenizer,

@@ -1,6 +1,7 @@
 """Opening source and compact models, and building the compact model of a source."""
 
 import contextlib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from flexigpt.model import FlexiGPTConfig, empty_model, plan_of, quantised_by, stored_tensors, unpacked_where_odd
+from flexigpt.model import FlexiGPTConfig, empty_model, plan_of, quantised_by, right_on_cpus, stored_tensors
 from flexigpt.runtime import InputError, check_dtype, find_device, fingerprint, one_line
 from flexigpt.weights.files import FILE_DTYPES, find_file, located, names_in_files, open_weights, opening
 from flexigpt.weights.quantised import quantised_parts
@@ -84,6 +85,13 @@ def open_empty(model: str, dtype: str = "auto", quantised: bool = False) -> PreT
         raise InputError(f"the model {model} cannot be built from its config.json: {one_line(error)}") from error
 
 
+def check_quantiser(model: str, config: PreTrainedConfig) -> None:
+    """Raises InputError for a quantised model whose library is not installed."""
+    library = quantised_by(config)
+    if library is not None and find_spec(library) is None:
+        raise InputError(f"{model} is quantised by {library}, which is not installed: pip install 'flexigpt[quantize]'")
+
+
 def _dtype_in_files(model: str) -> torch.dtype:
     """For configurations that name none: the dtype of a folder's weights; float32 where there are several, or none."""
     found: set[torch.dtype | None] = set()
@@ -110,6 +118,7 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto", quantizati
     check_dtype(dtype)
     model, where = located(model), find_device(device)
     empty = open_empty(model, quantised=True)
+    check_quantiser(model, empty.config)
     check = names_in_files if quantised_by(empty.config) is None else quantised_parts
     check(open_weights(model), empty)  # transformers takes what does not fit
     how = {} if quantization is None else {"quantization_config": quantization}
@@ -121,7 +130,7 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto", quantizati
     for name, values in loaded.named_parameters():
         for tensor in stored_tensors(values):
             check_numbers(name, tensor, f"in {model}")  # logits need not tell: attention on a CPU makes 0 of NaN
-    unpacked_where_odd(loaded)
+    right_on_cpus(loaded)
     return move(loaded.eval(), where)
 
 
