@@ -215,7 +215,7 @@ def right_on_cpus(model: nn.Module) -> None:
 def _decoded_in_one_row(linear: Any, x: torch.Tensor) -> torch.Tensor:
     """A 4-bit linear's output. As one row the weight is decoded rightly: each scale is that of 64 numbers in turn."""
     if x.device.type != "cpu":
-        return type(linear).forward(linear, x)  # type: ignore[no-any-return]
+        return type(linear).forward(linear, x)
     weight, ops = linear.weight, torch.ops.bitsandbytes
     state = getattr(weight, "quant_state", None) or linear.quant_state
     scales = state.absmax
