@@ -56,7 +56,7 @@ def test_what_was_trained_is_compared_with_its_source_too(same: bool) -> None:
 
 def test_a_trained_models_notes_say_on_what_and_claim_no_lack_of_training() -> None:
     trained, measured = notes(recovered(perplexity=PERPLEXITY))
-    assert trained == "trained (adapters) on 12,345 tokens of novels.jsonl in 67 steps"
+    assert trained == "trained adapters on 12,345 tokens of novels.jsonl in 67 steps"
     assert measured == "perplexity per token on 900 tokens of validation.jsonl, windows of 64 without overlap"
 
 

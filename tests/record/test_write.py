@@ -202,7 +202,7 @@ def test_a_trained_compact_model_has_a_card_with_its_plan(
     assert "1 of 6 blocks are replicas" in card
     assert f"adapters of rank 4{'' if output_norm == 'none' else ', output norms'} |" in card
     assert ("output norm" in card) == (output_norm != "none")
-    assert card.count("\nTrained (adapters) on 12,345 tokens of novels.jsonl in 67 steps.\n") == 1
+    assert card.count("\nTrained adapters on 12,345 tokens of novels.jsonl in 67 steps.\n") == 1
     assert len(result_rows(model.config, recovered())) == 2
 
 
@@ -215,7 +215,7 @@ def test_a_trained_ordinary_model_has_a_card_without_one(tiny_source: Path, tmp_
     assert ("# source, shorter" if told else "# pruned, trained") in card
     assert ("Removed: 2 of the 6 blocks of source." in card) == told
     assert ("## Blocks" in card) == told
-    assert "Trained (adapters) on 12,345 tokens" in card
+    assert "Trained adapters on 12,345 tokens" in card
     assert "trust_remote_code" not in card
     assert "replica" not in card
     assert len(result_rows(model.config, record)) == 1 + told

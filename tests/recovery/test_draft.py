@@ -209,9 +209,11 @@ def drafting(text: Path, single: Path) -> RecoverOptions:
     return quick(text, draft_weight=0.5, perplexity=str(single))
 
 
-@pytest.fixture(scope="module")
-def whole(tiny_compact: Path, text: Path, single: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing interrupted."""
+@pytest.fixture
+def whole(
+    few_logits: None, tiny_compact: Path, text: Path, single: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run that nothing interrupted, its logits in as many pieces."""
     out = tmp_path_factory.mktemp("whole") / "out"
     recover(str(tiny_compact), out, drafting(text, single))
     return out
