@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import pytest
 
 from flexigpt import FrontierOptions, PruneOptions, frontier, prune, remove
-from flexigpt.pruning.frontier import knee
+from flexigpt.pruning.frontier import _Ladder, knee
+from flexigpt.runtime import silent
 from flexigpt.runtime.cache import CACHE_VARIABLE
 
 T = TypeVar("T")
@@ -89,6 +90,14 @@ def test_the_smallest_model_within_a_loss_is_found(example: Path, short: dict[st
     total = record["source"]["parameters"]
     smaller = prune(str(example), PruneOptions(target_size=str(model.num_parameters() - int(0.01 * total)), **short))
     assert smaller[2]["perplexity"]["compact"]["perplexity"] > limit
+
+
+def test_a_size_measured_with_the_refit_is_not_taken_for_one_without(tiny_source: Path, short: dict[str, Any]) -> None:
+    size = _Ladder(str(tiny_source), PruneOptions(ratio=0.5, **short), silent).workspace.shape.parameters * 9 // 10
+    options = [PruneOptions(target_size=str(size), refit_kept=refit, **short) for refit in (True, False)]
+    found = [_Ladder(str(tiny_source), one, silent).pruned(size)["perplexity"] for one in options]
+    assert found == [prune(str(tiny_source), one)[2]["perplexity"]["compact"]["perplexity"] for one in options]
+    assert found[0] != found[1]
 
 
 def test_the_command_prints_the_sizes_and_what_makes_the_model_at_the_knee(

@@ -152,7 +152,8 @@ class _Ladder:
     def _measured(self, make: Callable[[], Point], **which: int) -> Point:
         workspace = self.workspace
         assert workspace.text is not None
-        depends = {"windows": digest(workspace.windows), "text": digest(workspace.text.ids), **which}
+        depends: dict[str, Any] = {"windows": digest(workspace.windows), "text": digest(workspace.text.ids), **which}
+        depends["refit_kept"] = self._options.refit_kept
         with workspace.cache.stage("frontier", window_length=workspace.window_length, **depends) as stage:
             found: Point = stage.result or stage.finish(make())
             return found
