@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from flexigpt.runtime import check_options, option
-from flexigpt.text import Texts, shares_of
+from flexigpt.text import TextNames, shares_of
 
 TEXT_GROUP = "Text"
 
@@ -20,7 +20,7 @@ class CalibrationOptions:
         window_length: tokens in a window, of perplexity too; default: the model's context, at most 2048.
     """
 
-    calibration: Texts = option("JeanKaddour/minipile", group=TEXT_GROUP, everyday=True, metavar="FILE|NAME")
+    calibration: TextNames = option("JeanKaddour/minipile", group=TEXT_GROUP, everyday=True, metavar="FILE|NAME")
     windows: int = option(64, group=TEXT_GROUP, least=1)
     window_length: int | None = option(None, group=TEXT_GROUP)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flexigpt.runtime import InputError, check_options, flag, option, parse_tokens
-from flexigpt.text import Texts, shares_of
+from flexigpt.text import TextNames, shares_of
 
 _TEXT, _TRAINED, _HOW = "What to train on", "What is trained", "How it is trained"
 
@@ -42,7 +42,7 @@ class RecoverOptions:
         seed: shuffles the text and draws the LoRA's random factors.
     """
 
-    data: Texts = option("cerebras/SlimPajama-627B@train", group=_TEXT, everyday=True, metavar="FILE|FOLDER|NAME")
+    data: TextNames = option("cerebras/SlimPajama-627B@train", group=_TEXT, everyday=True, metavar="FILE|FOLDER|NAME")
     tokens: str = option("1B", group=_TEXT, everyday=True, metavar="600M|100K")
     perplexity: str | None = option(None, group=_TEXT, metavar="FILE|NAME")
     epochs: int = option(1, group=_TEXT, least=1)

@@ -12,7 +12,7 @@ from flexigpt.runtime.doors import lazy_door
 if TYPE_CHECKING:
     from flexigpt.text.batches import EndOfText, MixedStream, TrainingStream, check_enough, iterate
     from flexigpt.text.conversations import Conversation, render
-    from flexigpt.text.names import Texts, local_files, shares_of, shown_texts, text_fingerprint
+    from flexigpt.text.names import TextNames, local_files, shares_of, shown_texts, text_fingerprint
     from flexigpt.text.windows import (
         Documents,
         TokenizedText,

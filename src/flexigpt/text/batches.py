@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flexigpt.runtime import InputError
 from flexigpt.text.mixture import turns
-from flexigpt.text.names import Texts, local_files, shares_of
+from flexigpt.text.names import TextNames, local_files, shares_of
 from flexigpt.text.windows import Document, Documents, tokenize, too_short
 
 # Documents that are shuffled together, fewer where they have so many characters together.
@@ -165,7 +165,7 @@ class MixedStream:
     """
 
     def __init__(
-        self, texts: Texts, tokenizer: PreTrainedTokenizerBase, *, window_length: int, seed: int, epochs: int = 1
+        self, texts: TextNames, tokenizer: PreTrainedTokenizerBase, *, window_length: int, seed: int, epochs: int = 1
     ) -> None:
         shares = shares_of(texts)
         self._shares, self._window_length = list(shares.values()), window_length
@@ -222,7 +222,7 @@ def iterate(
             yield batch
 
 
-def check_enough(texts: Texts, tokenizer: PreTrainedTokenizerBase, *, tokens: int, epochs: int) -> None:
+def check_enough(texts: TextNames, tokenizer: PreTrainedTokenizerBase, *, tokens: int, epochs: int) -> None:
     """Refuses, before any work, a text that ends before its share of `tokens` was predicted in `epochs` passes.
 
     Counts the tokens of files of 64 MiB together at most, and no further than needed. Larger texts and data sets on

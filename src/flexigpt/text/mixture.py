@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from flexigpt.runtime import InputError
-from flexigpt.text.names import Texts, shares_of
+from flexigpt.text.names import TextNames, shares_of
 
 
 def turns(shares: Sequence[Fraction], given: Sequence[int], count: int) -> list[int]:
@@ -25,7 +25,7 @@ def turns(shares: Sequence[Fraction], given: Sequence[int], count: int) -> list[
     return found
 
 
-def order_of_windows(texts: Texts, windows: int) -> tuple[list[str], list[int]]:
+def order_of_windows(texts: TextNames, windows: int) -> tuple[list[str], list[int]]:
     """The texts of a mixture, and which of them, by number, gives each of so many windows.
 
     Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 from flexigpt.runtime import InputError, fingerprint, local_path
 
 # A text, or several that are mixed.
-Texts = str | Sequence[str]
+TextNames = str | Sequence[str]
 
 # The columns that are read where none is named: of texts, or else of conversations.
 COLUMN, _CONVERSATIONS = "text", "messages"
@@ -49,7 +49,7 @@ def column_in(text: str, column: str | None, columns: Iterable[str]) -> str:
     raise InputError(f"{text} has no column {column or COLUMN!r}: its columns are {shown}; give {text}#COLUMN")
 
 
-def shares_of(texts: Texts) -> dict[str, Fraction]:
+def shares_of(texts: TextNames) -> dict[str, Fraction]:
     """Each text of a mixture, and its share of the tokens; those without =SHARE have equal parts of what is left.
 
     Raises:
@@ -77,7 +77,7 @@ def _split_share(text: str) -> tuple[str, Fraction | None]:
     return name, Fraction(share)
 
 
-def shown_texts(texts: Texts) -> str:
+def shown_texts(texts: TextNames) -> str:
     """A text as it was named, or several with their shares, for records and tables."""
     if isinstance(texts, str):
         return texts
@@ -116,7 +116,7 @@ def local_files(text: str) -> list[Path]:
     return files
 
 
-def text_fingerprint(texts: Texts) -> str:
+def text_fingerprint(texts: TextNames) -> str:
     """What tells one text from another, without reading all of it: 16 hexadecimal digits, and the column if named.
 
     Of a mixture those of each, and its share.

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from flexigpt.runtime import InputError
 from flexigpt.text.conversations import Conversation, render, told_apart
 from flexigpt.text.mixture import order_of_windows
-from flexigpt.text.names import COLUMN, Texts, column_in, hub_name, local_files, reader, split_column
+from flexigpt.text.names import COLUMN, TextNames, column_in, hub_name, local_files, reader, split_column
 
 # Defaults; tokens in a window where the model takes more.
 _SPLIT, _WINDOW_LENGTH = "validation", 2048
@@ -300,7 +300,7 @@ def check_window_length(window_length: int | None, config: PreTrainedConfig) -> 
 
 
 def calibration_windows(
-    text: Texts, tokenizer: PreTrainedTokenizerBase, *, windows: int, window_length: int, seed: int
+    text: TextNames, tokenizer: PreTrainedTokenizerBase, *, windows: int, window_length: int, seed: int
 ) -> torch.Tensor:
     """Windows for calibration: the documents shuffled by seed, joined and cut. (windows, window_length) int64.
 
