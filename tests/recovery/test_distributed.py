@@ -28,6 +28,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "fsdp-draft": {"fsdp": True, "draft_weight": 0.5, "perplexity": "TEXT", "one_by_one": True},
     "fsdp-teacher-checkpointing": {"fsdp": True, "teacher": "SOURCE", "activation_checkpointing": True},
     "fsdp-all": {"fsdp": True, "train": "all", "perplexity": "TEXT", "often": True},
+    "ddp-auto": {"lr": "auto"},
 }
 MORE_RUNS: dict[str, dict[str, Any]] = {
     "ddp-all": {"train": "all", "one_by_one": True},
@@ -42,6 +43,7 @@ MORE_RUNS: dict[str, dict[str, Any]] = {
     },
     "fsdp-replicas": {"fsdp": True, "train": "replicas", "one_by_one": True},
     "fsdp-bf16": {"fsdp": True, "precision": "bf16"},
+    "fsdp-auto": {"fsdp": True, "lr": "auto", "teacher": "SOURCE"},
 }
 SETTINGS = ("often", "one_by_one")
 STEP = ("--window-length", 16, "--batch-tokens", 64)

@@ -41,6 +41,8 @@ BAD_INPUT = {
     "COMPACT out --window-length 999": "window length 999 does not fit: give 2 to 128",
     "COMPACT out --lr 0": "--lr 0.0 is out of range: give a number above 0",
     "COMPACT out --lr nan": "--lr nan is out of range",
+    "COMPACT out --lr fast": "--lr fast is out of range: give a number above 0 and below 1000, or auto",
+    "COMPACT out --lr auto": "tries up to 4 rates for 5 steps each, more than the run's 10: give --lr X, more --tokens",
     "COMPACT out --replica-lr 0": "--replica-lr 0.0 is out of range",
     "COMPACT out --seed -1": "--seed -1 is out of range",
     "COMPACT out --device cuda:9": "device cuda:9 cannot be used here",

@@ -81,11 +81,18 @@ class _Step(TypedDict):
     perplexity: NotRequired[float]
 
 
+class _Trial(TypedDict):
+    lr: float
+    loss: float | None
+    steps: _Count
+
+
 class _Recovery(TypedDict):
     tokens: _Count
     steps: _Count
     train: str
     history: list[_Step]
+    trials: NotRequired[list[_Trial]]
     stopped: NotRequired[str]
 
 

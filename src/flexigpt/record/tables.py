@@ -272,9 +272,11 @@ def notes(record: Record) -> list[str]:
         )
     if "recovery" in record:
         recovery = record["recovery"]
+        tried = len(recovery.get("trials", ()))
         lines.append(
             f"trained {recovery.get('trained', recovery['train'])} on {recovery['tokens']:,} tokens of "
             f"{shown_texts(record['options']['data'])} in {recovery['steps']:,} steps"
+            + (f", --lr {record['options'].get('lr')} the best of {tried} tried" if tried else "")
         )
     if "quantization" in record:
         how = "linears of the blocks in {bits} bits ({library} {version}), the rest as it was"

@@ -1,7 +1,7 @@
 """Trains a model back: on one CPU, one GPU, or many.
 
-Read `options`, `recover` (the flow), `training` (one step), `trainable`, `head` (logits of some tokens at a time),
-`teacher`, `draft`, `estimate`, `checkpoints`, `measuring`, `tracking`.
+Read `options`, `recover` (the flow), `training` (one step), `sweep` (its rate), `trainable`, `head` (logits of some
+tokens at a time), `teacher`, `draft`, `estimate`, `checkpoints`, `measuring`, `tracking`.
 """
 
 from typing import TYPE_CHECKING

@@ -27,6 +27,7 @@ from flexigpt.runtime import InputError, World, file_digest, one_line, read_seal
 SECONDS, _QUICK = 300.0, 15.0
 
 _IDENTITY, _STATE, _METADATA, _KEPT = "run.json", "state.json", ".metadata", 2
+_TRIALS = "trials.json"  # learning rates that were tried before the run
 
 # What the metadata that torch writes is pickled of, but for dtypes and paths.
 _PICKLED = {
@@ -84,6 +85,29 @@ class RunFolder:
                 f"{self.path} holds no run that can be read: its {_IDENTITY} {reason}, or another version of flexigpt "
                 "wrote it; remove the folder to start again"
             ) from error
+
+    def trials(self) -> list[dict[str, Any]]:
+        """The learning rates tried so far, as they were given to `keep_trials`.
+
+        Raises:
+            InputError: what is there was changed.
+        """
+        path = self.path / _TRIALS
+        if not path.exists():
+            return []
+        try:
+            return list(read_sealed(path)["trials"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path} is not as it was written: remove it to try the rates again") from error
+
+    def keep_trials(self, trials: list[dict[str, Any]]) -> None:
+        """Keeps these (JSON-ready) for a run that is resumed."""
+
+        def keep() -> None:
+            with self._writing("saved"):
+                replace_sealed(self.path / _TRIALS, {"trials": trials}, self.path)
+
+        self._world.lead(keep)
 
     def is_due(self) -> bool:
         """Whether it is time for a checkpoint, by this process's clock."""
@@ -168,7 +192,7 @@ class RunFolder:
         """Removes what a run writes, and nothing else. Killed in the middle, it leaves no run."""
         for step in self.steps():
             self._give_up(step)
-        for name in (f"{_IDENTITY}.part", _IDENTITY):
+        for name in (f"{_TRIALS}.part", _TRIALS, f"{_IDENTITY}.part", _IDENTITY):
             (self.path / name).unlink(missing_ok=True)
         for path in self.path.glob("checkpoint-*.partial"):
             shutil.rmtree(path, ignore_errors=True)

@@ -1,12 +1,32 @@
 """What recovery trains, on what, and how. No torch."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from flexigpt.runtime import InputError, check_options, flag, option, parse_tokens
 from flexigpt.text import TextNames, shares_of
 
+AUTO, DEFAULT_RATE, _RATES = "auto", 4e-3, "above 0 and below 1000"
+
 _TEXT, _TRAINED, _HOW = "What to train on", "What is trained", "How it is trained"
+
+
+def parse_rate(lr: float | str) -> float | str:
+    """A learning rate, or `auto`.
+
+    Raises:
+        InputError: anything else.
+    """
+    if lr == AUTO:
+        return lr
+    try:
+        value = float(lr)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1e3:
+        raise InputError(f"--lr {lr} is out of range: give a number {_RATES}, or {AUTO}")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +49,8 @@ class RecoverOptions:
         distill_weight: of the divergence from the teacher, beside 1 minus it of the cross-entropy.
         draft_weight: of the divergence of the draft (the model without its replicas) from the whole model, beside the
             loss of the latter: speculative decoding then accepts more. At 0 the draft is not trained.
-        lr: learning rate after warm-up; a cosine to zero follows.
+        lr: learning rate after warm-up; a cosine to zero follows. auto finds it: a few rates are tried for 5 % of the
+            tokens each, beside the run.
         replica_lr: the same for what is the replicas' own, beside LoRA or all else; default: a tenth of lr where they
             were fitted to calibration text and LoRA, which starts at nothing, is trained beside them; otherwise lr.
         warmup: share of the steps over which the learning rate rises.
@@ -52,7 +73,7 @@ class RecoverOptions:
     teacher: str | None = option(None, group=_HOW, everyday=True, metavar="SOURCE")
     distill_weight: float = option(0.5, group=_HOW)
     draft_weight: float = option(0.0, group=_HOW)
-    lr: float = option(4e-3, group=_HOW, everyday=True)
+    lr: float | str = option(DEFAULT_RATE, group=_HOW, everyday=True, metavar="X|auto", parse=parse_rate)
     replica_lr: float | None = option(None, group=_HOW)
     warmup: float = option(0.03, group=_HOW, command=False)
     batch_tokens: int | None = option(None, group=_HOW, least=1)
@@ -67,10 +88,10 @@ class RecoverOptions:
         check_options(self)
         parse_tokens(self.tokens)
         shares_of(self.data)
-        rates, share = "above 0 and below 1000", "above 0, at most 1"
+        object.__setattr__(self, "lr", parse_rate(self.lr))
+        share = "above 0, at most 1"
         for name, fits, wanted in (
-            ("lr", 0 < self.lr < 1e3, rates),
-            ("replica_lr", self.replica_lr is None or 0 < self.replica_lr < 1e3, rates),
+            ("replica_lr", self.replica_lr is None or 0 < self.replica_lr < 1e3, _RATES),
             ("warmup", 0 <= self.warmup < 1, "of 0 or more, below 1"),
             ("distill_weight", 0 < self.distill_weight <= 1, share),
             ("draft_weight", 0 <= self.draft_weight <= 1, "of 0 to 1"),

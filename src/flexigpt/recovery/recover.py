@@ -27,11 +27,12 @@ from flexigpt.record import (
 from flexigpt.recovery.checkpoints import RunFolder
 from flexigpt.recovery.estimate import lines_of
 from flexigpt.recovery.measuring import HeldOut
-from flexigpt.recovery.options import RecoverOptions
+from flexigpt.recovery.options import AUTO, RecoverOptions
+from flexigpt.recovery.sweep import Sweep, steps_of_trial
 from flexigpt.recovery.teacher import Teacher, check_teacher
 from flexigpt.recovery.tracking import reported, tracker_classes
 from flexigpt.recovery.trainable import USES_LORA, lora_rank_for, merge_lora, prepare_training, trained_in_words
-from flexigpt.recovery.training import PRECISIONS, NotFiniteError, Training, hold_in, resolve_settings
+from flexigpt.recovery.training import PRECISIONS, NotFiniteError, Settings, Training, hold_in, resolve_settings
 from flexigpt.runtime import (
     InputError,
     Track,
@@ -145,11 +146,17 @@ class _Run:
         self.origin, self.has_replicas = record_of(model), bool(layout_of(self.empty).bases)
         if options.train == "replicas" and not self.has_replicas:
             raise InputError("--train replicas trains nothing, since the model has no replicas: leave it out")
-        of_model = {"replicas": self.has_replicas, "fitted": bool(find_in(self.origin or {}, "fitted"))}
-        self.settings = resolve_settings(options, self.window_length, world, device, **of_model)
+        self.settings = self._settings_at()
+        if options.lr == AUTO:
+            steps_of_trial(self.settings.steps)
         self.eval_every = max(1, round(self.settings.steps / _EVALUATIONS))
         self.history: list[dict[str, float]] = []
         self.measured: dict[str, Any] = {}
+
+    def _settings_at(self, lr: float | None = None) -> Settings:
+        """Those of the whole run; at a rate in the place of auto."""
+        of_model = {"replicas": self.has_replicas, "fitted": bool(find_in(self.origin or {}, "fitted"))}
+        return resolve_settings(self.options, self.window_length, self.world, self.device, **of_model, lr=lr)
 
     @cached_property
     def held_out(self) -> HeldOut | None:
@@ -163,20 +170,21 @@ class _Run:
         """Makes sure that the run's folder holds this very run, or none."""
         if resume:
             self.folder.check(self._identity())
-        elif self.folder.steps() and not overwrite:
+        elif (self.folder.steps() or self.folder.trials()) and not overwrite:
             there = f"{self.folder.path} holds an unfinished run"
             raise InputError(f"{there}: go on with --resume, or start again with --overwrite")
         elif self.folder.exists():
             self.folder.identity()
 
-    @cached_property
+    @property
     def resolved(self) -> dict[str, Any]:
-        """The options, with what their defaults stand for."""
+        """The options, with what their defaults stand for, and the rate that was found."""
         settings = self.settings
         return asdict(self.options) | {
             "window_length": self.window_length,
             "batch_tokens": settings.batch_tokens,
             "lora_rank": self.lora_rank or None,
+            "lr": settings.lr,
             "replica_lr": settings.lr * settings.replica_share if self.has_replicas else None,
             "precision": next(name for name, dtype in PRECISIONS.items() if dtype is settings.dtype),
         }
@@ -184,6 +192,8 @@ class _Run:
     def _identity(self) -> dict[str, Any]:
         """All that the result depends on: what must be the same when a run is resumed."""
         asked = self.resolved
+        if self.options.lr == AUTO:  # the rate is not found yet
+            asked |= {name: getattr(self.options, name) for name in ("lr", "replica_lr")}
         found = {"model": model_fingerprint(self.model), "steps": self.settings.steps}
         found |= {name: value for name, value in asked.items() if name not in _MAY_DIFFER}
         found |= {name: text_fingerprint(asked[name]) for name in ("data", "perplexity") if asked[name]}
@@ -196,12 +206,13 @@ class _Run:
             enough = {"tokens": settings.steps * settings.batch_tokens, "epochs": options.epochs}
             self.world.lead(lambda: check_enough(options.data, self.tokenizer, **enough))
         training = self._prepare()
-        given = {"window_length": self.window_length, "seed": options.seed, "epochs": options.epochs}
-        stream = MixedStream(options.data, self.tokenizer, **given)
+        if not resume:
+            self.folder.start(self._identity())
+        if options.lr == AUTO:
+            self._find_rate(training)
+        stream = self._stream()
         if resume and self.folder.steps():
             stream.load_state_dict(self._restore(training, self.folder.steps()[-1]))
-        else:
-            self.folder.start(self._identity())
         if held_out is not None and "before" not in self.measured:
             self.measured["before"] = held_out.of_training(training)
         report_to = options.report_to if self.world.leads else None
@@ -214,6 +225,27 @@ class _Run:
         self.measured |= {"trained_parameters": training.trained_parameters, "peak_bytes": peak_bytes(self.device)}
         self.measured["micro_batch"] = training.settings.micro_batch
         return training.trained_tensors()
+
+    def _stream(self) -> MixedStream:
+        options = self.options
+        given = {"window_length": self.window_length, "seed": options.seed, "epochs": options.epochs}
+        return MixedStream(options.data, self.tokenizer, **given)
+
+    def _find_rate(self, training: Training) -> None:
+        """Tries rates, those that a run before this one has tried left out, and takes the best."""
+
+        def read(batches: int) -> Any:
+            return iterate(self._stream(), self.settings.batch_windows, batches)
+
+        with _interruptions() as interrupted:
+            sweep = Sweep(training, self._settings_at, read, self.folder, interrupted)
+            trials = sweep.find(self.track, self.note or (lambda _: None))
+        self.settings = self._settings_at(training.settings.lr)
+        steps = [len(trial["losses"]) for trial in trials]
+        self.measured["trials"] = [
+            {"lr": trial["lr"], "loss": trial["loss"], "steps": taken}
+            for trial, taken in zip(trials, steps, strict=True)
+        ]
 
     def _prepare(self) -> Training:
         model = load_model(self.model, device="cpu")

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from flexigpt.model import layout_of
 from flexigpt.recovery.draft import Draft
 from flexigpt.recovery.head import Head
-from flexigpt.recovery.options import RecoverOptions
+from flexigpt.recovery.options import DEFAULT_RATE, RecoverOptions
 from flexigpt.recovery.teacher import Teacher
 from flexigpt.recovery.trainable import REPLICA_PARAMETERS, USES_LORA, trained_parameters
 from flexigpt.runtime import InputError, World, parse_tokens, processes
@@ -84,13 +84,23 @@ class Settings:
 
 
 def resolve_settings(
-    options: RecoverOptions, window_length: int, world: World, device: torch.device, *, replicas: bool, fitted: bool
+    options: RecoverOptions,
+    window_length: int,
+    world: World,
+    device: torch.device,
+    *,
+    replicas: bool,
+    fitted: bool,
+    lr: float | None = None,
 ) -> Settings:
     """What the options make of one step of training, of a model with replicas or without, `fitted` to text or not.
+
+    `lr` is the rate to try in the place of `auto`.
 
     Raises:
         InputError: tokens that are fewer than a step, or a step that windows and processes do not divide.
     """
+    lr = lr or (DEFAULT_RATE if isinstance(options.lr, str) else options.lr)
     batch_tokens = options.batch_tokens or _PAPER_BATCH * window_length
     batch_windows, rest = divmod(batch_tokens, window_length)
     if rest or batch_windows % world.size:
@@ -103,15 +113,15 @@ def resolve_settings(
         less = f"is less than one step of {batch_tokens:,} tokens: give more, or fewer --batch-tokens"
         raise InputError(f"--tokens {options.tokens} {less}")
     alone = options.train == "replicas"  # then --lr is theirs, and nothing of a draft is trained
-    replica_lr = options.lr * _FITTED_SHARE if fitted and options.train in USES_LORA else options.lr
-    replica_lr = options.lr if alone else options.replica_lr or replica_lr
+    replica_lr = lr * _FITTED_SHARE if fitted and options.train in USES_LORA else lr
+    replica_lr = lr if alone else options.replica_lr or replica_lr
     return Settings(
         steps=steps,
         batch_windows=batch_windows,
         micro_batch=_part_of(batch_windows // world.size, _PASS_TOKENS.get(device.type, 1024) // window_length),
         window_length=window_length,
-        lr=options.lr,
-        replica_share=replica_lr / options.lr,
+        lr=lr,
+        replica_share=replica_lr / lr,
         warmup_steps=round(options.warmup * steps),
         dtype=PRECISIONS[options.precision or ("bf16" if device.type == "cuda" else "fp32")],
         fsdp=options.fsdp,
@@ -161,14 +171,25 @@ class Training:
                 processes.shard(sharded, layout_of(sharded).groups, device, world, settings.dtype)
         self.wrapped: nn.Module = model if settings.fsdp else processes.replicate(model, world)
         model.train()
-        trained = trained_parameters(model)
-        groups = []
+        self._begin()
+
+    def _begin(self) -> None:
+        """An optimizer that has seen nothing yet."""
+        settings, trained, groups = self.settings, trained_parameters(self.model), []
         for own, share in ((True, settings.replica_share), (False, 1.0)):
             parameters = [p for name, p in trained.items() if name.endswith(REPLICA_PARAMETERS) is own]
             groups += [{"params": parameters, "share": share}] if parameters else []
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=0.0)
         fp16 = settings.dtype is torch.float16
         self._scale = {"loss_scale": _FIRST_LOSS_SCALE if fp16 else 1.0, "since": 0, "skipped": 0}
+
+    @torch.no_grad()
+    def begin_again(self, beginning: Mapping[str, torch.Tensor], settings: Settings) -> None:
+        """Goes back to the beginning, a copy of what is trained, by name; as many windows as before go through."""
+        for name, parameter in trained_parameters(self.model).items():
+            parameter.copy_(beginning[name])
+        self.settings = replace(settings, micro_batch=self.settings.micro_batch)
+        self._begin()
 
     def fit_memory(self) -> None:
         """Lets fewer windows through at a time where a GPU's memory holds no more, by what one of them takes.
@@ -229,26 +250,56 @@ class Training:
         settings, world = self.settings, self.world
         # Dropout must not depend on what ran before, or a resumed run would differ.
         torch.manual_seed(hash((settings.seed, number, world.rank)) % 2**63)
-        share = windows.tensor_split(world.size)[world.rank].to(self.device)
-        parts = share.split(settings.micro_batch)
-        scale = self._scale["loss_scale"] / (share.shape[0] * settings.window_length)
+        parts = self._parts(windows)
+        scale = self._scale["loss_scale"] * world.size / settings.batch_tokens
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for index, part in enumerate(parts):
             with processes.reduced(self.wrapped, last=index == len(parts) - 1):
                 sums += self._backward(part, scale)
-        entropy, divergence, draft = (world.sum(sums) / settings.batch_tokens).tolist()
+        values = self._means(sums, f"step {number + 1}")
+        lr = settings.lr_at(number)
+        norm = self._update(number, lr)
+        return values | {"lr": lr} | ({"gradient_norm": norm} if math.isfinite(norm) else {})
+
+    @torch.no_grad()
+    def loss_on(self, windows: torch.Tensor) -> float:
+        """The loss of a step on these windows, which is not taken; every process must call it.
+
+        Raises:
+            NotFiniteError: it is not finite.
+        """
+        self.model.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for part in self._parts(windows):
+            sums += self._forward(part, 1.0)[1]
+        self.model.train()
+        return self._means(sums, "windows held out of it")["loss"]
+
+    def _parts(self, windows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """This process's share of a step's windows, as many at a time as go through."""
+        share = windows.tensor_split(self.world.size)[self.world.rank].to(self.device)
+        return share.split(self.settings.micro_batch)
+
+    def _means(self, sums: torch.Tensor, where: str) -> dict[str, float]:
+        """A token's loss and its parts, of what this process has summed."""
+        settings = self.settings
+        entropy, divergence, draft = (self.world.sum(sums) / settings.batch_tokens).tolist()
         mean = (1 - settings.distill_weight) * entropy + settings.distill_weight * divergence
         mean += settings.draft_weight * draft
         if not math.isfinite(mean):
-            raise NotFiniteError(f"the loss of step {number + 1} is not finite")
-        lr = settings.lr_at(number)
-        norm = self._update(number, lr)
-        values = {"loss": mean, "cross_entropy": entropy, "divergence": divergence, "lr": lr}
-        values |= {} if self.draft is None else {"draft_divergence": draft}
-        return values | ({"gradient_norm": norm} if math.isfinite(norm) else {})
+            raise NotFiniteError(f"the loss of {where} is not finite")
+        values = {"loss": mean, "cross_entropy": entropy, "divergence": divergence}
+        return values | ({} if self.draft is None else {"draft_divergence": draft})
 
     def _backward(self, part: torch.Tensor, scale: float) -> torch.Tensor:
         """Adds to the gradients; (3,) sums over the tokens: cross-entropy, divergence, the draft's divergence."""
+        loss, sums = self._forward(part, scale)
+        # One backward pass for model and draft: what they share is run through once, and DDP sees each gradient once.
+        loss.backward()
+        return sums
+
+    def _forward(self, part: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss to call `backward` on, and its sums."""
         ids = part[:, :-1]
         with contextlib.ExitStack() as around:
             around.enter_context(self.computing())
@@ -261,10 +312,7 @@ class Training:
             def run(forward: Callable[..., Any]) -> tuple[torch.Tensor, torch.Tensor]:
                 return self._loss(forward, ids, part[:, 1:].flatten(), scale, taught)
 
-            loss, sums = self.head.instead(self.wrapped, ids, run)
-        # One backward pass for model and draft: what they share is run through once, and DDP sees each gradient once.
-        loss.backward()
-        return sums
+            return self.head.instead(self.wrapped, ids, run)
 
     def _loss(
         self,

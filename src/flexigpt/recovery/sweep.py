@@ -1,0 +1,148 @@
+"""A learning rate found by trying: a short run at each of a few, from the same start and on the same text.
+
+Each run's rate falls to zero within it, or the larger rates would look worse than they are; what is compared is the
+training's own loss on windows that none of the runs has read.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from flexigpt.recovery.checkpoints import RunFolder
+from flexigpt.recovery.options import DEFAULT_RATE
+from flexigpt.recovery.trainable import trained_parameters
+from flexigpt.recovery.training import NotFiniteError, Settings, Training
+from flexigpt.runtime import InputError, Track
+
+# Rates that are tried at most; of the run's steps, the share that each gets, and the fewest that it needs.
+TRIALS, _SHARE, _LEAST_STEPS = 4, 0.05, 5
+
+# Windows to compare on, at least; how much worse than the best so far, on the same batch, a run is given up.
+_JUDGING_WINDOWS, _WORSE = 16, 1.05
+
+# {"lr", "loss" on the windows to compare on (None: given up), "losses" of the steps}
+Trial = dict[str, Any]
+
+Batches = Iterator[tuple[torch.Tensor, Any]]
+
+
+def steps_of_trial(steps: int) -> int:
+    """Steps that each rate is tried for, of a run of so many.
+
+    Raises:
+        InputError: a run so short that trying might take longer.
+    """
+    each = max(_LEAST_STEPS, round(_SHARE * steps))
+    if TRIALS * each > steps:
+        raise InputError(
+            f"--lr auto tries up to {TRIALS} rates for {each} steps each, more than the run's {steps}: give --lr X, "
+            "more --tokens, or fewer --batch-tokens"
+        )
+    return each
+
+
+def best_of(trials: list[Trial]) -> Trial | None:
+    """The one with the least loss, of several the one with the smaller rate; None: all were given up."""
+    finished = [trial for trial in trials if trial["loss"] is not None]
+    return min(finished, key=lambda trial: (trial["loss"], trial["lr"]), default=None)
+
+
+def next_rate(trials: list[Trial]) -> float | None:
+    """The rate to try after these: half or twice the best one, until both are worse; None: it is found.
+
+    Raises:
+        InputError: every rate was given up.
+    """
+    if not trials:
+        return DEFAULT_RATE
+    tried, best = [trial["lr"] for trial in trials], best_of(trials)
+    if best is None and len(trials) == TRIALS:
+        rates = ", ".join(f"{rate:g}" for rate in sorted(tried))
+        raise InputError(f"--lr auto found no rate: the loss is not finite at {rates}; check the model, or give --lr X")
+    around = (min(tried) / 2,) if best is None else (best["lr"] / 2, best["lr"] * 2)
+    return next((rate for rate in around if rate not in tried and len(trials) < TRIALS), None)
+
+
+class Sweep:
+    """Tries rates until one is found.
+
+    Args:
+        training: not a step done yet.
+        settings_at: rate -> the settings of the whole run at that rate.
+        read: (batches) -> so many from the text's beginning, a generator.
+        folder: keeps each finished trial.
+        interrupted: set when the run is to stop.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        settings_at: Callable[[float], Settings],
+        read: Callable[[int], Any],
+        folder: RunFolder,
+        interrupted: threading.Event,
+    ) -> None:
+        self._training, self._settings_at, self._read = training, settings_at, read
+        self._folder, self._interrupted = folder, interrupted
+        self._steps = steps_of_trial(training.settings.steps)
+
+    def find(self, track: Track, note: Callable[[str], None]) -> list[Trial]:
+        """Every trial; afterwards the training is at its beginning, at the best rate. Every process must call it.
+
+        Raises:
+            InputError: no rate was found, or the run was interrupted; finished trials are kept.
+        """
+        training, trials = self._training, self._folder.trials()
+        steps, most = training.settings.steps, TRIALS * self._steps
+        note(f"--lr auto tries up to {TRIALS} rates, {self._steps} steps each: {most / steps:.0%} of the run at most")
+        beginning = {name: p.detach().clone() for name, p in trained_parameters(training.model).items()}
+        while (rate := next_rate(trials)) is not None:
+            warmup = round(training.settings.warmup_steps / steps * self._steps)
+            settings = replace(self._settings_at(rate), steps=self._steps, warmup_steps=warmup)
+            training.begin_again(beginning, settings)
+            trials.append(self._tried(rate, best_of(trials), track))
+            self._folder.keep_trials(trials)
+            loss = trials[-1]["loss"]
+            note(
+                f"lr {rate:g}: "
+                + (f"given up after step {len(trials[-1]['losses'])}" if loss is None else f"loss {loss:.4f}")
+            )
+        best = best_of(trials)
+        assert best is not None
+        training.begin_again(beginning, self._settings_at(best["lr"]))
+        note(f"trains with --lr {best['lr']:g}")
+        return trials
+
+    def _tried(self, rate: float, best: Trial | None, track: Track) -> Trial:
+        """What a rate gives; it is given up where it is clearly worse than the best."""
+        training, losses = self._training, list[float]()
+        judging = self._judging_batches()
+        with closing(self._read(self._steps + judging)) as batches:
+            try:
+                for step in track(range(self._steps), f"trying lr {rate:g}", self._steps):
+                    losses.append(training.step(step, next(batches)[0])["loss"])
+                    self._check_interrupted()
+                    if (
+                        best is not None
+                        and 2 * len(losses) > self._steps
+                        and losses[-1] > _WORSE * best["losses"][step]
+                    ):
+                        return {"lr": rate, "loss": None, "losses": losses}
+                loss = sum(training.loss_on(windows) for windows, _ in batches) / judging
+            except NotFiniteError:
+                return {"lr": rate, "loss": None, "losses": losses}
+        return {"lr": rate, "loss": loss, "losses": losses}
+
+    def _judging_batches(self) -> int:
+        """No more than the whole run reads, whose text is known to suffice."""
+        return min(-(-_JUDGING_WINDOWS // self._training.settings.batch_windows), (TRIALS - 1) * self._steps)
+
+    def _check_interrupted(self) -> None:
+        """Where any process is to stop, all do."""
+        told = torch.tensor([self._interrupted.is_set()], device=self._training.device).float()
+        if self._training.world.sum(told).item():
+            raise InputError("interrupted while learning rates were tried: --resume goes on from there")
