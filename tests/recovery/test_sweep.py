@@ -29,14 +29,14 @@ def trial(lr: float, loss: float | None) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("worth", "tried", "best"),
     [
-        (lambda lr: abs(lr - 4e-3), [4e-3, 2e-3, 8e-3], 4e-3),
-        (lambda lr: abs(lr - 2e-3), [4e-3, 2e-3, 1e-3], 2e-3),
-        (lambda lr: lr, [4e-3, 2e-3, 1e-3, 5e-4], 5e-4),
-        (lambda lr: -lr, [4e-3, 2e-3, 8e-3, 16e-3], 16e-3),
-        (lambda _: 1.0, [4e-3, 2e-3, 1e-3, 5e-4], 5e-4),
-        (lambda lr: None if lr > 1e-3 else lr, [4e-3, 2e-3, 1e-3, 5e-4], 5e-4),
+        (lambda lr: 1 + abs(lr - 4e-3), [4e-3, 2e-3, 8e-3], 4e-3),
+        (lambda lr: 1 + abs(lr - 2e-3), [4e-3, 2e-3, 1e-3], 2e-3),
+        (lambda lr: 1 + 10 * lr, [4e-3, 2e-3, 1e-3, 5e-4], 5e-4),
+        (lambda lr: 1 - lr, [4e-3, 2e-3, 8e-3, 16e-3], 16e-3),
+        (lambda lr: 1 + lr / 10, [4e-3, 2e-3, 8e-3], 4e-3),
+        (lambda lr: None if lr > 1e-3 else 1 + lr, [4e-3, 2e-3, 1e-3, 5e-4], 1e-3),
     ],
-    ids=["middle", "below", "low", "high", "all alike", "given up"],
+    ids=["middle", "below", "low", "high", "hardly apart", "given up"],
 )
 def test_the_search_goes_where_it_gets_better(
     worth: Callable[[float], float | None], tried: list[float], best: float
@@ -51,7 +51,7 @@ def test_the_search_goes_where_it_gets_better(
 
 
 def test_no_rate_is_told() -> None:
-    with pytest.raises(InputError, match="found no rate: the loss is not finite at 0.0005, 0.001, 0.002, 0.004"):
+    with pytest.raises(InputError, match=r"found no rate: the loss is not finite at 0\.0005, 0\.001, 0\.002, 0\.004"):
         next_rate([trial(lr, None) for lr in (4e-3, 2e-3, 1e-3, 5e-4)])
 
 
@@ -87,7 +87,9 @@ def test_the_run_is_the_one_at_the_rate_that_was_found(
 ) -> None:
     out, record, lines = found
     losses = {one["lr"]: one["loss"] for one in record["recovery"]["trials"]}
-    best = min(losses, key=losses.__getitem__)
+    best = 4e-3
+    for lr, loss in losses.items():
+        best = lr if loss < 0.999 * losses[best] else best
     assert record["options"]["lr"] == best
     recover(str(tiny_compact), tmp_path / "given", quick(single, lr=best))
     assert_same(out, tmp_path / "given")

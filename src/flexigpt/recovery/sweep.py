@@ -21,8 +21,9 @@ from flexigpt.runtime import InputError, Track
 # Rates that are tried at most; of the run's steps, the share that each gets, and the fewest that it needs.
 TRIALS, _SHARE, _LEAST_STEPS = 4, 0.05, 5
 
-# Windows to compare on, at least; how much worse than the best so far, on the same batch, a run is given up.
-_JUDGING_WINDOWS, _WORSE = 16, 1.05
+# Windows to compare on, at least; a gain that so short a run can tell, of the loss; and how much worse than the best
+# so far, on the same batch, a run is given up.
+_JUDGING_WINDOWS, _CLEARLY, _WORSE = 16, 1e-3, 1.05
 
 # {"lr", "loss" on the windows to compare on (None: given up), "losses" of the steps}
 Trial = dict[str, Any]
@@ -46,13 +47,16 @@ def steps_of_trial(steps: int) -> int:
 
 
 def best_of(trials: list[Trial]) -> Trial | None:
-    """The one with the least loss, of several the one with the smaller rate; None: all were given up."""
-    finished = [trial for trial in trials if trial["loss"] is not None]
-    return min(finished, key=lambda trial: (trial["loss"], trial["lr"]), default=None)
+    """The best one so far; a later one has to be clearly better. None: all were given up."""
+    best: Trial | None = None
+    for trial in trials:
+        if trial["loss"] is not None and (best is None or trial["loss"] < best["loss"] * (1 - _CLEARLY)):
+            best = trial
+    return best
 
 
 def next_rate(trials: list[Trial]) -> float | None:
-    """The rate to try after these: half or twice the best one, until both are worse; None: it is found.
+    """The rate to try after these: half or twice the best one, until neither is better; None: it is found.
 
     Raises:
         InputError: every rate was given up.
