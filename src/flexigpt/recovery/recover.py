@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -64,6 +64,8 @@ _MAY_DIFFER = {"tokens", "epochs", "activation_checkpointing", "fsdp", "report_t
 
 # A checkpoint holds each trained parameter and AdamW's two averages in float32; there are two, and one being written.
 _BYTES_PER_TRAINED, _CHECKPOINTS = 12, 3
+
+Batches = Generator[tuple[torch.Tensor, dict[str, Any]], None, None]
 
 # (what a step gave, steps of the run) or, for trackers, (the same, steps done)
 Log = Callable[[dict[str, float], int], None]
@@ -231,21 +233,19 @@ class _Run:
         given = {"window_length": self.window_length, "seed": options.seed, "epochs": options.epochs}
         return MixedStream(options.data, self.tokenizer, **given)
 
+    def _batches(self, count: int) -> Batches:
+        """So many from the beginning of the text."""
+        return iterate(self._stream(), self.settings.batch_windows, count)
+
     def _find_rate(self, training: Training) -> None:
         """Tries rates, those that a run before this one has tried left out, and takes the best."""
 
-        def read(batches: int) -> Any:
-            return iterate(self._stream(), self.settings.batch_windows, batches)
-
         with _interruptions() as interrupted:
-            sweep = Sweep(training, self._settings_at, read, self.folder, interrupted)
+            sweep = Sweep(training, self._settings_at, self._batches, self.folder, interrupted)
             trials = sweep.find(self.track, self.note or (lambda _: None))
         self.settings = self._settings_at(training.settings.lr)
-        steps = [len(trial["losses"]) for trial in trials]
-        self.measured["trials"] = [
-            {"lr": trial["lr"], "loss": trial["loss"], "steps": taken}
-            for trial, taken in zip(trials, steps, strict=True)
-        ]
+        told = [trial | {"steps": len(trial["losses"])} for trial in trials]
+        self.measured["trials"] = [{name: one[name] for name in ("lr", "loss", "steps")} for one in told]
 
     def _prepare(self) -> Training:
         model = load_model(self.model, device="cpu")

@@ -5,8 +5,8 @@ training's own loss on windows that none of the runs has read.
 """
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Generator
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 
 from flexigpt.recovery.checkpoints import RunFolder
 from flexigpt.recovery.options import DEFAULT_RATE
-from flexigpt.recovery.trainable import trained_parameters
 from flexigpt.recovery.training import NotFiniteError, Settings, Training
 from flexigpt.runtime import InputError, Track
 
@@ -27,8 +26,6 @@ _JUDGING_WINDOWS, _CLEARLY, _WORSE = 16, 1e-3, 1.05
 
 # {"lr", "loss" on the windows to compare on (None: given up), "losses" of the steps}
 Trial = dict[str, Any]
-
-Batches = Iterator[tuple[torch.Tensor, Any]]
 
 
 def steps_of_trial(steps: int) -> int:
@@ -77,7 +74,7 @@ class Sweep:
     Args:
         training: not a step done yet.
         settings_at: rate -> the settings of the whole run at that rate.
-        read: (batches) -> so many from the text's beginning, a generator.
+        read: number -> so many batches from the text's beginning, as `iterate` gives them.
         folder: keeps each finished trial.
         interrupted: set when the run is to stop.
     """
@@ -86,7 +83,7 @@ class Sweep:
         self,
         training: Training,
         settings_at: Callable[[float], Settings],
-        read: Callable[[int], Any],
+        read: Callable[[int], Generator[tuple[torch.Tensor, Any], None, None]],
         folder: RunFolder,
         interrupted: threading.Event,
     ) -> None:
@@ -103,18 +100,16 @@ class Sweep:
         training, trials = self._training, self._folder.trials()
         steps, most = training.settings.steps, TRIALS * self._steps
         note(f"--lr auto tries up to {TRIALS} rates, {self._steps} steps each: {most / steps:.0%} of the run at most")
-        beginning = {name: p.detach().clone() for name, p in trained_parameters(training.model).items()}
+        beginning = training.copied()
         while (rate := next_rate(trials)) is not None:
-            warmup = round(training.settings.warmup_steps / steps * self._steps)
-            settings = replace(self._settings_at(rate), steps=self._steps, warmup_steps=warmup)
-            training.begin_again(beginning, settings)
-            trials.append(self._tried(rate, best_of(trials), track))
+            whole = self._settings_at(rate)
+            warmup = round(whole.warmup_steps * self._steps / whole.steps)
+            training.begin_again(beginning, replace(whole, steps=self._steps, warmup_steps=warmup))
+            trial = self._tried(rate, best_of(trials), track)
+            trials.append(trial)
             self._folder.keep_trials(trials)
-            loss = trials[-1]["loss"]
-            note(
-                f"lr {rate:g}: "
-                + (f"given up after step {len(trials[-1]['losses'])}" if loss is None else f"loss {loss:.4f}")
-            )
+            loss, taken = trial["loss"], len(trial["losses"])
+            note(f"lr {rate:g}: " + (f"given up after step {taken}" if loss is None else f"loss {loss:.4f}"))
         best = best_of(trials)
         assert best is not None
         training.begin_again(beginning, self._settings_at(best["lr"]))
@@ -123,22 +118,17 @@ class Sweep:
 
     def _tried(self, rate: float, best: Trial | None, track: Track) -> Trial:
         """What a rate gives; it is given up where it is clearly worse than the best."""
-        training, losses = self._training, list[float]()
-        judging = self._judging_batches()
-        with closing(self._read(self._steps + judging)) as batches:
-            try:
-                for step in track(range(self._steps), f"trying lr {rate:g}", self._steps):
-                    losses.append(training.step(step, next(batches)[0])["loss"])
-                    self._check_interrupted()
-                    if (
-                        best is not None
-                        and 2 * len(losses) > self._steps
-                        and losses[-1] > _WORSE * best["losses"][step]
-                    ):
-                        return {"lr": rate, "loss": None, "losses": losses}
+        training, judging = self._training, self._judging_batches()
+        loss, losses = None, list[float]()
+        with closing(self._read(self._steps + judging)) as batches, suppress(NotFiniteError):
+            for step in track(range(self._steps), f"trying lr {rate:g}", self._steps):
+                losses.append(training.step(step, next(batches)[0])["loss"])
+                self._check_interrupted()
+                halfway = 2 * len(losses) > self._steps
+                if best is not None and halfway and losses[-1] > _WORSE * best["losses"][step]:
+                    break
+            else:
                 loss = sum(training.loss_on(windows) for windows, _ in batches) / judging
-            except NotFiniteError:
-                return {"lr": rate, "loss": None, "losses": losses}
         return {"lr": rate, "loss": loss, "losses": losses}
 
     def _judging_batches(self) -> int:

@@ -183,11 +183,15 @@ class Training:
         fp16 = settings.dtype is torch.float16
         self._scale = {"loss_scale": _FIRST_LOSS_SCALE if fp16 else 1.0, "since": 0, "skipped": 0}
 
-    @torch.no_grad()
+    def copied(self) -> dict[str, torch.Tensor]:
+        """What this process holds of what is trained, by name, for `begin_again`; a GPU's memory is left free."""
+        named = trained_parameters(self.model).items()
+        return {name: processes.part_of(p).to("cpu", copy=True) for name, p in named}
+
     def begin_again(self, beginning: Mapping[str, torch.Tensor], settings: Settings) -> None:
-        """Goes back to the beginning, a copy of what is trained, by name; as many windows as before go through."""
+        """Goes back to the beginning, what `copied` gave then; as many windows as before go through at a time."""
         for name, parameter in trained_parameters(self.model).items():
-            parameter.copy_(beginning[name])
+            processes.part_of(parameter).copy_(beginning[name])
         self.settings = replace(settings, micro_batch=self.settings.micro_batch)
         self._begin()
 

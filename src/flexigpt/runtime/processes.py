@@ -171,3 +171,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor in full where FSDP holds a part of it; every process must call it."""
     gather: Any = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
+
+
+def part_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor, without gradient and on the same memory: all of it, or FSDP's part."""
+    local: Any = getattr(tensor, "to_local", None)
+    return tensor.detach() if local is None else local().detach()
