@@ -60,6 +60,14 @@ def test_a_trained_models_notes_say_on_what_and_claim_no_lack_of_training() -> N
     assert measured == "perplexity per token on 900 tokens of validation.jsonl, windows of 64 without overlap"
 
 
+def test_a_rate_that_was_found_is_told() -> None:
+    trials = [{"lr": lr, "loss": 2.0, "steps": 5} for lr in (4e-3, 2e-3, 1e-3)]
+    record = recovered(options={"data": "novels.jsonl", "lr": 2e-3})
+    record["recovery"] |= {"trials": trials}
+    (trained,) = notes(record)
+    assert trained.endswith("in 67 steps, --lr 0.002 the best of 3 tried")
+
+
 def test_what_the_origins_origin_tells_is_found(tiny_source: Path, text: Path) -> None:
     """Training twice does not lose the scores by which the plan was made."""
     options = PruneOptions.paper(ratio=0.4, rank=4, calibration=str(text), window_length=64, windows=4)

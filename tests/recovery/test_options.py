@@ -39,7 +39,7 @@ BAD_INPUT = {
     "COMPACT out --perplexity nowhere.txt": "text file nowhere.txt is not there",
     "COMPACT out --perplexity short.txt": "fewer than one window of 16",
     "COMPACT out --window-length 999": "window length 999 does not fit: give 2 to 128",
-    "COMPACT out --lr 0": "--lr 0.0 is out of range: give a number above 0",
+    "COMPACT out --lr 0": "--lr 0 is out of range: give a number above 0",
     "COMPACT out --lr nan": "--lr nan is out of range",
     "COMPACT out --lr fast": "--lr fast is out of range: give a number above 0 and below 1000, or auto",
     "COMPACT out --lr auto": "tries up to 4 rates for 5 steps each, more than the run's 10: give --lr X, more --tokens",
