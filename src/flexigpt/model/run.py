@@ -1,4 +1,4 @@
-"""bfloat16 and float16 on CPUs that cannot multiply them: as hardware that can computes, at the speed of float32."""
+"""bfloat16 and float16 on CPUs that are faster in float32: as hardware computes them, at that speed."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -11,12 +11,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from flexigpt.runtime import WITHOUT_HALF
+from flexigpt.runtime import widened_rows
 
 _HALF = (torch.bfloat16, torch.float16)
-
-# Below so many rows a product is bound by reading the weight, and half of the bytes win.
-_MIN_ROWS = 4
 
 
 def fast_half(model: PreTrainedModel) -> AbstractContextManager[Any]:
@@ -25,8 +22,8 @@ def fast_half(model: PreTrainedModel) -> AbstractContextManager[Any]:
     So do the units of CPUs and GPUs that multiply bfloat16: they add up in float32. On any other machine, or for a
     float32 model, it does nothing. A weight is held in float32 for the length of one product.
     """
-    slow = model.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == WITHOUT_HALF
-    return _InFloat32() if slow and model.dtype in _HALF else nullcontext()
+    rows = widened_rows(model.dtype) if model.device.type == "cpu" else None
+    return nullcontext() if rows is None else _InFloat32(rows)
 
 
 class _InFloat32(TorchFunctionMode):
@@ -43,6 +40,10 @@ class _InFloat32(TorchFunctionMode):
         )
     )
 
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self._rows = rows
+
     def __torch_function__(
         self,
         function: Callable[..., Any],
@@ -51,7 +52,7 @@ class _InFloat32(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if function not in self._PRODUCTS or args[0].dtype not in _HALF or _rows(function, args) < _MIN_ROWS:
+        if function not in self._PRODUCTS or args[0].dtype not in _HALF or _rows(function, args) < self._rows:
             return function(*args, **kwargs)
         widened = {name: _widened(value) for name, value in kwargs.items()}
         return function(*map(_widened, args), **widened).to(args[0].dtype)
