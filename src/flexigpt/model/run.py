@@ -15,6 +15,9 @@ from flexigpt.runtime import widened_rows
 
 _HALF = (torch.bfloat16, torch.float16)
 
+# A quantised weight is of another type, and decodes itself.
+_PLAIN = (torch.Tensor, nn.Parameter)
+
 
 def fast_half(model: PreTrainedModel) -> AbstractContextManager[Any]:
     """Within it a half-precision model on such a CPU multiplies in float32 and rounds each product once.
@@ -54,8 +57,28 @@ class _InFloat32(TorchFunctionMode):
         kwargs = kwargs or {}
         if function not in self._PRODUCTS or args[0].dtype not in _HALF or _rows(function, args) < self._rows:
             return function(*args, **kwargs)
+        if function is F.linear and torch.is_grad_enabled() and len(args) == 3 and _is_fixed(args[1:]):
+            return _Linear.apply(*args)
         widened = {name: _widened(value) for name, value in kwargs.items()}
         return function(*map(_widened, args), **widened).to(args[0].dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """A fixed weight's product, for whose gradient the weight is kept as it is: in float32 it is twice as large."""
+
+    @staticmethod
+    def forward(context: Any, given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        context.save_for_backward(weight)
+        return F.linear(given.float(), weight.float(), None if bias is None else bias.float()).to(given.dtype)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (weight,) = context.saved_tensors
+        return (gradients[0].float() @ weight.float()).to(gradients[0].dtype), None, None
+
+
+def _is_fixed(parameters: tuple[Any, ...]) -> bool:
+    return all(one is None or (type(one) in _PLAIN and not one.requires_grad) for one in parameters)
 
 
 def _rows(function: Callable[..., Any], args: tuple[Any, ...]) -> int:
@@ -67,8 +90,7 @@ def _rows(function: Callable[..., Any], args: tuple[Any, ...]) -> int:
 
 
 def _widened(value: Any) -> Any:
-    plain = type(value) in (torch.Tensor, nn.Parameter)  # a quantised weight decodes itself
-    return value.float() if plain and value.dtype in _HALF else value
+    return value.float() if type(value) in _PLAIN and value.dtype in _HALF else value
 
 
 @contextlib.contextmanager
