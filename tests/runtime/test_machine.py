@@ -13,7 +13,7 @@ INTEL, AMD = {"cpu_name": "Intel Xeon"}, {"cpu_name": "AMD EPYC"}
     [
         ("AVX2", INTEL | {"avx512_bf16": True}, 4, 4),
         ("AVX512", INTEL, 4, 4),
-        ("AVX512", INTEL | {"avx512_bf16": True, "avx512_fp16": True}, 512, None),
+        ("AVX512", INTEL | {"avx512_bf16": True, "avx512_fp16": True}, 256, None),
         ("AVX512", INTEL | {"avx512_bf16": True, "amx_bf16": True, "amx_fp16": True}, None, None),
         ("AVX512", AMD | {"avx512_bf16": True}, None, 4),
     ],
