@@ -112,6 +112,7 @@ def make_layers(devices: Devices) -> SimpleNamespace:
         def __init__(self, input_size: int, output_size: int, bias: bool = True, *, prefix: str = "") -> None:
             super().__init__()
             self.tp_size, self.tp_rank, self.output_size = devices.size, devices.rank, output_size
+            self.reduce_results = True
             self.input_size_per_partition = input_size // devices.size
             shape = (output_size, self.input_size_per_partition)
             self.weight = nn.Parameter(torch.full(shape, torch.nan), requires_grad=False)
@@ -246,6 +247,7 @@ def install(monkeypatch: pytest.MonkeyPatch, size: int = 1) -> Devices:
         "vllm": {},
         "vllm.config": {"VllmConfig": object},
         "vllm.distributed": {
+            "get_tensor_model_parallel_rank": lambda: devices.rank,
             "get_tensor_model_parallel_world_size": lambda: size,
             "tensor_model_parallel_all_reduce": devices.sum,
         },
@@ -261,6 +263,6 @@ def install(monkeypatch: pytest.MonkeyPatch, size: int = 1) -> Devices:
         made = ModuleType(name)
         vars(made).update(content)
         monkeypatch.setitem(sys.modules, name, made)
-    for name in ("flexigpt.serving.vllm_layers", "flexigpt.serving.vllm_model"):
+    for name in ("flexigpt.serving.vllm_model",):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return devices
