@@ -10,6 +10,7 @@ from sglang.srt.layers.utils import PPMissingLayer
 from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.runtime_context import get_parallel
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flexigpt.serving.build import Server, build
 from flexigpt.serving.parts import Devices
@@ -40,7 +41,9 @@ class FlexiGPTForCausalLM(nn.Module):
         devices = Devices(here.tp_rank, here.tp_size, tensor_model_parallel_all_reduce)
 
         def make() -> nn.Module:
-            source, _ = ModelRegistry.resolve_model_cls(config.text_config.architectures)
+            source, _ = ModelRegistry.resolve_model_cls(
+                MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.text_config.model_type]
+            )
             return source(config=config.text_config)
 
         self.language_model = build(_SGLANG, config, quant_config is not None, devices, make)
