@@ -18,7 +18,6 @@ from test_plugins import compact
 
 from families import token_ids
 
-os.environ["SGLANG_USE_CPU_ENGINE"] = "1"  # what SGLang is for is settled when it is imported
 pytest.importorskip("sglang.srt.models.llama", exc_type=ImportError)
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -61,6 +60,7 @@ def test_with_sglangs_layers_it_computes_what_transformers_does(
     family: str, output_norm: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: Any
 ) -> None:
     from sglang.srt.layers.radix_attention import RadixAttention  # noqa: PLC0415
+    from sglang.srt.layers.rotary_embedding import base as rotary  # noqa: PLC0415
     from sglang.srt.model_executor.forward_batch_info import ForwardMode  # noqa: PLC0415
 
     model = compact(family, output_norm)
@@ -69,6 +69,7 @@ def test_with_sglangs_layers_it_computes_what_transformers_does(
     with torch.no_grad():
         expected = model.base_model(ids[None]).last_hidden_state[0]
     monkeypatch.setattr(RadixAttention, "forward", plain_attention)
+    monkeypatch.setattr(rotary, "_is_cpu", True)  # else it asks for kernels of vLLM's
     # Not all of SGLang's models are loaded to find one.
     theirs = importlib.import_module(f"sglang.srt.models.{FAMILIES[family]}").EntryClass
     theirs = theirs[0] if isinstance(theirs, list) else theirs
@@ -84,3 +85,13 @@ def test_with_sglangs_layers_it_computes_what_transformers_does(
     with torch.no_grad():
         found = made.model(ids, torch.arange(len(ids)), batch)
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("registry")
+def test_sglang_reads_it_as_a_text_model(tmp_path: Path) -> None:
+    from sglang.srt.configs.model_config import ModelConfig  # noqa: PLC0415
+
+    compact("llama-gqa", output_norm=False).save_pretrained(tmp_path)
+    asked = '{"language_model_only": true}'
+    read = ModelConfig(str(tmp_path), trust_remote_code=True, model_override_args=asked)
+    assert (read.is_generation, read.is_multimodal, read.num_hidden_layers) == (True, False, 6)
