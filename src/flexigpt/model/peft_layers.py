@@ -83,7 +83,8 @@ class SharedIa3Linear(Ia3Linear):
 
 def teach() -> None:
     """Lets PEFT find its way: from now on LoRA and (IA)3 know the modules of compact models, and others say no."""
-    BaseTuner.inject_adapter = _saying(BaseTuner.inject_adapter)
+    any_tuner: Any = BaseTuner
+    any_tuner.inject_adapter = _saying(any_tuner.inject_adapter)
     tuners: tuple[Any, ...] = (LoraModel, IA3Model)
     for tuner in tuners:
         tuner._create_and_replace = _finding(tuner._create_and_replace)
