@@ -169,7 +169,6 @@ def test_what_would_change_the_bases_weight_is_refused(setting: dict[str, Any]) 
         lora(compact("llama-biases-tied"), **setting)
 
 
-# What is trained from scratch has numbers that 20 tokens of random text would not change.
 OTHERS = {
     "adalora": lambda: AdaLoraConfig(init_r=4, target_r=2, total_step=100, tinit=10, tfinal=10),
     "dora": lambda: LoraConfig(r=2, use_dora=True),
