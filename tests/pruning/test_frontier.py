@@ -31,10 +31,14 @@ def short(texts: dict[str, Any], text: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_each_size_is_what_prune_and_plain_removal_give(example: Path, short: dict[str, Any]) -> None:
     """At the same stored parameters; the larger, the better."""
-    seen: list[dict[str, Any]] = []
-    record = frontier(str(example), FrontierOptions(sizes=3, **short), note=seen.append)
+    seen: list[tuple[float, int]] = []
+
+    def note(measured: dict[str, Any]) -> None:
+        seen.append((measured["source"]["perplexity"], len(measured["points"])))
+
+    record = frontier(str(example), FrontierOptions(sizes=3, **short), note=note)
     points = record["points"]
-    assert seen == points
+    assert seen == [(record["source"]["perplexity"], number) for number in range(4)]
     assert [point["removed"]["blocks"] for point in points] == [1, 4, 7]
     total = record["source"]["parameters"]
     for point in points:
@@ -56,8 +60,9 @@ class Killed(BaseException):
 def test_a_killed_run_finds_its_points_again(example: Path, short: dict[str, Any]) -> None:
     options, stages = FrontierOptions(sizes=3, **short), []
 
-    def killing(point: dict[str, Any]) -> None:
-        raise Killed
+    def killing(measured: dict[str, Any]) -> None:
+        if measured["points"]:
+            raise Killed
 
     def track(items: Iterable[T], stage: str, total: int) -> Iterator[T]:
         stages.append(stage)

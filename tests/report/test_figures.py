@@ -224,7 +224,7 @@ def test_the_frontier_is_a_line_for_each_series_with_the_chosen_size_marked(tmp_
     }
     read = read_recorded(write(tmp_path / "ladder", ladder, None))
     assert "source" in shared_figures([read])["frontier"].alt
-    assert verdict(read).startswith("Down to 90% of the bytes, perplexity 10.0 \u2192 11.0")
+    assert verdict(read).startswith("The knee is at 90% of the bytes, perplexity 10.0 \u2192 11.0")
 
 
 def test_recovery_is_drawn_step_by_step_with_what_was_held_out(tmp_path: Path) -> None:

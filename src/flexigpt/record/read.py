@@ -17,7 +17,7 @@ from typing_extensions import TypedDict  # pydantic wants it from there before P
 from flexigpt.evaluation import METRICS, Evaluation
 from flexigpt.model import FlexiGPTConfig, Plan, plan_of
 from flexigpt.record.record import EVALUATION, FORMAT, RECORD, Record, find_in
-from flexigpt.record.tables import shown_name
+from flexigpt.record.tables import frontier_series, shown_name
 from flexigpt.runtime import InputError
 from flexigpt.weights import find_file, read_config
 
@@ -54,7 +54,8 @@ _Removed = TypedDict("_Removed", {"blocks": list[_Block], "num_blocks": _Block, 
 _Costs = TypedDict("_Costs", {"attention": list[float], "mlp": list[float]})
 _Text = TypedDict("_Text", {"text": str})
 _Worth = TypedDict("_Worth", {"bytes": _Stored, "perplexity": float})
-_Rung = TypedDict("_Rung", {"bytes": _Stored, "perplexity": float, "removed": _Worth})
+_Both = TypedDict("_Both", {"bytes": _Stored, "perplexity": float, "int8": NotRequired[_Worth]})
+_Rung = TypedDict("_Rung", {"bytes": _Stored, "perplexity": float, "removed": _Both, "int8": NotRequired[_Worth]})
 _Parameters = TypedDict("_Parameters", {"parameters": _Count})
 
 
@@ -238,17 +239,8 @@ class Recorded:
 
     @property
     def frontier(self) -> list[dict[str, Any]]:
-        """Of a ladder of sizes: `series` (what was done to the model), `bytes`, `perplexity`, `chosen` of the knee."""
-        record, points = self.record, self.record.get("points") or ()
-        rows = [
-            row
-            for number, one in enumerate(points)
-            for row in (
-                {"series": "flexigpt prune", "chosen": number == record.get("knee")} | one,
-                {"series": "plain removal"} | one["removed"],
-            )
-        ]
-        return [*rows, {"series": "source"} | record["source"]] if rows else []
+        """What `frontier_series` gives of a ladder of sizes; empty of anything else."""
+        return frontier_series(self.record) if self.record.get("points") else []
 
     def _states(self) -> Iterator[tuple[Record, str, str]]:
         """(record, name in it, name to show) of each state that was compared, from the source to this model."""
@@ -399,7 +391,7 @@ def _completed(found: Record, where: str) -> Record:
             measured = record["perplexity"]
             measured[name] = _checked(_Perplexity, measured.get(name), f"{where}: perplexity.{name}")
     if record.get("points"):
-        _checked(_Worth, record.get("source"), f"{where}: source")
+        _checked(_Both, record.get("source"), f"{where}: source")
     for key, named_by in (("distances", "base_distance"), ("scores", "block_score")):
         if record.get(key) and named_by not in record:
             raise _damaged(f"{where} has {key} but no {named_by}")

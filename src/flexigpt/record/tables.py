@@ -181,24 +181,56 @@ def result_rows(config: PreTrainedConfig, record: Record) -> list[Rows]:
     return [cost_rows(record)] if rows is None else [rows, cost_rows(record)]
 
 
+def frontier_series(record: Record) -> list[dict[str, Any]]:
+    """Of a ladder of sizes, or of as much of it as is measured: `series` (what was done to the model), `bytes`,
+    `perplexity`, `chosen` of the knee; those in 8 bits, where they were measured, after the others."""
+    rows = []
+    for number, one in enumerate(record["points"]):
+        rows.append({"series": "flexigpt prune", "chosen": number == record.get("knee")} | one)
+        rows.append({"series": "plain removal"} | one["removed"])
+    rows.append({"series": "source"} | record["source"])
+    return rows + [{"series": f"{row['series']}, 8 bits"} | row["int8"] for row in rows if row.get("int8")]
+
+
+def beaten_by_8_bits(record: Record) -> list[dict[str, Any]]:
+    """The sizes of a ladder that are worse than the source in 8 bits, which is as small or smaller."""
+    eight = record["source"].get("int8")
+    if not eight:
+        return []
+    larger = [one for one in record["points"] if one["bytes"] >= eight["bytes"]]
+    return [one for one in larger if one["perplexity"] > eight["perplexity"]]
+
+
 def frontier_rows(record: Record) -> Rows:
-    """Sizes from the largest to the smallest: perplexity of what `prune` makes, and of plain removal."""
+    """Sizes from the largest to the smallest: perplexity of what `prune` makes, and of plain removal; in 8 bits too."""
     source, points = record["source"], record["points"]
     low = math.log(source["perplexity"])
     high = max(math.log(point["perplexity"]) for point in points)
     rows = [["100.0%", f"{source['parameters']:,}", megabytes(source["bytes"]), f"{source['perplexity']:.2f}", "", ""]]
+    headings = ["size", "parameters", "MB", "perplexity", "plain removal", "loss"]
     for point in points:
         filled = round(_BAR * (math.log(point["perplexity"]) - low) / (high - low)) if high > low else 0
         sizes = [f"{point['share']:.1%}", f"{point['parameters']:,}", megabytes(point["bytes"])]
         plain = f"{point['removed']['perplexity']:.2f}"
         rows.append([*sizes, f"{point['perplexity']:.2f}", plain, "#" * filled])
+    if source.get("int8"):
+        headings += ["8-bit MB", "perplexity", "plain removal"]
+        for row, its in zip(rows, (source, *points), strict=True):
+            row += [megabytes(its["int8"]["bytes"]), f"{its['int8']['perplexity']:.2f}"]
+            row.append(f"{its['removed']['int8']['perplexity']:.2f}" if "removed" in its else "")
     knee = points[record["knee"]]
     notes = [
         f"perplexity on {shown_name(record['text'])}, untrained; bars: its logarithm above the source's",
         f"the knee is at {knee['share']:.0%}: below it the perplexity rises faster than before",
     ]
-    headings = ["size", "parameters", "MB", "perplexity", "plain removal", "loss"]
-    return Rows(headings, rows, align="rrrrrl", notes=notes)
+    beaten = beaten_by_8_bits(record)
+    if beaten:
+        eight = f"{megabytes(source['int8']['bytes'])} MB, at perplexity {source['int8']['perplexity']:.2f}"
+        notes.append(
+            f"in 8 bits the source itself takes {eight}: smaller and better than what prune makes down to "
+            f"{beaten[-1]['share']:.0%}; quantise first, prune to come below it"
+        )
+    return Rows(headings, rows, align="rrrrrlrrr"[: len(headings)], notes=notes)
 
 
 def cost_rows(record: Record) -> Rows:
