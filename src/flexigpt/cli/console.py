@@ -60,7 +60,8 @@ class _Bars(Reporting):
 
         shown = ("{task.description:22}", progress.BarColumn(), progress.MofNCompleteColumn(), "elapsed")
         columns = (*shown, progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn())
-        self._progress, self._picture = progress.Progress(*columns, console=console), ""
+        self._console, self._picture = console, ""
+        self._progress = progress.Progress(*columns, console=console, auto_refresh=False)
         self._live = Live(console=console, refresh_per_second=10, get_renderable=self._shown)
 
     def _shown(self) -> "Group":
@@ -68,7 +69,7 @@ class _Bars(Reporting):
         from rich.console import Group
         from rich.text import Text
 
-        room = self._live.console.height - len(self._picture.splitlines()) - 1
+        room = self._console.height - len(self._picture.splitlines()) - 1
         bars = self._progress.make_tasks_table(self._progress.tasks[-max(1, room) :])
         return Group(*([Text(self._picture, no_wrap=True)] if self._picture else []), bars)
 
@@ -83,7 +84,7 @@ class _Bars(Reporting):
         return iter(self._progress.track(items, total=total, description=stage))
 
     def note(self, line: str) -> None:
-        self._live.console.print(line, markup=False, highlight=False)
+        self._console.print(line, markup=False, highlight=False)
 
     def draw(self, picture: str) -> None:
         self._picture = picture

@@ -53,9 +53,6 @@ _Calibration = TypedDict("_Calibration", {"text": str, "windows": tuple[_Count, 
 _Removed = TypedDict("_Removed", {"blocks": list[_Block], "num_blocks": _Block, "source": str})
 _Costs = TypedDict("_Costs", {"attention": list[float], "mlp": list[float]})
 _Text = TypedDict("_Text", {"text": str})
-_Worth = TypedDict("_Worth", {"bytes": _Stored, "perplexity": float})
-_Both = TypedDict("_Both", {"bytes": _Stored, "perplexity": float, "int8": NotRequired[_Worth]})
-_Rung = TypedDict("_Rung", {"bytes": _Stored, "perplexity": float, "removed": _Both, "int8": NotRequired[_Worth]})
 _Parameters = TypedDict("_Parameters", {"parameters": _Count})
 
 
@@ -69,6 +66,28 @@ class _Size(TypedDict):
     parts: NotRequired[dict[str, _Count]]
     part_bytes: NotRequired[dict[str, _Count]]
     blocks: NotRequired[list[_Count]]
+
+
+class _Worth(TypedDict):
+    bytes: _Stored
+    perplexity: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Made(_Worth):
+    parameters: _Stored
+    int8: NotRequired[_Worth]
+
+
+class _Rung(_Made):
+    share: float
+    removed: _Made
+
+
+class _Ladder(TypedDict):
+    source: _Made
+    points: list[_Rung]
+    knee: _Count
+    text: str
 
 
 class _Step(TypedDict):
@@ -112,7 +131,6 @@ class _Record(TypedDict):
     removed: NotRequired[_Removed | None]
     source_blocks: NotRequired[list[_Block] | None]
     points: NotRequired[list[_Rung] | None]
-    knee: NotRequired[_Count | None]
     recovery: NotRequired[_Recovery | None]
     quantization: NotRequired[_Quantization | None]
     fidelity: NotRequired[_Nearness | None]
@@ -391,7 +409,9 @@ def _completed(found: Record, where: str) -> Record:
             measured = record["perplexity"]
             measured[name] = _checked(_Perplexity, measured.get(name), f"{where}: perplexity.{name}")
     if record.get("points"):
-        _checked(_Both, record.get("source"), f"{where}: source")
+        _checked(_Ladder, record, where)
+        if record["knee"] >= len(record["points"]):
+            raise _damaged(f"{where}: there are {len(record['points'])} points, and the knee is {record['knee']}")
     for key, named_by in (("distances", "base_distance"), ("scores", "block_score")):
         if record.get(key) and named_by not in record:
             raise _damaged(f"{where} has {key} but no {named_by}")

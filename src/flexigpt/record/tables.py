@@ -214,10 +214,11 @@ def frontier_rows(record: Record) -> Rows:
         plain = f"{point['removed']['perplexity']:.2f}"
         rows.append([*sizes, f"{point['perplexity']:.2f}", plain, "#" * filled])
     if source.get("int8"):
-        headings += ["8-bit MB", "perplexity", "plain removal"]
+        headings += ["8-bit MB", "8-bit perplexity", "8-bit plain removal"]
         for row, its in zip(rows, (source, *points), strict=True):
-            row += [megabytes(its["int8"]["bytes"]), f"{its['int8']['perplexity']:.2f}"]
-            row.append(f"{its['removed']['int8']['perplexity']:.2f}" if "removed" in its else "")
+            eights = [one.get("int8", {}) for one in (its, its.get("removed", {}))]
+            row.append(megabytes(eights[0]["bytes"]) if eights[0] else "")
+            row += [f"{eight['perplexity']:.2f}" if eight else "" for eight in eights]
     knee = points[record["knee"]]
     notes = [
         f"perplexity on {shown_name(record['text'])}, untrained; bars: its logarithm above the source's",
@@ -225,10 +226,13 @@ def frontier_rows(record: Record) -> Rows:
     ]
     beaten = beaten_by_8_bits(record)
     if beaten:
-        eight = f"{megabytes(source['int8']['bytes'])} MB, at perplexity {source['int8']['perplexity']:.2f}"
+        eight, worse = (
+            f"{megabytes(one['bytes'])} MB, at perplexity {one['perplexity']:.2f}"
+            for one in (source["int8"], beaten[-1])
+        )
         notes.append(
-            f"in 8 bits the source itself takes {eight}: smaller and better than what prune makes down to "
-            f"{beaten[-1]['share']:.0%}; quantise first, prune to come below it"
+            f"in 8 bits the source itself takes {eight}; pruned to {beaten[-1]['share']:.0%} it takes {worse}: "
+            "quantise first, and prune to come below that"
         )
     return Rows(headings, rows, align="rrrrrlrrr"[: len(headings)], notes=notes)
 

@@ -33,12 +33,9 @@ def verdict(model: Recorded) -> str | None:
     return f"{', '.join(told)}: {_advice(losses, 'recovery' in model.record)}"
 
 
-def _of_sizes(record: Record) -> str | None:
+def _of_sizes(record: Record) -> str:
     """Of a ladder of sizes: its knee, or what is smaller and better."""
-    source, points, number = record["source"], record["points"], record.get("knee", math.inf)
-    if number >= len(points):
-        return None
-    knee = points[number]
+    source, knee = record["source"], record["points"][record["knee"]]
 
     def told(one: dict[str, Any]) -> str:
         return f"{one['bytes'] / source['bytes']:.0%} of the bytes, perplexity {_shown(source['perplexity'])} \u2192 "
