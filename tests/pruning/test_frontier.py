@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import pytest
 
 from flexigpt import FrontierOptions, PruneOptions, frontier, prune, remove
+from flexigpt.pruning import source as opened
 from flexigpt.pruning.frontier import _Ladder, knee
 from flexigpt.runtime import silent
 from flexigpt.runtime.cache import CACHE_VARIABLE
@@ -143,3 +144,20 @@ def test_a_loss_that_cannot_be_is_one_clear_line(
     assert (code, printed) == (2, "")
     assert line in errors
     assert not (tmp_path / "out").exists()
+
+
+def test_the_source_is_opened_and_the_texts_are_read_once_for_all_sizes(
+    tiny_source: Path, short: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def counted(name: str) -> None:
+        plain = getattr(opened, name)
+        monkeypatch.setattr(opened, name, lambda *given, **named: (seen.append(name), plain(*given, **named))[1])
+
+    for name in ("Source", "tokenize_text", "calibration_windows"):
+        counted(name)
+    record = frontier(str(tiny_source), FrontierOptions(sizes=3, **short))
+    assert len(record["points"]) == 3
+    assert sorted(seen) == ["Source", "calibration_windows", "tokenize_text"]
+    assert record["stages"]["fitting blocks"] > 0, "what all sizes took"

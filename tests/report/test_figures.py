@@ -227,12 +227,19 @@ def test_a_source_that_8_bits_make_smaller_and_better_is_said_to_come_first(tmp_
     )
     rows = frontier_rows(read.record)
     assert [cell for row in rows.rows for cell in row[-2:]] == ["10.10", "", "11.10", "20.10", "30.10", "90.10"]
+    assert "loss" in frontier_rows(ladder()).headings
+    bars = [row[-1] for row in frontier_rows(ladder()).rows]
+    assert bars[0] == ""
+    assert 0 < len(bars[1]) < len(bars[2])
     assert "pruned to 90% it takes 0.00 MB, at perplexity 11.00: quantise first" in rows.notes[-1]
     lines: dict[str, list[int]] = {}
     for row in read.frontier:
         lines.setdefault(row["series"], []).append(row["bytes"])
     assert list(lines) == [*(names := ["flexigpt prune", "plain removal", "source"]), *(f"{n}, 8 bits" for n in names)]
     assert lines["flexigpt prune, 8 bits"] == [540, 300]
+    figure = shared_figures([read])["frontier"].figure
+    FigureCanvasAgg(figure).draw()
+    assert figure.legends[0].get_window_extent().x1 <= figure.bbox.x1, "seven names fit below it"
     for changed in ((950, 10.1), (600, 11.5)):  # larger than the knee's model, or worse
         other = read_recorded(write(tmp_path / f"{changed[0]}", ladder(changed, *eights[1:]), None))
         assert verdict(other).startswith("The knee is at 90% of the bytes")
@@ -252,7 +259,8 @@ def test_names_below_a_heat_map_do_not_touch(tmp_path: Path) -> None:
     FigureCanvasAgg(drawn.figure).draw()
     boxes = [label.get_window_extent() for label in drawn.figure.axes[0].get_xticklabels()]
     assert len(boxes) == 24
-    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
+    apart = drawn.figure.dpi / 72 * 1.5  # points
+    assert all(one.x1 + apart < other.x0 for one, other in itertools.pairwise(boxes))
 
 
 def test_the_frontier_is_a_line_for_each_series_with_the_chosen_size_marked(tmp_path: Path) -> None:
@@ -269,7 +277,7 @@ def test_the_frontier_is_a_line_for_each_series_with_the_chosen_size_marked(tmp_
     }
     assert len({line.get_marker() for line in axes.lines if line.get_gid()}) == 3, "told apart without colour"
     (names,) = [[text.get_text().strip() for text in one.get_texts()] for one in axes.figure.legends]
-    assert names == ["flexigpt", "plain removal", "source", "80 MB, perplexity 12.0: the knee"]
+    assert names == ["flexigpt", "plain removal", "source", "knee: 80 MB, 12.0"]
     assert "frontier" not in shared_figures([read_recorded(write(tmp_path / "model", record(), None))])
     read = read_recorded(write(tmp_path / "ladder", ladder(), None))
     assert "source" in shared_figures([read])["frontier"].alt

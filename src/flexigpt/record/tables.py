@@ -202,28 +202,26 @@ def beaten_by_8_bits(record: Record) -> list[dict[str, Any]]:
 
 
 def frontier_rows(record: Record) -> Rows:
-    """Sizes from the largest to the smallest: perplexity of what `prune` makes, and of plain removal; in 8 bits too."""
+    """Sizes from the largest to the smallest: perplexity of what `prune` makes, and of plain removal; in 8 bits too, or
+    else, where 80 columns have room for them, parameters and bars."""
     source, points = record["source"], record["points"]
-    low = math.log(source["perplexity"])
-    high = max(math.log(point["perplexity"]) for point in points)
-    rows = [["100.0%", f"{source['parameters']:,}", megabytes(source["bytes"]), f"{source['perplexity']:.2f}", "", ""]]
-    headings = ["size", "parameters", "MB", "perplexity", "plain removal", "loss"]
-    for point in points:
-        filled = round(_BAR * (math.log(point["perplexity"]) - low) / (high - low)) if high > low else 0
-        sizes = [f"{point['share']:.1%}", f"{point['parameters']:,}", megabytes(point["bytes"])]
-        plain = f"{point['removed']['perplexity']:.2f}"
-        rows.append([*sizes, f"{point['perplexity']:.2f}", plain, "#" * filled])
+    headings = ["size", "MB", "perplexity", "plain removal"]
+    rows = [[f"{its.get('share', 1):.1%}", *_worth(its, its.get("removed", {}))] for its in (source, *points)]
+    notes = [f"perplexity on {shown_name(record['text'])}, untrained"]
     if source.get("int8"):
         headings += ["8-bit MB", "8-bit perplexity", "8-bit plain removal"]
         for row, its in zip(rows, (source, *points), strict=True):
-            eights = [one.get("int8", {}) for one in (its, its.get("removed", {}))]
-            row.append(megabytes(eights[0]["bytes"]) if eights[0] else "")
-            row += [f"{eight['perplexity']:.2f}" if eight else "" for eight in eights]
-    knee = points[record["knee"]]
-    notes = [
-        f"perplexity on {shown_name(record['text'])}, untrained; bars: its logarithm above the source's",
-        f"the knee is at {knee['share']:.0%}: below it the perplexity rises faster than before",
-    ]
+            row += _worth(its.get("int8", {}), its.get("removed", {}).get("int8", {}))
+    else:
+        headings = ["size", "parameters", *headings[1:], "loss"]
+        losses = [math.log(its["perplexity"] / source["perplexity"]) for its in (source, *points)]
+        for row, its, loss in zip(rows, (source, *points), losses, strict=True):
+            row.insert(1, f"{its['parameters']:,}")
+            row.append("#" * round(_BAR * loss / (max(losses) or 1)))
+        notes[0] += "; bars: its logarithm above the source's"
+    notes.append(
+        f"the knee is at {points[record['knee']]['share']:.0%}: below it the perplexity rises faster than before"
+    )
     beaten = beaten_by_8_bits(record)
     if beaten:
         eight, worse = (
@@ -234,7 +232,13 @@ def frontier_rows(record: Record) -> Rows:
             f"in 8 bits the source itself takes {eight}; pruned to {beaten[-1]['share']:.0%} it takes {worse}: "
             "quantise first, and prune to come below that"
         )
-    return Rows(headings, rows, align="rrrrrlrrr"[: len(headings)], notes=notes)
+    return Rows(headings, rows, align="rrrrrrr" if source.get("int8") else "rrrrrl", notes=notes)
+
+
+def _worth(one: dict[str, Any], removed: dict[str, Any]) -> list[str]:
+    """Megabytes and perplexity of what `prune` makes, and the perplexity of plain removal, where they are there."""
+    shown = [f"{its['perplexity']:.2f}" if its else "" for its in (one, removed)]
+    return [megabytes(one["bytes"]) if one else "", *shown]
 
 
 def cost_rows(record: Record) -> Rows:

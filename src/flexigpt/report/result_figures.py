@@ -57,7 +57,7 @@ def frontier_figure(points: Sequence[Mapping[str, Any]]) -> Drawn:
                 "markeredgecolor": colour("ink"),
             }
             axes.plot(*at, **ring)
-            entries.append((f"{at[0]:.3g} {unit}, perplexity {at[1]:.1f}: the knee", Line2D([], [], **ring)))
+            entries.append((f"knee: {at[0]:.3g} {unit}, {at[1]:.1f}", Line2D([], [], **ring)))
     finite = [point["perplexity"] for point in points if 0 < point["perplexity"] < math.inf]
     if finite and max(finite) > 5 * min(finite):
         axes.set_yscale("log")
