@@ -1,9 +1,10 @@
 """`flexigpt eval --tasks` against plain lm_eval on the same model and questions: requests a second, and equal figures.
 
 Both run in this process, from names to figures (opening model and data included), in turn; float32. And `--perplexity`
-against a loop of ten lines.
+against a loop of ten lines, and against the bare products of its linears, all in CPU time.
 
 python benchmarks/evaluation.py > benchmarks/results/evaluation.md
+python benchmarks/evaluation.py --products --model out/smollm2-135m
 """
 
 import argparse
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexigpt import EvalOptions, evaluate
+from flexigpt.evaluation import perplexity
+from flexigpt.model import fast_half
 from flexigpt.text import tokenize_text
+from flexigpt.weights import load_model, load_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BENCHMARKS = ("arc_easy", "arc_challenge", "piqa", "winogrande", "hellaswag")
@@ -132,13 +137,38 @@ def compare_perplexity(model: str) -> None:
     print(f"{expected:.6f}: {apart:.1e} apart.")
 
 
+def share_of_products(model: str, dtype: str, tokens: int = 4096, length: int = 256) -> float:
+    """CPU time of the products of all linears with as many rows as a window has, over that of measuring perplexity."""
+    network, tokenizer = load_model(model, dtype).eval(), load_tokenizer(model)
+    text = tokenize_text(str(EXAMPLES / "novel16" / "validation.jsonl"), tokenizer, window_length=length)
+    text = replace(text, ids=text.ids[: tokens + 1])
+
+    def measured(function: Callable[[], object]) -> float:
+        began = time.process_time()
+        function()
+        return time.process_time() - began
+
+    products = 0.0
+    with torch.no_grad(), fast_half(network):
+        for linear in (module for module in network.modules() if isinstance(module, torch.nn.Linear)):
+            rows = torch.randn(length, linear.in_features, dtype=linear.weight.dtype)
+            products += min(measured(lambda: linear(rows)) for _ in range(3)) * tokens / length  # noqa: B023 - at once
+    return products / min(measured(lambda: perplexity(network, text, window_length=length)) for _ in range(3))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(EXAMPLES / "novel16"))
     parser.add_argument("--data", type=Path, help="folder with whole benchmarks; default: the samples")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=int, help="questions of each benchmark")
+    parser.add_argument("--products", action="store_true", help="the share of the linears' products alone")
     arguments = parser.parse_args()
+    if arguments.products:
+        for dtype in ("float32", "bfloat16"):
+            share = share_of_products(arguments.model, dtype)
+            print(f"{Path(arguments.model).name}, {dtype}, {torch.get_num_threads()} threads: {share:.0%}")
+        return
     print("# Evaluation\n")
     command = " ".join(["python", "benchmarks/evaluation.py", *sys.argv[1:]])
     print(f"`{command}`: torch {torch.__version__}, lm_eval {version('lm_eval')},")

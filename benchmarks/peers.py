@@ -6,6 +6,7 @@ None trains the whole model.
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,6 +72,14 @@ class Patched(nn.Module):
         return self.layer(hidden_states + self.patch(hidden_states), *args, **kwargs)
 
 
+def patch_before(model: Any, block: int, matrix: torch.Tensor) -> None:
+    """I + M before a block, or before the norm behind the last."""
+    if block < len(model.model.layers):
+        model.model.layers[block] = Patched(model.model.layers[block], matrix)
+    else:
+        model.model.norm = Patched(model.model.norm, matrix)
+
+
 @torch.no_grad()
 def ghosted_layers(model: Any, windows: Windows, count: int) -> None:
     """Ghosted Layers (2026, arXiv 2605.15491): removed by influence; at each cut I + M in closed form."""
@@ -85,27 +94,52 @@ def ghosted_layers(model: Any, windows: Windows, count: int) -> None:
                 last += 1
             patches[last + 1] = least_squares(hidden[block], hidden[last + 1] - hidden[block])
     for block, matrix in patches.items():
-        if block < len(model.model.layers):
-            model.model.layers[block] = Patched(model.model.layers[block], matrix)
-        else:
-            model.model.norm = Patched(model.model.norm, matrix)
+        patch_before(model, block, matrix)
     without(model, removed)
 
 
 @torch.no_grad()
-def replace_me(model: Any, windows: Windows, count: int) -> None:
-    """ReplaceMe (2025, arXiv 2505.02819), least squares: a run of blocks becomes a map of the MLP's output before."""
+def linear_patch(model: Any, windows: Windows, count: int) -> None:
+    """LinearPatch (2025, arXiv 2505.24680), untrained: at the cut, channels scaled to their size behind it, after a
+    Hadamard transform (of 2^k channels at a time, the largest power that divides the width) that spreads outliers.
+    """
+    hidden = streams(model, windows)
+    start, width = run_of(hidden, count), hidden[0].shape[-1]
+    hadamard = torch.ones(1, 1)
+    while width % (2 * len(hadamard)) == 0:
+        hadamard = torch.kron(hadamard, torch.tensor([[1.0, 1.0], [1.0, -1.0]])) / 2**0.5
+    turn = torch.block_diag(*[hadamard] * (width // len(hadamard)))
+    before, behind = ((hidden[i] @ turn).abs().mean(0) for i in (start, start + count))
+    patch = turn @ torch.diag(behind / before) @ turn.T - torch.eye(width)
+    patch_before(model, start + count, patch.contiguous())
+    without(model, list(range(start, start + count)))
+
+
+def replace_me(model: Any, windows: Windows, count: int, steps: int = 0) -> None:
+    """ReplaceMe (2025, arXiv 2505.02819): a run of blocks becomes a map of the MLP's output before it, by least squares
+    or, with steps of Adam from there, by the cosine between what leaves the run and what should.
+    """
     hidden = streams(model, windows)
     start = run_of(hidden, count)
     written: list[torch.Tensor] = []
     mlp = model.model.layers[start - 1].mlp
     hook = mlp.register_forward_hook(lambda _, __, output: written.append(output.flatten(0, 1)))
-    for ids in windows.split(8):
-        model.model(input_ids=ids, use_cache=False)
+    with torch.no_grad():
+        for ids in windows.split(8):
+            model.model(input_ids=ids, use_cache=False)
     hook.remove()
-    out = torch.cat(written)
-    matrix = least_squares(out, hidden[start + count] - (hidden[start] - out))
-    mlp.down_proj.weight.copy_(matrix @ mlp.down_proj.weight)
+    out, wished = torch.cat(written), hidden[start + count]
+    rest = hidden[start] - out
+    matrix = least_squares(out, wished - rest).requires_grad_()
+    optimizer = torch.optim.Adam([matrix], lr=1e-4)
+    for step in range(steps):
+        rows = slice(step * 1024 % len(out), step * 1024 % len(out) + 1024)
+        with torch.enable_grad():
+            (1 - F.cosine_similarity(rest[rows] + out[rows] @ matrix.T, wished[rows], dim=-1)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        mlp.down_proj.weight.copy_(matrix @ mlp.down_proj.weight)
     without(model, list(range(start, start + count)))
 
 
@@ -132,6 +166,8 @@ def streamline(model: Any, windows: Windows, count: int, passes: int = 9, lr: fl
 
 PEERS: dict[str, Callable[[Any, Windows, int], None]] = {
     "Ghosted Layers": ghosted_layers,
+    "LinearPatch, untrained": linear_patch,
     "ReplaceMe, least squares": replace_me,
+    "ReplaceMe, cosine": partial(replace_me, steps=320),
     "LLM-Streamline": streamline,
 }

@@ -7,14 +7,16 @@ from families import FAMILIES, tiny_model, token_ids
 from flexigpt.model import fast_half
 from flexigpt.model import run as half_precision
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the CPU, it counts as one without half-precision products."""
-    monkeypatch.setattr(half_precision, "WITHOUT_HALF", torch.backends.cpu.get_cpu_capability())
+    monkeypatch.setattr(half_precision, "widened_rows", lambda dtype: 4 if dtype in HALF else None)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", HALF)
 @torch.no_grad()
 def test_a_product_is_that_of_float32_rounded_once(without_kernels: None, dtype: torch.dtype) -> None:
     model = tiny_model("llama", dtype)
@@ -45,7 +47,7 @@ def test_float32_is_left_alone(without_kernels: None) -> None:
 
 
 def test_a_cpu_with_kernels_computes_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(half_precision, "WITHOUT_HALF", "some other CPU")
+    monkeypatch.setattr(half_precision, "widened_rows", lambda dtype: None)
     model, ids = tiny_model("llama", torch.bfloat16), token_ids()
     expected = model(ids).logits
     with fast_half(model):
@@ -57,3 +59,19 @@ def test_gradients_flow(without_kernels: None) -> None:
     with fast_half(model):
         model(ids, labels=ids).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_gradient_through_a_fixed_weight_is_that_of_float32_rounded_once(without_kernels: None, bias: bool) -> None:
+    model = tiny_model("llama", torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(64, 32, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+    given = torch.randn(8, 64, generator=generator).bfloat16().requires_grad_()
+    wished = torch.randn(8, 32, generator=generator).bfloat16()
+    saved: list[torch.Tensor] = []
+    with fast_half(model), torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        output = linear(given)
+        (found,) = torch.autograd.grad(output, given, wished)
+    assert {tensor.dtype for tensor in saved} == {torch.bfloat16}
+    assert torch.equal(found, (wished.double() @ linear.weight.double()).float().bfloat16())
+    assert torch.equal(output, linear.double()(given.double()).float().bfloat16())

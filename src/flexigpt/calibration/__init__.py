@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         overflow,
         run_through,
     )
-    from flexigpt.calibration.moments import RunningSum, second_moment
+    from flexigpt.calibration.moments import RunningMoment, RunningSum
     from flexigpt.calibration.options import TEXT_GROUP, CalibrationOptions
     from flexigpt.calibration.sensitivity import Sensitivity, sensitivities
 else:

@@ -151,6 +151,7 @@ class Stream:
         Yields:
             By path of each of these modules within the block: what it was given, and the gradient by what it returned.
         """
+        block.requires_grad_(False)  # its weights get no gradient, and need nothing kept for one
         for number, inputs in enumerate(self.hidden):
             args, kwargs = self._arguments[inputs.shape[:2]][index]
             with watched(block, paths) as seen, torch.enable_grad(), fast_half(self._model):

@@ -8,19 +8,6 @@ from flexigpt.calibration.hidden_states import overflow
 _ROWS = 256
 
 
-def second_moment(values: torch.Tensor) -> torch.Tensor:
-    """X^T X of (tokens, numbers) float32 values; what lies below the diagonal is copied from above it."""
-    width = values.shape[1]
-    if width <= _ROWS:
-        return values.T @ values
-    found = values.new_empty(width, width)
-    for start in range(0, width, _ROWS):
-        rows = slice(start, start + _ROWS)
-        torch.mm(values[:, rows].T, values[:, start:], out=found[rows, start:])
-        found[start + _ROWS :, rows] = found[rows, start + _ROWS :].T
-    return found
-
-
 class RunningSum:
     """Adds up float32 tensors in float64."""
 
@@ -39,14 +26,43 @@ class RunningSum:
         Raises:
             InputError: it is not finite, and nothing can be fitted to it.
         """
-        if not self._total.isfinite().all():
-            raise overflow("sums over the calibration text")
-        return self._total
+        return _finite(self._total)
 
-    def mean(self, count: int) -> torch.Tensor:
+
+class RunningMoment:
+    """Adds up X^T X of (tokens, numbers) float32 values in float64: half of each, some rows at a time.
+
+    Of a wide MLP the sum is a gigabyte, and nothing else as large is held beside it.
+    """
+
+    def __init__(self) -> None:
+        self._total = torch.zeros(0, 0, dtype=torch.float64)
+
+    def add(self, values: torch.Tensor) -> None:
+        """Those of some more tokens."""
+        width = values.shape[1]
+        if len(self._total) != width:
+            self._total = values.new_zeros(width, width, dtype=torch.float64)
+        for start in range(0, width, _ROWS):
+            self._total[start : start + _ROWS, start:] += values[:, start : start + _ROWS].T @ values[:, start:]
+
+    def total(self, count: int = 1) -> torch.Tensor:
         """Of what was added over so many; nothing more is added then.
 
         Raises:
-            InputError: as `total`.
+            InputError: it is not finite, and nothing can be fitted to it.
         """
-        return self.total.div_(count)
+        found, self._total = self._total, torch.zeros(0, 0, dtype=torch.float64)
+        if count != 1:
+            found.div_(count)
+        for start in range(0, len(found), _ROWS):
+            rows = slice(start, start + _ROWS)
+            _finite(found[rows, start:])
+            found[start + _ROWS :, rows] = found[rows, start + _ROWS :].T
+        return found
+
+
+def _finite(sums: torch.Tensor) -> torch.Tensor:
+    if not sums.isfinite().all():
+        raise overflow("sums over the calibration text")
+    return sums

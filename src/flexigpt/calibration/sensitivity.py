@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from flexigpt.calibration.hidden_states import HiddenStates, SavedStates, Stream, calibration_batches, finished_blocks
-from flexigpt.calibration.moments import RunningSum, second_moment
+from flexigpt.calibration.moments import RunningMoment
 from flexigpt.runtime import CachedStage, Track, silent
 from flexigpt.text import batch_size_for
 from flexigpt.weights import StreamedModel
@@ -74,16 +74,16 @@ def sensitivities(
                 yield None
                 continue
             with source.block(index) as block:
-                sums = {path: (RunningSum(), RunningSum()) for path in linears}
+                sums = {path: (RunningMoment(), RunningMoment()) for path in linears}
                 before = stream.at(())
                 before.hidden = entering[index]
                 for seen in before.backward(block, index, stream.hidden, linears):
                     for path, (given, gradient) in seen.items():
                         for running, values in zip(sums[path], (given, gradient), strict=True):
-                            running.add(second_moment(values.flatten(0, -2).float()))
+                            running.add(values.flatten(0, -2).float())
             tokens = windows.numel()
             # Nothing here refers to them any more: who takes one can let go of it.
-            yield index, {p: Sensitivity(*(running.mean(tokens) for running in sums.pop(p))) for p in linears}
+            yield index, {p: Sensitivity(*(running.total(tokens) for running in sums.pop(p))) for p in linears}
             entering.pop()
             saved.save(depth - index, {})
 

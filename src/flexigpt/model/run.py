@@ -1,4 +1,4 @@
-"""bfloat16 and float16 on CPUs that cannot multiply them: as hardware that can computes, at the speed of float32."""
+"""bfloat16 and float16 on CPUs that are faster in float32: as hardware computes them, at that speed."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from flexigpt.runtime import WITHOUT_HALF
+from flexigpt.runtime import widened_rows
 
 _HALF = (torch.bfloat16, torch.float16)
 
-# Below so many rows a product is bound by reading the weight, and half of the bytes win.
-_MIN_ROWS = 4
+# A quantised weight is of another type, and decodes itself.
+_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 def fast_half(model: PreTrainedModel) -> AbstractContextManager[Any]:
@@ -25,8 +25,8 @@ def fast_half(model: PreTrainedModel) -> AbstractContextManager[Any]:
     So do the units of CPUs and GPUs that multiply bfloat16: they add up in float32. On any other machine, or for a
     float32 model, it does nothing. A weight is held in float32 for the length of one product.
     """
-    slow = model.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == WITHOUT_HALF
-    return _InFloat32() if slow and model.dtype in _HALF else nullcontext()
+    rows = widened_rows(model.dtype) if model.device.type == "cpu" else None
+    return nullcontext() if rows is None else _InFloat32(rows)
 
 
 class _InFloat32(TorchFunctionMode):
@@ -43,6 +43,10 @@ class _InFloat32(TorchFunctionMode):
         )
     )
 
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self._rows = rows
+
     def __torch_function__(
         self,
         function: Callable[..., Any],
@@ -51,10 +55,30 @@ class _InFloat32(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if function not in self._PRODUCTS or args[0].dtype not in _HALF or _rows(function, args) < _MIN_ROWS:
+        if function not in self._PRODUCTS or args[0].dtype not in _HALF or _rows(function, args) < self._rows:
             return function(*args, **kwargs)
+        if function is F.linear and torch.is_grad_enabled() and len(args) == 3 and _is_fixed(args[1:]):
+            return _Linear.apply(*args)
         widened = {name: _widened(value) for name, value in kwargs.items()}
         return function(*map(_widened, args), **widened).to(args[0].dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """A fixed weight's product, for whose gradient the weight is kept as it is: in float32 it is twice as large."""
+
+    @staticmethod
+    def forward(context: Any, given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        context.save_for_backward(weight)
+        return F.linear(given.float(), weight.float(), None if bias is None else bias.float()).to(given.dtype)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (weight,) = context.saved_tensors
+        return (gradients[0].float() @ weight.float()).to(gradients[0].dtype), None, None
+
+
+def _is_fixed(parameters: tuple[Any, ...]) -> bool:
+    return all(one is None or (type(one) in _PLAIN and not one.requires_grad) for one in parameters)
 
 
 def _rows(function: Callable[..., Any], args: tuple[Any, ...]) -> int:
@@ -66,8 +90,7 @@ def _rows(function: Callable[..., Any], args: tuple[Any, ...]) -> int:
 
 
 def _widened(value: Any) -> Any:
-    plain = type(value) in (torch.Tensor, nn.Parameter)  # a quantised weight decodes itself
-    return value.float() if plain and value.dtype in _HALF else value
+    return value.float() if type(value) in _PLAIN and value.dtype in _HALF else value
 
 
 @contextlib.contextmanager

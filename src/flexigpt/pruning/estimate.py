@@ -21,11 +21,11 @@ _LATER = 192 * 2**20
 _FACTOR_BYTES = 28
 
 # What a fit holds of float64 numbers: moments of the widest inputs, and copies of the largest linear.
-_FIT_MOMENTS, _FIT_LINEARS = 3, 6
+_FIT_MOMENTS, _FIT_LINEARS = 2, 6
 
-# What taking units away holds of matrices of float64 numbers between them; by how much a backward pass multiplies a
-# block's activations; and logits of a few windows with their gradients, in bytes.
-_ELIMINATION, _BACKWARD, _LOSS_BYTES = 3, 3, 4 * 2**26
+# What taking units away holds of them; by how much a backward pass multiplies a block's activations; and logits of a
+# few windows with their gradients, in bytes.
+_UNITS_MOMENTS, _UNITS_LINEARS, _BACKWARD, _LOSS_BYTES = 2, 3, 3, 4 * 2**26
 
 # Float32 tensors of the MLP's width that a block holds while it runs, in bytes a number; tokens of a batch in
 # calibration.
@@ -99,11 +99,13 @@ def _estimate(checked: CheckedSource[Asked], texts: Texts, written: int, ranks: 
             tokens = copies * texts.windows.numel()
             hidden = tokens * shape.hidden_size * itemsize
             scratch, running = (hidden, running) if checked.needs_file(tokens) else (0, running + hidden)
+        fitting = choosing = 0
         if options.refit_kept:
-            running += 8 * (_FIT_MOMENTS * max(inputs) ** 2 + _FIT_LINEARS * largest)
+            fitting = 8 * (_FIT_MOMENTS * max(inputs) ** 2 + _FIT_LINEARS * largest)
         if options.by_units:
-            running += (_BACKWARD - 1) * _ACTIVATIONS * _BATCH_TOKENS * widest + _LOSS_BYTES
-            running += 8 * _ELIMINATION * max(inputs) ** 2
+            choosing = (_BACKWARD - 1) * _ACTIVATIONS * _BATCH_TOKENS * widest + _LOSS_BYTES
+            choosing += 8 * (_UNITS_MOMENTS * max(inputs) ** 2 + _UNITS_LINEARS * largest)
+        running += max(fitting, choosing)  # one after the other
         if chooses and BASE_DISTANCES[options.base_distance].prepare is not None:
             factors = True
             pairs = checked.depth * checked.rank * 8

@@ -23,6 +23,9 @@ _STEPS = 64
 # Columns of units that are gone are carried along, since copies cost more, until of all columns so many are left.
 _COMPACTED = 0.8
 
+# Rows that are moved together then.
+_MOVED = 256
+
 
 class Elimination(NamedTuple):
     """In which order units go, and what that costs.
@@ -55,18 +58,19 @@ def eliminate(weight: torch.Tensor, inputs: torch.Tensor, errors: torch.Tensor) 
     Args:
         weight: W, (outputs, units), any dtype.
         inputs: E[h h^T], (units, units), float64; its memory is used: of a wide MLP each matrix is a gigabyte.
-        errors: G = E[g g^T] of the gradient g of the loss by y, (outputs, outputs), float64.
+        errors: G = E[g g^T] of the gradient g of the loss by y, (outputs, outputs), float64; likewise.
     """
     units = weight.shape[1]
     step = step_of(units)
-    inverse = torch.cholesky_inverse(damped(inputs, _DAMPING)[0], out=inputs)
     weighed = damped(errors, _DAMPING)[0].T @ weight.detach().double()
+    root = damped(inputs, _DAMPING)[0]
+    inverse = torch.cholesky_inverse(root, out=root).mT
     here = torch.arange(units, device=weight.device)  # what the columns stand for; of some of them units are gone
     there = torch.ones(units, dtype=torch.bool, device=weight.device)
     order, left, costs, alive = [], [units], [0.0], units
     while alive:
         if alive < _COMPACTED * len(here):
-            here, weighed, inverse = here[there], weighed[:, there], inverse[there][:, there]
+            here, weighed, inverse = here[there], weighed[:, there], _compacted(inverse, there)
             there = there[there]
         prices = (weighed.square().sum(0) / inverse.diagonal()).masked_fill(~there, torch.inf)
         # The first step leaves a multiple of the step's size.
@@ -83,6 +87,16 @@ def eliminate(weight: torch.Tensor, inputs: torch.Tensor, errors: torch.Tensor) 
         alive -= len(gone)
         left.append(alive)
     return Elimination(torch.cat(order).cpu(), torch.tensor(left), torch.tensor(costs, dtype=torch.float64))
+
+
+def _compacted(matrix: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """These rows and columns of a symmetric matrix, moved to the front of its memory: a copy may be a gigabyte."""
+    kept, front = there.nonzero().flatten(), matrix.reshape(-1)
+    count = len(kept)
+    for start in range(0, count, _MOVED):
+        rows = matrix[kept[start : start + _MOVED]].index_select(1, kept)
+        front[start * count : start * count + rows.numel()] = rows.flatten()
+    return front[: count * count].view(count, count)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from flexigpt.calibration import HiddenStates, RunningSum, Stream, calibration_batches, second_moment
+from flexigpt.calibration import HiddenStates, RunningMoment, RunningSum, Stream, calibration_batches
 from flexigpt.model import ModelShape, find_architecture, replaced_forwards, watched, weight_matrix
 from flexigpt.replicas.least_squares import Moments, ridge_fit
 from flexigpt.runtime import CachedStage, Track, silent
@@ -144,7 +144,7 @@ class _Noted:
             del paths[self.linears[1]]  # what it should write follows from where the block should put its stream
         self.writes = {path: HiddenStates((), theirs.hidden.folder) for path in paths}
         # Of the MLP's last linear: what the units that are left give, and what is written with all of them.
-        self._of_units = (RunningSum(), RunningSum())
+        self._of_units = (RunningMoment(), RunningSum())
 
     def outputs(self) -> Iterator[torch.Tensor]:
         """What the block makes of the stream, batch by batch."""
@@ -156,7 +156,7 @@ class _Noted:
                 if self._units is not None:
                     given, written = (values.flatten(0, -2).float() for values in seen[down])
                     given = with_one(self.own, down, given[:, self._units.to(given.device)])
-                    self._of_units[0].add(second_moment(given))
+                    self._of_units[0].add(given)
                     self._of_units[1].add(written.T @ given)
                 yield output
 
@@ -167,8 +167,8 @@ class _Noted:
             weight = torch.cat([weight, cast(torch.Tensor, linear.bias)[:, None]], 1)
         if self._units is None or path != self.linears[1]:
             return weight
-        inputs, targets = (running.total for running in self._of_units)
-        return ridge_fit(weight, Moments(inputs, targets), _UNITS_RIDGE)
+        inputs, targets = self._of_units
+        return ridge_fit(weight, Moments(inputs.total(), targets.total), _UNITS_RIDGE)
 
     def _residual_factor(self, probe: Stream) -> float | None:
         """A block that normalises the sum (OPT 350M) or scales it (Granite) tells by what it does with zeros."""
@@ -227,8 +227,9 @@ class _BlockFit:
             linear = self._linear(path)
             if linear is not None:
                 is_mlp = path == noted.linears[1]
+                start = noted.start(path, linear)  # before there are other moments: each may be a gigabyte
                 moments = self._of_mlp(writer, path) if is_mlp else self._of_attention(writer, path)
-                found = ridge_fit(noted.start(path, linear), moments)
+                found = ridge_fit(start, moments)
                 if linear.bias is not None:
                     self._fitted[f"{path}.bias"] = self._like(f"{path}.bias", found[:, -1])
                     found = found[:, :-1]
@@ -279,31 +280,31 @@ class _BlockFit:
 
     def _of_attention(self, writer: str, path: str) -> Moments:
         """What the attention's last linear is given, and should write: what the source's did, and what is missing."""
-        inputs, targets = RunningSum(), RunningSum()
+        inputs, targets = RunningMoment(), RunningSum()
         noted = self._noted
         for number, seen in enumerate(self._ours.inputs(self._block, noted.index, path)):
             self._gathered.append(seen)
             given = with_one(self._block, path, seen.flatten(0, -2).float())
-            inputs.add(second_moment(given))
+            inputs.add(given)
             wished = noted.writes[path][number]
             if writer == path and noted.factor is not None:
                 wished = wished + self._short(number, noted.factor)
             targets.add(wished.flatten(0, -2).float().T @ given)
-        return Moments(inputs.total, targets.total)
+        return Moments(inputs.total(), targets.total)
 
     def _of_mlp(self, writer: str, path: str) -> Moments:
         """The same of the MLP's: what it takes to leave the block where the source's stream does."""
-        inputs, targets = RunningSum(), RunningSum()
+        inputs, targets = RunningMoment(), RunningSum()
         noted = self._noted
         for number, seen, output in self._through_mlp(path):
             given = with_one(self._block, path, seen[0].flatten(0, -2).float())
-            inputs.add(second_moment(given))
+            inputs.add(given)
             if writer == path and noted.factor is not None:
                 wished = seen[1].reshape(output.shape) + (self._leaving[number] - output) / noted.factor
             else:
                 wished = noted.writes[path][number]
             targets.add(wished.flatten(0, -2).float().T @ given)
-        return Moments(inputs.total, targets.total)
+        return Moments(inputs.total(), targets.total)
 
     def _short(self, number: int, factor: float) -> torch.Tensor:
         """By how much our stream before the block is short of the source's, in what is written."""

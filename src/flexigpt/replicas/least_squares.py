@@ -24,18 +24,19 @@ class Moments(NamedTuple):
 
 
 def damped(moments: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """L, lower triangular, and d with L L^T = M + d I, of a matrix M of second moments.
+    """L, lower triangular, and d with L L^T = M + d I, of a matrix M of second moments, whose memory L takes.
 
     d is that share of M's mean eigenvalue, or more where rounding errors have left M less than none.
     """
-    diagonal = moments.diagonal().clone()
-    damping = share * diagonal.mean().clamp(min=1e-30)
+    again = moments.float()  # as exact as a matrix is that fails; of a wide MLP a copy is a gigabyte
+    damping = share * moments.diagonal().mean().clamp(min=1e-30)
+    root, failed = moments.mT, torch.zeros((), dtype=torch.int32, device=moments.device)
     for more in range(_MOST_DAMPINGS):
-        damping = 10 * damping if more else damping
-        # In place, and undone: of a wide MLP each copy is a gigabyte.
+        if more:
+            moments.copy_(again)
+            damping = 10 * damping
         moments.diagonal().add_(damping)
-        root, failed = torch.linalg.cholesky_ex(moments, check_errors=more + 1 == _MOST_DAMPINGS)
-        moments.diagonal().copy_(diagonal)
+        torch.linalg.cholesky_ex(root, out=(root, failed), check_errors=more + 1 == _MOST_DAMPINGS)
         if not failed.item():
             break
     return root, damping
@@ -46,12 +47,14 @@ def ridge_fit(weight: torch.Tensor, moments: Moments, ridge: float = _RIDGE) -> 
 
     Args:
         weight: W, (outputs, inputs), any dtype.
-        moments: of the linear.
+        moments: of the linear; the inputs' memory is used.
         ridge: c, as a share of the inputs' mean variance.
 
     Returns:
         V, (outputs, inputs), float64.
     """
     kept = weight.double()
-    residual = moments.targets - kept @ moments.inputs
-    return kept + torch.cholesky_solve(residual.T, damped(moments.inputs, ridge)[0]).T
+    residual = (moments.targets - kept @ moments.inputs).T
+    root = damped(moments.inputs, ridge)[0]
+    solved = torch.linalg.solve_triangular(root, residual, upper=False)  # cholesky_solve would copy the root
+    return kept + torch.linalg.solve_triangular(root.mT, solved, upper=True).T

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     )
     from flexigpt.runtime.launch import launched, launched_rank, on_signals
     from flexigpt.runtime.machine import (
-        WITHOUT_HALF,
         check_dtype,
         device_name,
         find_device,
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
         peak_bytes,
         slow_half,
         versions,
+        widened_rows,
     )
     from flexigpt.runtime.options import RunOptions, check_options, choices_of, option
     from flexigpt.runtime.processes import ALONE, World

@@ -15,8 +15,15 @@ from flexigpt.runtime.options import RunOptions, choices_of
 
 DTYPES = choices_of(RunOptions.__annotations__["dtype"])
 
-# What torch calls a CPU (x86 without AVX-512) for which it has no kernels in bfloat16 and float16, but loops.
-WITHOUT_HALF = "AVX2"
+# What torch calls an x86 CPU that has kernels in bfloat16 and float16; for others there are loops.
+_WITH_KERNELS = "AVX512"
+
+# Below so many rows a product is bound by reading the weight, and half of the bytes win.
+_MIN_ROWS = 4
+
+# The same where a CPU multiplies bfloat16, but no faster than float32: Intel's without AMX (1.6 times as long for many
+# rows, the same from some hundred with the weight widened). AMD's units are twice as fast as in float32.
+_MIN_ROWS_BESIDE_UNITS = 256
 
 # Compute capability of the first NVIDIA GPUs that multiply bfloat16.
 _BFLOAT16_FROM = 8
@@ -59,7 +66,8 @@ def machine_lines() -> list[str]:
     libraries = versions("accelerate", "peft", "safetensors", "tokenizers")
     libraries.pop("flexigpt")
     kernels = torch.backends.cpu.get_cpu_capability()
-    half = "bfloat16 and float16 in float32" if kernels == WITHOUT_HALF else "float32, bfloat16, float16"
+    beside = [name for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)) if widened_rows(dtype)]
+    half = f"{' and '.join(beside)} in float32" if beside else "float32, bfloat16, float16"
     cpu = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
     lines = [
         f"Python {platform.python_version()}, {platform.platform()}",
@@ -87,12 +95,20 @@ def device_name(device: torch.device) -> str:
 
 def slow_half(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a CPU computes in this dtype by way of others, which takes several times as long as float32."""
-    if device.type != "cpu" or dtype not in _HALF_UNITS or platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":  # torch then has no kernels for them
-        return True
+    return device.type == "cpu" and widened_rows(dtype) == _MIN_ROWS
+
+
+def widened_rows(dtype: torch.dtype) -> int | None:
+    """From so many rows on a product in this dtype is faster in float32 on this CPU; None: never."""
+    if dtype not in _HALF_UNITS or platform.machine().lower() not in ("x86_64", "amd64"):
+        return None
+    if torch.backends.cpu.get_cpu_capability() != _WITH_KERNELS:
+        return _MIN_ROWS
     found = torch.cpu.get_capabilities()
-    return not any(found.get(unit) for unit in _HALF_UNITS[dtype])
+    if not any(found.get(unit) for unit in _HALF_UNITS[dtype]):
+        return _MIN_ROWS
+    no_faster = dtype == torch.bfloat16 and not found.get("amx_bf16") and "Intel" in str(found.get("cpu_name"))
+    return _MIN_ROWS_BESIDE_UNITS if no_faster else None
 
 
 def peak_bytes(device: torch.device) -> int:
