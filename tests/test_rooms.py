@@ -23,6 +23,10 @@ MOST_ARROWS = 70
 DOOR_ITSELF = "flexigpt.runtime.doors"
 
 
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0]
+
+
 def imports(path: Path) -> list[str]:
     """The modules that a file imports from, of the package's own, inside functions too."""
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
@@ -33,8 +37,8 @@ def imports(path: Path) -> list[str]:
 def arrows() -> set[tuple[str, str]]:
     """Which room imports which."""
     found = set()
-    for path in PACKAGE.glob("*/*.py"):
-        found |= {(path.parent.name, name.split(".")[1]) for name in imports(path)}
+    for path in PACKAGE.glob("*/**/*.py"):
+        found |= {(room_of(path), name.split(".")[1]) for name in imports(path)}
     return {(room, there) for room, there in found if room != there}
 
 
@@ -44,11 +48,11 @@ def test_every_room_has_its_floor_and_nothing_else_lies_beside_them() -> None:
 
 
 def test_imports_go_down_and_through_doors() -> None:
-    for path in PACKAGE.glob("*/*.py"):
+    for path in PACKAGE.glob("*/**/*.py"):
         for name in imports(path):
             there = name.split(".")[1]
-            if there != path.parent.name:
-                assert FLOOR[there] < FLOOR[path.parent.name], f"{path} imports {there}, which is not below it"
+            if there != room_of(path):
+                assert FLOOR[there] < FLOOR[room_of(path)], f"{path} imports {there}, which is not below it"
                 assert name.count(".") == 1, f"{path} goes past the door of {there}"
 
 
@@ -57,6 +61,6 @@ def test_rooms_know_few_others() -> None:
 
 
 def test_own_modules_are_not_imported_behind_the_readers_back() -> None:
-    for path in PACKAGE.glob("*/*.py"):
+    for path in PACKAGE.glob("*/**/*.py"):
         if path.name not in ("doors.py", "registration.py", "mlx_model.py"):
             assert "import_module" not in path.read_text(encoding="utf-8"), path

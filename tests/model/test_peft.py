@@ -6,7 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from transformers import AutoModelForCausalLM
 
 from conftest import Run
@@ -155,6 +167,55 @@ def test_ia3_is_trained_saved_and_opened_but_not_merged_into_replicas(family: st
 def test_what_would_change_the_bases_weight_is_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="name kept blocks alone by layers_to_transform"):
         lora(compact("llama-biases-tied"), **setting)
+
+
+OTHERS = {
+    "adalora": lambda: AdaLoraConfig(init_r=4, target_r=2, total_step=100, tinit=10, tfinal=10),
+    "dora": lambda: LoraConfig(r=2, use_dora=True),
+    "vera": lambda: VeraConfig(r=2),
+    "loha": lambda: LoHaConfig(r=2),
+    "oft": lambda: OFTConfig(r=0, oft_block_size=4),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_kinds_change_narrow_and_kept_linears_and_are_refused_on_replicas(kind: str, tmp_path: Path) -> None:
+    model, other = compact("llama-gqa", GONE), compact("llama-gqa", GONE)
+    config, before = OTHERS[kind](), logits(model)
+    config.target_modules = names(model)
+    peft = trained(get_peft_model(model, config))
+    expected = logits(peft)
+    assert not torch.allclose(expected, before)
+    peft.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(other, tmp_path)), expected)
+    torch.testing.assert_close(logits(peft.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
+    config = OTHERS[kind]()
+    config.target_modules = names(model)
+    with pytest.raises(ValueError, match="name kept blocks alone by layers_to_transform"):
+        get_peft_model(compact("llama-gqa"), config)
+    config.layers_to_transform, config.layers_pattern = [0, 3, 5], "layers"
+    config.target_modules = ["q_proj", "v_proj"]
+    kept = compact("llama-gqa")
+    before = logits(kept)
+    assert not torch.allclose(logits(trained(get_peft_model(kept, config))), before)
+
+
+@pytest.mark.parametrize("make", [PrefixTuningConfig, PromptTuningConfig, PromptEncoderConfig])
+@pytest.mark.parametrize("sublayers", [(), GONE], ids=["replicas", "sublayers"])
+def test_what_is_put_before_the_text_is_trained_saved_and_opened(
+    make: Any, sublayers: tuple[SublayerReplica, ...], tmp_path: Path
+) -> None:
+    model, other = compact("llama-gqa", sublayers), compact("llama-gqa", sublayers)
+    before = logits(model)
+    peft = get_peft_model(model, make(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    peft.train()(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in peft.parameters() if p.requires_grad)
+    expected = logits(peft.eval())
+    assert not torch.allclose(expected[:, -before.shape[1] :], before)
+    peft.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(other, tmp_path).eval()), expected)
+    with peft.disable_adapter():
+        assert torch.equal(logits(peft), before)
 
 
 def test_cached_generation_is_that_without_a_cache() -> None:

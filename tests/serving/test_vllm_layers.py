@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_vllm import compact
+from test_plugins import compact
 from torch import nn
 
 from families import token_ids

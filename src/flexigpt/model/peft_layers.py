@@ -11,7 +11,7 @@ import torch
 from peft import IA3Model, LoraModel
 from peft.tuners.ia3.layer import Linear as Ia3Linear
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from flexigpt.model.modeling_flexigpt import NoLinear, NormedOutput, NoSublayer, SharedLinear
@@ -82,13 +82,32 @@ class SharedIa3Linear(Ia3Linear):
 
 
 def teach() -> None:
-    """Lets PEFT find its way: from now on LoRA and (IA)3 know the modules of compact models."""
+    """Lets PEFT find its way: from now on LoRA and (IA)3 know the modules of compact models, and others say no."""
+    any_tuner: Any = BaseTuner
+    any_tuner.inject_adapter = _saying(any_tuner.inject_adapter)
     tuners: tuple[Any, ...] = (LoraModel, IA3Model)
     for tuner in tuners:
         tuner._create_and_replace = _finding(tuner._create_and_replace)
         tuner._replace_module = _replacing(tuner._replace_module)
     tuner._create_new_module = staticmethod(_creating(tuner._create_new_module))
     tuner._check_merge_allowed = _checking(tuner._check_merge_allowed)
+
+
+def _saying(stock: Callable[..., None]) -> Callable[..., None]:
+    """PEFT's step that puts adapters of any kind on a model, which does not know replicas' linears."""
+
+    def inject(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            stock(self, *args, **kwargs)
+        except (TypeError, ValueError) as error:
+            if not any(kind.__name__ in str(error) for kind in (SharedLinear, NormedOutput)):
+                raise
+            raise ValueError(
+                f"{type(self).__name__.removesuffix('Model')} cannot be put on a replica's linear, which has no weight "
+                "of its own: train a LoRA or (IA)3, or name kept blocks alone by layers_to_transform"
+            ) from error
+
+    return inject
 
 
 def _creating(stock: Callable[..., nn.Module]) -> Callable[..., nn.Module]:

@@ -1,6 +1,7 @@
 """Other programs' servers, taught what a compact model is.
 
-Read `options`, `server`, then `vllm_plugin` and `vllm_model`, which vLLM loads by itself.
+Read `options`, `server`, then `parts` and `build`, and their two doors: `vllm_plugin` and `vllm_model`, which vLLM
+loads by itself, and `sglang`, which SGLang loads when it is told to.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Our model for vLLM against transformers' compact model, with vLLM's layers stubbed: see `vllm_stub`."""
+"""Our models for vLLM and SGLang against transformers' compact model, with their layers stubbed: `servers_stub`."""
 
 import sys
 import threading
@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import servers_stub
 import torch
-import vllm_stub
 from safetensors.torch import load_file
 
 from families import NUM_BLOCKS, compact_of, tiny_model, token_ids
@@ -46,8 +46,23 @@ def compact(family: str, output_norm: bool, scaled: bool = False) -> FlexiGPTFor
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def served(model: FlexiGPTForCausalLM, folder: Path) -> Any:
-    """vLLM's model of a checkpoint, loaded as vLLM does."""
+def served(model: FlexiGPTForCausalLM, folder: Path, server: str = "vLLM") -> Any:
+    """The server's model of a checkpoint, loaded as the server does."""
+    with _ONE_AT_A_TIME:  # real devices have a process each, and classes of their own to build with
+        made = in_vllm(model) if server == "vLLM" else in_sglang(model)
+    loaded = made.load_weights(iter(load_file(folder / "model.safetensors").items()))
+    of_server = "" if server == "vLLM" else "language_model."
+    assert {of_server + name for name in loaded} == {name for name, _ in made.named_parameters()}
+    return made
+
+
+def in_sglang(model: FlexiGPTForCausalLM) -> Any:
+    from flexigpt.serving.sglang.sglang_model import EntryClass  # noqa: PLC0415 - with the stub in place
+
+    return EntryClass(config=model.config, quant_config=None)
+
+
+def in_vllm(model: FlexiGPTForCausalLM) -> Any:
     from flexigpt.serving.vllm_model import FlexiGPTForCausalLM as Served  # noqa: PLC0415 - with the stub in place
 
     asked = SimpleNamespace(
@@ -55,11 +70,8 @@ def served(model: FlexiGPTForCausalLM, folder: Path) -> Any:
         compilation_config=SimpleNamespace(static_forward_context={}),
         quant_config=None,
     )
-    with _ONE_AT_A_TIME:  # real devices have a process each, and classes of their own to build with
-        made = Served(vllm_config=asked)
+    made = Served(vllm_config=asked)
     made.asked = asked
-    loaded = made.load_weights(iter(load_file(folder / "model.safetensors").items()))
-    assert loaded == {name for name, _ in made.named_parameters()}
     return made
 
 
@@ -68,13 +80,20 @@ def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return model.compute_logits(model(ids, torch.arange(len(ids))))
 
 
+@pytest.mark.parametrize("server", ["vLLM", "SGLang"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize(
     ("family", "output_norm", "scaled"),
     [("llama-gqa", False, False), ("llama-gqa", True, False), ("llama-biases-tied", True, True)],
 )
-def test_with_stubbed_vllm_layers_it_computes_what_transformers_does(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str, output_norm: bool, scaled: bool, size: int
+def test_with_stubbed_layers_it_computes_what_transformers_does(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    family: str,
+    output_norm: bool,
+    scaled: bool,
+    size: int,
+    server: str,
 ) -> None:
     """On one device and on several, of which some have the same heads of keys."""
     model = compact(family, output_norm, scaled)
@@ -82,8 +101,8 @@ def test_with_stubbed_vllm_layers_it_computes_what_transformers_does(
     ids = token_ids(batch=1, tokens=9)[0]
     with torch.no_grad():
         expected = model(ids[None]).logits[0]
-    devices = vllm_stub.install(monkeypatch, size)
-    for found in devices.run(lambda: logits_of(served(model, tmp_path), ids)):
+    devices = servers_stub.install(monkeypatch, size, server)
+    for found in devices.run(lambda: logits_of(served(model, tmp_path, server), ids)):
         torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
 
 
@@ -93,7 +112,7 @@ def test_with_stubbed_vllm_layers_nothing_is_kept_for_what_is_gone(
     """Neither weights nor a place in the key/value cache; nor is more memory asked for while the model is built."""
     model = compact("llama-gqa", output_norm=False)
     model.save_pretrained(tmp_path)
-    vllm_stub.install(monkeypatch)
+    servers_stub.install(monkeypatch)
     built: list[int] = []
     plain = torch.full
     monkeypatch.setattr(torch, "full", lambda shape, value: built.append(shape[0] * shape[-1]) or plain(shape, value))
@@ -106,19 +125,20 @@ def test_with_stubbed_vllm_layers_nothing_is_kept_for_what_is_gone(
     assert sum(built) < stored
 
 
-def test_with_stubbed_vllm_layers_units_that_cannot_be_split_are_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("server", ["vLLM", "SGLang"])
+def test_with_stubbed_layers_units_that_cannot_be_split_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: str
 ) -> None:
     model = compact("llama-gqa", output_norm=False)
-    vllm_stub.install(monkeypatch, 8)
+    servers_stub.install(monkeypatch, 8, server)
     with pytest.raises(ValueError, match="the 20 units of block 2 cannot be split over 8 devices"):
-        served(model, tmp_path)
+        served(model, tmp_path, server)
 
 
 def test_with_stubbed_vllm_the_plugin_names_a_class_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     module, name = project["entry-points"]["vllm.general_plugins"]["flexigpt"].split(":")
-    vllm_stub.install(monkeypatch)
+    servers_stub.install(monkeypatch)
     registered: dict[str, str] = {}
     sys.modules["vllm"].ModelRegistry = SimpleNamespace(register_model=registered.__setitem__)  # type: ignore[attr-defined]
     getattr(import_module(module), name)()

@@ -1,6 +1,7 @@
-"""The names of vLLM 0.33 that our model uses, with as little behind them as a tiny LLaMA needs; no GPU, no kernels.
+"""The names of vLLM 0.33 and SGLang 0.5.23 that our models use, with as little behind them as a tiny LLaMA needs.
 
-Signatures, attributes and the loader's ways are vLLM's. Devices are threads: each has its rank, and sums wait for all.
+Signatures, attributes and the loaders' ways are theirs; no GPU, no kernels. Devices are threads: each has its rank,
+and sums wait for all. SGLang's linears leave their sums to the block.
 """
 
 import sys
@@ -53,8 +54,8 @@ class Devices:
         return made
 
 
-def make_layers(devices: Devices) -> SimpleNamespace:
-    """vLLM's linears for these devices."""
+def make_layers(devices: Devices, sums_in_block: bool) -> SimpleNamespace:
+    """The server's linears for these devices."""
 
     class Columns(nn.Module):
         def __init__(self, input_size: int, sizes: list[int], bias: bool) -> None:
@@ -71,8 +72,9 @@ def make_layers(devices: Devices) -> SimpleNamespace:
             for parameter in self.parameters():
                 parameter.weight_loader = self.load  # type: ignore[attr-defined]
 
-        def load(self, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
-            part = {"q": 0, "k": 1, "v": 2}.get(loaded.shard_id, loaded.shard_id)  # type: ignore[attr-defined]
+        def load(self, parameter: nn.Parameter, loaded: torch.Tensor, shard: Any = None) -> None:
+            shard = loaded.shard_id if shard is None else shard  # type: ignore[attr-defined]
+            part = {"q": 0, "k": 1, "v": 2}.get(shard, shard)
             sizes = [size // self.tp_size for size in self.output_sizes]
             rank = self.tp_rank // (getattr(self, "num_kv_head_replicas", 1) if part else 1)
             parameter.data.split(sizes)[part].copy_(loaded.narrow(0, rank * sizes[part], sizes[part]))
@@ -112,6 +114,7 @@ def make_layers(devices: Devices) -> SimpleNamespace:
         def __init__(self, input_size: int, output_size: int, bias: bool = True, *, prefix: str = "") -> None:
             super().__init__()
             self.tp_size, self.tp_rank, self.output_size = devices.size, devices.rank, output_size
+            self.reduce_results = not sums_in_block
             self.input_size_per_partition = input_size // devices.size
             shape = (output_size, self.input_size_per_partition)
             self.weight = nn.Parameter(torch.full(shape, torch.nan), requires_grad=False)
@@ -124,12 +127,13 @@ def make_layers(devices: Devices) -> SimpleNamespace:
 
         def forward(self, x: torch.Tensor) -> Any:
             y = F.linear(x, self.weight, self.bias if self.tp_rank == 0 else None)
-            return (y if self.tp_size == 1 else devices.sum(y)), None
+            return (devices.sum(y) if self.reduce_results else y), None
 
     return SimpleNamespace(
         MergedColumnParallelLinear=MergedColumnParallelLinear,
         QKVParallelLinear=QKVParallelLinear,
         RowParallelLinear=RowParallelLinear,
+        summed=devices.sum if sums_in_block else lambda y: y,
     )
 
 
@@ -141,7 +145,7 @@ class Attention(nn.Module):
 
 
 class LlamaAttention(nn.Module):
-    def __init__(self, vllm_config: Any, config: Any, layers: Any, devices: Devices, prefix: str) -> None:
+    def __init__(self, cached: dict[str, Any], config: Any, layers: Any, devices: Devices, prefix: str) -> None:
         super().__init__()
         heads, keys, self.size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         biased = config.attention_bias
@@ -152,7 +156,7 @@ class LlamaAttention(nn.Module):
             input_size=heads * self.size, output_size=config.hidden_size, bias=biased, prefix=f"{prefix}.o_proj"
         )
         self.attn = Attention()
-        vllm_config.compilation_config.static_forward_context[f"{prefix}.attn"] = self.attn
+        cached[f"{prefix}.attn"] = self.attn
         self.rotary, self.split = (
             LlamaRotaryEmbedding(config),
             [heads // devices.size, *2 * [max(1, keys // devices.size)]],
@@ -185,24 +189,26 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaDecoderLayer(nn.Module):
-    def __init__(self, vllm_config: Any, config: Any, layers: Any, devices: Devices, prefix: str) -> None:
+    def __init__(self, cached: dict[str, Any], config: Any, layers: Any, devices: Devices, prefix: str) -> None:
         super().__init__()
-        self.self_attn = LlamaAttention(vllm_config, config, layers, devices, f"{prefix}.self_attn")
+        self.summed = layers.summed
+        self.self_attn = LlamaAttention(cached, config, layers, devices, f"{prefix}.self_attn")
         self.mlp = LlamaMLP(config, layers, f"{prefix}.mlp")
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, positions: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        residual = residual + self.self_attn(positions=positions, hidden_states=self.input_layernorm(residual))
-        return residual + self.mlp(self.post_attention_layernorm(residual))
+        attended = self.self_attn(positions=positions, hidden_states=self.input_layernorm(residual))
+        residual = residual + self.summed(attended)
+        return residual + self.summed(self.mlp(self.post_attention_layernorm(residual)))
 
 
 class LlamaForCausalLM(nn.Module):
-    def __init__(self, vllm_config: Any, config: Any, layers: Any, devices: Devices, prefix: str) -> None:
+    def __init__(self, cached: dict[str, Any], config: Any, layers: Any, devices: Devices, prefix: str = "") -> None:
         super().__init__()
-        self.make_empty_intermediate_tensors = None
-        names = [f"{prefix}.model.layers.{index}" for index in range(config.num_hidden_layers)]
-        blocks = [LlamaDecoderLayer(vllm_config, config, layers, devices, name) for name in names]
+        self.make_empty_intermediate_tensors, self.hands_over_shards = None, not prefix
+        names = [f"{prefix}.model.layers.{index}".lstrip(".") for index in range(config.num_hidden_layers)]
+        blocks = [LlamaDecoderLayer(cached, config, layers, devices, name) for name in names]
         self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size)})
         self.model["layers"], self.model["norm"] = (
             nn.ModuleList(blocks),
@@ -224,29 +230,46 @@ class LlamaForCausalLM(nn.Module):
     def load_weights(self, weights: Any) -> set[str]:
         parameters, loaded = dict(self.named_parameters()), set()
         for name, tensor in weights:
+            shards = []
             for theirs, (ours, shard) in _STACKED.items():
                 if f".{theirs}." in name:
                     name, tensor.shard_id = name.replace(theirs, ours), shard
+                    shards = [shard] if self.hands_over_shards else []
+            if self.hands_over_shards:
+                tensor = tensor.clone()  # nothing is written on it
             parameter = parameters[name]
             load = getattr(parameter, "weight_loader", lambda parameter, tensor: parameter.data.copy_(tensor))
-            load(parameter, tensor)
+            load(parameter, tensor, *shards)
             loaded.add(name)
         return loaded
 
 
-def install(monkeypatch: pytest.MonkeyPatch, size: int = 1) -> Devices:
-    """Puts the stub in vLLM's place, with so many devices; our modules are loaded anew with it."""
+def install(monkeypatch: pytest.MonkeyPatch, size: int = 1, server: str = "vLLM") -> Devices:
+    """Puts the stub in the server's place, with so many devices; our modules are loaded anew with it."""
     devices = Devices(size)
-    layers = make_layers(devices)
+    modules = _vllm(devices) if server == "vLLM" else _sglang(devices)
+    for name, content in modules.items():
+        made = ModuleType(name)
+        vars(made).update(content)
+        monkeypatch.setitem(sys.modules, name, made)
+    for name in ("flexigpt.serving.vllm_model", "flexigpt.serving.sglang.sglang_model"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return devices
+
+
+def _vllm(devices: Devices) -> dict[str, dict[str, Any]]:
+    layers = make_layers(devices, sums_in_block=False)
 
     def init_vllm_registered_model(vllm_config: Any, *, hf_config: Any, prefix: str) -> nn.Module:
-        return LlamaForCausalLM(vllm_config, hf_config, layers, devices, prefix)
+        cached = vllm_config.compilation_config.static_forward_context
+        return LlamaForCausalLM(cached, hf_config, layers, devices, prefix)
 
-    modules = {
+    return {
         "vllm": {},
         "vllm.config": {"VllmConfig": object},
         "vllm.distributed": {
-            "get_tensor_model_parallel_world_size": lambda: size,
+            "get_tensor_model_parallel_rank": lambda: devices.rank,
+            "get_tensor_model_parallel_world_size": lambda: devices.size,
             "tensor_model_parallel_all_reduce": devices.sum,
         },
         "vllm.model_executor.layers.linear": vars(layers),
@@ -257,10 +280,22 @@ def install(monkeypatch: pytest.MonkeyPatch, size: int = 1) -> Devices:
             "maybe_prefix": lambda prefix, name: f"{prefix}.{name}" if prefix else name,
         },
     }
-    for name, content in modules.items():
-        made = ModuleType(name)
-        vars(made).update(content)
-        monkeypatch.setitem(sys.modules, name, made)
-    for name in ("flexigpt.serving.vllm_layers", "flexigpt.serving.vllm_model"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return devices
+
+
+def _sglang(devices: Devices) -> dict[str, dict[str, Any]]:
+    layers = make_layers(devices, sums_in_block=True)
+
+    def resolve_model_cls(architecture: str) -> tuple[Any, str]:
+        assert architecture == "LlamaForCausalLM"
+        return lambda config: LlamaForCausalLM({}, config, layers, devices), architecture
+
+    return {
+        "sglang": {},
+        "sglang.srt.distributed": {"tensor_model_parallel_all_reduce": devices.sum},
+        "sglang.srt.layers.linear": vars(layers),
+        "sglang.srt.layers.utils": {"PPMissingLayer": type("PPMissingLayer", (nn.Identity,), {})},
+        "sglang.srt.models.registry": {"ModelRegistry": SimpleNamespace(resolve_model_cls=resolve_model_cls)},
+        "sglang.srt.runtime_context": {
+            "get_parallel": lambda: SimpleNamespace(tp_rank=devices.rank, tp_size=devices.size)
+        },
+    }
