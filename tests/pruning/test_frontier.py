@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import pytest
 
 from flexigpt import FrontierOptions, PruneOptions, frontier, prune, remove
+from flexigpt.pruning import source as opened
 from flexigpt.pruning.frontier import _Ladder, knee
 from flexigpt.runtime import silent
 from flexigpt.runtime.cache import CACHE_VARIABLE
@@ -31,10 +32,14 @@ def short(texts: dict[str, Any], text: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_each_size_is_what_prune_and_plain_removal_give(example: Path, short: dict[str, Any]) -> None:
     """At the same stored parameters; the larger, the better."""
-    seen: list[dict[str, Any]] = []
-    record = frontier(str(example), FrontierOptions(sizes=3, **short), note=seen.append)
+    seen: list[tuple[float, int]] = []
+
+    def note(measured: dict[str, Any]) -> None:
+        seen.append((measured["source"]["perplexity"], len(measured["points"])))
+
+    record = frontier(str(example), FrontierOptions(sizes=3, **short), note=note)
     points = record["points"]
-    assert seen == points
+    assert seen == [(record["source"]["perplexity"], number) for number in range(4)]
     assert [point["removed"]["blocks"] for point in points] == [1, 4, 7]
     total = record["source"]["parameters"]
     for point in points:
@@ -56,8 +61,9 @@ class Killed(BaseException):
 def test_a_killed_run_finds_its_points_again(example: Path, short: dict[str, Any]) -> None:
     options, stages = FrontierOptions(sizes=3, **short), []
 
-    def killing(point: dict[str, Any]) -> None:
-        raise Killed
+    def killing(measured: dict[str, Any]) -> None:
+        if measured["points"]:
+            raise Killed
 
     def track(items: Iterable[T], stage: str, total: int) -> Iterator[T]:
         stages.append(stage)
@@ -138,3 +144,20 @@ def test_a_loss_that_cannot_be_is_one_clear_line(
     assert (code, printed) == (2, "")
     assert line in errors
     assert not (tmp_path / "out").exists()
+
+
+def test_the_source_is_opened_and_the_texts_are_read_once_for_all_sizes(
+    tiny_source: Path, short: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def counted(name: str) -> None:
+        plain = getattr(opened, name)
+        monkeypatch.setattr(opened, name, lambda *given, **named: (seen.append(name), plain(*given, **named))[1])
+
+    for name in ("Source", "tokenize_text", "calibration_windows"):
+        counted(name)
+    record = frontier(str(tiny_source), FrontierOptions(sizes=3, **short))
+    assert len(record["points"]) == 3
+    assert sorted(seen) == ["Source", "calibration_windows", "tokenize_text"]
+    assert record["stages"]["fitting blocks"] > 0, "what all sizes took"

@@ -1,21 +1,24 @@
 """Figures, by what matplotlib was told to draw: nothing but what was recorded."""
 
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from PIL import Image
 
 from flexigpt.model import Plan, Replica
-from flexigpt.record import read_recorded, verdict
+from flexigpt.record import frontier_rows, read_recorded, verdict
 from flexigpt.report.drawing import Drawn, colour, heat, number_ranges, to_svg
 from flexigpt.report.figures import figures_of
 from flexigpt.report.result_figures import frontier_figure, shared_figures
 from flexigpt.report.stack import plan_figure, plan_png
+from flexigpt.runtime import InputError
 
 SPECTRUM = {"ranks": [1, 2, 4], "mended": [0.125, 0.25, 0.5]}
 STEP = {"loss": 4.0, "cross_entropy": 4.0, "divergence": 0.0, "lr": 0.001, "tokens_per_second": 900.0}
@@ -197,6 +200,69 @@ def test_small_parts_are_one_in_the_figure(tmp_path: Path) -> None:
     assert {name for name, bar in found.items() if bar.get_width()} == {"stored-1-embeddings", "stored-1-the-rest"}
 
 
+def ladder(*in_8_bits: tuple[int, float]) -> dict[str, Any]:
+    """The record of two sizes of a model of 1,000 bytes; in 8 bits: source, then both sizes, then plain removal."""
+
+    def made(size: int, perplexity: float) -> dict[str, Any]:
+        return {"parameters": size // 2, "bytes": size, "perplexity": perplexity}
+
+    points = [made(900, 11.0), made(500, 30.0)]
+    for point, perplexity in zip(points, (20.0, 90.0), strict=True):
+        point |= {"share": point["bytes"] / 1000, "removed": made(point["bytes"], perplexity)}
+    source = made(1000, 10.0)
+    rows = (source, *points, *(point["removed"] for point in points))
+    for row, (size, perplexity) in zip(rows, in_8_bits, strict=False):
+        row["int8"] = {"bytes": size, "perplexity": perplexity}
+    given = {"format": 1, "source_name": "someone/model", "versions": {"flexigpt": "1"}, "options": {}}
+    return given | {"source": source, "points": points, "knee": 0, "text": "text.jsonl"}
+
+
+def test_a_source_that_8_bits_make_smaller_and_better_is_said_to_come_first(tmp_path: Path) -> None:
+    """In the page's first sentence, in the notes of the table, and as lines of their own; not where it is not so."""
+    eights = [(600, 10.1), (540, 11.1), (300, 30.1), (540, 20.1), (300, 90.1)]
+    read = read_recorded(write(tmp_path / "first", ladder(*eights), None))
+    assert verdict(read) == (
+        "Quantise first: in 8 bits the source itself takes 60% of the bytes, perplexity 10.0 \u2192 10.1; pruning "
+        "alone, the knee is at 90% of the bytes, perplexity 10.0 \u2192 11.0"
+    )
+    rows = frontier_rows(read.record)
+    assert [cell for row in rows.rows for cell in row[-2:]] == ["10.10", "", "11.10", "20.10", "30.10", "90.10"]
+    assert "loss" in frontier_rows(ladder()).headings
+    bars = [row[-1] for row in frontier_rows(ladder()).rows]
+    assert bars[0] == ""
+    assert 0 < len(bars[1]) < len(bars[2])
+    assert "pruned to 90% it takes 0.00 MB, at perplexity 11.00: quantise first" in rows.notes[-1]
+    lines: dict[str, list[int]] = {}
+    for row in read.frontier:
+        lines.setdefault(row["series"], []).append(row["bytes"])
+    assert list(lines) == [*(names := ["flexigpt prune", "plain removal", "source"]), *(f"{n}, 8 bits" for n in names)]
+    assert lines["flexigpt prune, 8 bits"] == [540, 300]
+    figure = shared_figures([read])["frontier"].figure
+    FigureCanvasAgg(figure).draw()
+    assert figure.legends[0].get_window_extent().x1 <= figure.bbox.x1, "seven names fit below it"
+    for changed in ((950, 10.1), (600, 11.5)):  # larger than the knee's model, or worse
+        other = read_recorded(write(tmp_path / f"{changed[0]}", ladder(changed, *eights[1:]), None))
+        assert verdict(other).startswith("The knee is at 90% of the bytes")
+        assert not any("quantise" in note for note in frontier_rows(other.record).notes)
+
+
+def test_a_ladder_without_its_knee_is_refused(tmp_path: Path) -> None:
+    for change in ({"knee": 2}, {"knee": None}, {"text": None}, {"source": {"bytes": 1}}):
+        with pytest.raises(InputError, match="damaged"):
+            read_recorded(write(tmp_path / "-".join(change), ladder() | change, None))
+
+
+def test_names_below_a_heat_map_do_not_touch(tmp_path: Path) -> None:
+    """Of 24 kept blocks, as many as SmolLM2 has left."""
+    pruned = (13, 14, 15, 17, 25, 26)
+    drawn = figures_of(read_recorded(write(tmp_path, record(30, pruned), plan_for(30, pruned))))["distances"]
+    FigureCanvasAgg(drawn.figure).draw()
+    boxes = [label.get_window_extent() for label in drawn.figure.axes[0].get_xticklabels()]
+    assert len(boxes) == 24
+    apart = drawn.figure.dpi / 72 * 1.5  # points
+    assert all(one.x1 + apart < other.x0 for one, other in itertools.pairwise(boxes))
+
+
 def test_the_frontier_is_a_line_for_each_series_with_the_chosen_size_marked(tmp_path: Path) -> None:
     rows = [(80, 12.0), (60, 30.0), (90, 11.0)]
     points = [{"series": "flexigpt", "bytes": n * 10**6, "perplexity": p, "chosen": n == 80} for n, p in rows]
@@ -210,21 +276,12 @@ def test_the_frontier_is_a_line_for_each_series_with_the_chosen_size_marked(tmp_
         "frontier-2": [(100, 10.0)],
     }
     assert len({line.get_marker() for line in axes.lines if line.get_gid()}) == 3, "told apart without colour"
-    assert [text.get_text() for text in axes.texts] == ["80 MB: 12.0"]
+    (names,) = [[text.get_text().strip() for text in one.get_texts()] for one in axes.figure.legends]
+    assert names == ["flexigpt", "plain removal", "source", "knee: 80 MB, 12.0"]
     assert "frontier" not in shared_figures([read_recorded(write(tmp_path / "model", record(), None))])
-    worth = {"bytes": 900, "perplexity": 11.0, "removed": {"bytes": 900, "perplexity": 20.0}}
-    ladder = {
-        "format": 1,
-        "source_name": "someone/model",
-        "versions": {"flexigpt": "1"},
-        "options": {},
-        "source": {"bytes": 1000, "perplexity": 10.0},
-        "points": [worth],
-        "knee": 0,
-    }
-    read = read_recorded(write(tmp_path / "ladder", ladder, None))
+    read = read_recorded(write(tmp_path / "ladder", ladder(), None))
     assert "source" in shared_figures([read])["frontier"].alt
-    assert verdict(read).startswith("Down to 90% of the bytes, perplexity 10.0 \u2192 11.0")
+    assert verdict(read).startswith("The knee is at 90% of the bytes, perplexity 10.0 \u2192 11.0")
 
 
 def test_recovery_is_drawn_step_by_step_with_what_was_held_out(tmp_path: Path) -> None:

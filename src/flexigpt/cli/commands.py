@@ -89,10 +89,14 @@ def prune(
 
 
 def frontier(asked: Asked, source: Source, out: Out, overwrite: Overwrite = False, as_json: Json = False) -> None:
-    """Measure how small a source model can go: perplexity at a ladder of sizes, beside plain removal."""
+    """Measure how small a source model can go: perplexity at a ladder of sizes, beside plain removal.
+
+    Each is measured in 8 bits too where torchao is installed: pip install 'flexigpt[quantize]'.
+    """
     options = asked.options()
+    from flexigpt.cli.chart import chart
     from flexigpt.pruning import frontier as measure
-    from flexigpt.record import frontier_rows, reserved, write_frontier
+    from flexigpt.record import frontier_rows, frontier_series, reserved, write_frontier
     from flexigpt.text import shares_of
 
     with (
@@ -100,9 +104,12 @@ def frontier(asked: Asked, source: Source, out: Out, overwrite: Overwrite = Fals
         asked.reporting() as track,
     ):
 
-        def note(point: dict[str, Any]) -> None:
-            plain = point["removed"]["perplexity"]
-            track.note(f"{point['share']:.1%}: perplexity {point['perplexity']:.2f}, plain removal {plain:.2f}")
+        def note(measured: "Record") -> None:
+            track.draw(chart(frontier_series(measured)))
+            point = (measured["source"], *measured["points"])[-1]
+            line = f"{point.get('share', 1):.1%}: perplexity {point['perplexity']:.2f}"
+            line += f", plain removal {point['removed']['perplexity']:.2f}" if "removed" in point else ""
+            track.note(f"{line}, in 8 bits {point['int8']['perplexity']:.2f}" if "int8" in point else line)
 
         record = measure(source, options, track, note) | {"command": asked.call.command}
         write_frontier(out, record)
@@ -112,6 +119,9 @@ def frontier(asked: Asked, source: Source, out: Out, overwrite: Overwrite = Fals
     knee = record["points"][record["knee"]]
     show(frontier_rows(record), f"written to {out}; flexigpt report {out} draws it; the model at the knee:")
     show(_command_for(source, knee["parameters"], options))
+    if "int8" in knee:
+        size, loss = knee["int8"]["bytes"] / 1e6, knee["int8"]["perplexity"]
+        show(f"flexigpt quantize OUT OUT-8 --bits 8  # {size:.1f} MB, perplexity {loss:.2f}")
 
 
 def _command_for(source: str, parameters: int, options: FrontierOptions) -> str:

@@ -11,7 +11,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, Group
 
 T = TypeVar("T")
 # Between two lines of a stage, where there is no terminal.
@@ -43,29 +43,52 @@ class Reporting:
     def note(self, line: str) -> None:
         """Prints a line."""
 
+    def draw(self, picture: str) -> None:
+        """Shows a picture of a few lines in the place of the last one, where there is a terminal."""
+
 
 class _Bars(Reporting):
-    """Progress bars on a terminal, one for each stage, with the time left."""
+    """Progress bars on a terminal, one for each stage, with the time left; above them the picture, if there is one.
 
-    def __init__(self) -> None:
+    Args:
+        console: to write to.
+    """
+
+    def __init__(self, console: "Console") -> None:
         from rich import progress
+        from rich.live import Live
 
         shown = ("{task.description:22}", progress.BarColumn(), progress.MofNCompleteColumn(), "elapsed")
         columns = (*shown, progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn())
-        self._progress = progress.Progress(*columns, console=_console(stderr=True))
+        self._console, self._picture = console, ""
+        self._progress = progress.Progress(*columns, console=console, auto_refresh=False)
+        self._live = Live(console=console, refresh_per_second=10, get_renderable=self._shown)
+
+    def _shown(self) -> "Group":
+        """The picture, and the bars that there is room for below it: of the stages that began last."""
+        from rich.console import Group
+        from rich.text import Text
+
+        room = self._console.height - len(self._picture.splitlines()) - 1
+        bars = self._progress.make_tasks_table(self._progress.tasks[-max(1, room) :])
+        return Group(*([Text(self._picture, no_wrap=True)] if self._picture else []), bars)
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        self._live.start(refresh=True)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+        self._live.stop()
 
     def __call__(self, items: Iterable[T], stage: str, total: int) -> Iterator[T]:
         return iter(self._progress.track(items, total=total, description=stage))
 
     def note(self, line: str) -> None:
-        self._progress.console.print(line, markup=False, highlight=False)
+        self._console.print(line, markup=False, highlight=False)
+
+    def draw(self, picture: str) -> None:
+        self._picture = picture
+        self._live.refresh()
 
 
 class Lines(Reporting):
@@ -107,7 +130,8 @@ def reporting(verbosity: Verbosity) -> Reporting:
     """Bars on a terminal, lines elsewhere, or nothing."""
     if verbosity is Verbosity.QUIET:
         return Reporting()
-    return _Bars() if _console(stderr=True).is_terminal else Lines()
+    console = _console(stderr=True)
+    return _Bars(console) if console.is_terminal else Lines()
 
 
 def _console(stderr: bool = False) -> "Console":

@@ -32,7 +32,7 @@ _VERBOSITY = {
 }
 # A closed pipe, a full disk.
 _LOST_OUTPUT = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
-_LIBRARIES = ("datasets", "huggingface_hub", "matplotlib", "transformers")
+_LIBRARIES = ("datasets", "huggingface_hub", "matplotlib", "torch.utils._pytree", "torchao", "transformers")
 
 
 def _print_version(context: typer.Context, asked: bool) -> None:

@@ -9,7 +9,7 @@ from flexigpt.pruning.distances import choose_bases, measure_distances
 from flexigpt.pruning.estimate import Announce, open_announced
 from flexigpt.pruning.options import PruneOptions
 from flexigpt.pruning.scores import pruned_or_count, scored
-from flexigpt.pruning.source import CheckedSource, Workspace
+from flexigpt.pruning.source import CheckedSource, Workspace, checked_source
 from flexigpt.record import Record
 from flexigpt.replicas import adapter_spectra, fill, hidden_copies, init_of
 from flexigpt.runtime import InputError, Track, digest, silent
@@ -18,9 +18,15 @@ from flexigpt.weights import Assembly
 
 @contextmanager
 def assembled(
-    source: str, options: PruneOptions, track: Track = silent, announce: Announce | None = None
+    source: str | Workspace[PruneOptions],
+    options: PruneOptions,
+    track: Track = silent,
+    announce: Announce | None = None,
 ) -> Iterator[tuple[Assembly, Plan, Record]]:
-    """What `assemble_pruned` gives, where it is said how large it is to be; arguments and errors are its own."""
+    """What `assemble_pruned` gives, where it is said how large it is to be; arguments and errors are its own.
+
+    The source may be open already; then `track` is not used.
+    """
     workspace, plan, record = planned(source, options, track, announce)
     asked, opened, windows = workspace.options, workspace.source, workspace.windows
     units = units_of(workspace, plan)
@@ -38,7 +44,11 @@ def assembled(
 
 
 def planned(
-    source: str, options: PruneOptions, track: Track, announce: Announce | None, writes: bool = True
+    source: str | Workspace[PruneOptions],
+    options: PruneOptions,
+    track: Track,
+    announce: Announce | None,
+    writes: bool = True,
 ) -> tuple[Workspace[PruneOptions], Plan, Record]:
     """Opens the source and decides what is pruned, or takes the plan that was given.
 
@@ -51,7 +61,7 @@ def planned(
             "--blocks names whole blocks, and the form units prunes units of all of them: give --ratio or "
             "--target-size, or --preset paper for replicas of whole blocks, or --remove for none"
         )
-    checked = CheckedSource.check(source, options, options)
+    checked = checked_source(source, options)
     if options.plan is not None:
         return _given(checked, Plan.read(options.plan), track, announce, writes)
     if options.by_units:

@@ -1,10 +1,12 @@
-"""How small a model can go: perplexity by stored size, of what `prune` makes and of plain removal at the same size."""
+"""How small a model can go: perplexity by stored size, of what `prune` makes and of plain removal at the same size,
+each in 8 bits too where torchao is installed."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from flexigpt.model import stored_bytes
 from flexigpt.pruning.assemble import assembled
 from flexigpt.pruning.options import FrontierOptions, PruneOptions
 from flexigpt.pruning.remove import assemble_removed
@@ -12,6 +14,7 @@ from flexigpt.pruning.source import CheckedSource, Workspace
 from flexigpt.record import Record, measure_both
 from flexigpt.runtime import InputError, Track, digest, parse_share, silent
 from flexigpt.text import shown_texts
+from flexigpt.weights import EightBits, StreamedModel
 
 # Of the source's parameters, between which sizes `prune` looks for the smallest that loses no more than asked, and how
 # near it comes.
@@ -25,37 +28,39 @@ Point = dict[str, Any]
 
 
 def frontier(
-    source: str, options: FrontierOptions, track: Track = silent, note: Callable[[Point], None] | None = None
+    source: str, options: FrontierOptions, track: Track = silent, note: Callable[[Record], None] | None = None
 ) -> Record:
     """Measures a ladder of sizes: those that plain removal of so many blocks has, so that both store as much.
 
-    The text is calibrated on once for all sizes. A run that is killed finds the points again that it had measured.
+    The source is opened, and the text calibrated on, once for all sizes. A run that is killed finds the points again
+    that it had measured.
 
     Args:
         source: folder or hub name of a source model.
         options: of the ladder.
         track: reports the progress of each stage.
-        note: is called with each point when it is measured.
+        note: is called with `source` and `points` so far: first without points, then when each is measured.
 
     Returns:
         The record: the source's size and perplexity, `points` from the largest to the smallest: `parameters`, `share`
         of the source's, `perplexity` of what `prune` makes, `removed`: blocks, parameters and perplexity of plain
-        removal; `knee`: number of the point behind which the perplexity rises faster than before.
+        removal; each with `int8`, bytes and perplexity of the same as `quantize` stores it in 8 bits, where torchao is
+        installed and can quantise it; `knee`: number of the point behind which the perplexity rises faster than before.
 
     Raises:
         InputError: anything a user can put right; see the message.
     """
-    ladder = _Ladder(source, options.of_prune(), track)
-    removed = options.removed_of(ladder.workspace.depth)
-    points: list[Point] = []
-    for count in removed:
+    ladder = _Ladder(source, options.of_prune(), track, in_8_bits=True)
+    workspace, points = ladder.workspace, list[Point]()
+    measured: Record = {"source": ladder.source(), "points": points}
+    tell = note or (lambda _: None)
+    tell(measured)
+    for count in options.removed_of(workspace.depth):
         plain = ladder.removed(count)
         point = ladder.pruned(plain["parameters"]) | {"removed": {"blocks": count, **plain}}
-        points.append(point | {"share": point["parameters"] / ladder.workspace.shape.parameters})
-        if note is not None:
-            note(points[-1])
-    workspace = ladder.workspace
-    record = workspace.record() | {"source": ladder.source(), "points": points, "text": options.perplexity}
+        points.append(point | {"share": point["parameters"] / workspace.shape.parameters})
+        tell(measured)
+    record = workspace.record() | measured | {"text": options.perplexity}
     shape = list(workspace.windows.shape)
     record["calibration"] = {"text": shown_texts(options.calibration), "windows": shape, "asked": options.windows}
     record["options"] = dataclasses.asdict(options)
@@ -106,35 +111,48 @@ class _Ladder:
         source: folder or hub name.
         options: of the models that are made, but for their size.
         track: reports the progress of each stage.
+        in_8_bits: whether each is measured in 8 bits too, where that is possible.
     """
 
-    def __init__(self, source: str, options: PruneOptions, track: Track) -> None:
+    def __init__(self, source: str, options: PruneOptions, track: Track, in_8_bits: bool = False) -> None:
         checked = CheckedSource.check(source, options, options)
-        self._name, self._track = source, track
         self.workspace: Workspace[PruneOptions] = checked.open(checked.read(), track)
-        self._options = options
+        self._options, self._in_8_bits = options, in_8_bits and _quantises(self.workspace.source)
 
     def source(self) -> Point:
         """The source itself."""
+        source = self.workspace.source
+        eight = self._measured(lambda: self._eight(source), removed=0) if self._in_8_bits else {}
+        return self._measure(source) | eight
+
+    def _eight(self, model: StreamedModel) -> Point:
+        """The same model in 8 bits, where that is asked for."""
+        if not self._in_8_bits:
+            return {}
+        eight = EightBits(model)
+        return {"int8": {"bytes": eight.bytes, "perplexity": self._measure(eight)["perplexity"]}}
+
+    def _measure(self, model: StreamedModel) -> Point:
         workspace = self.workspace
+        assert workspace.text is not None
         measured = measure_both(
-            {"source": workspace.source},
+            {"model": model},
             workspace.text,
             name=self._options.perplexity,
             window_length=workspace.window_length,
             cache=workspace.cache,
-            spill=None if workspace.text is None else workspace.hidden_in(1, workspace.text.ids),
+            spill=workspace.hidden_in(1, workspace.text.ids),
             track=workspace.track,
         )
-        return _point(measured, "source")
+        return _point(measured, "model")
 
     def pruned(self, parameters: int) -> Point:
         """What `prune` makes of so many parameters."""
         options = dataclasses.replace(self._options, ratio=None, target_size=str(parameters))
 
         def made() -> Point:
-            with assembled(self._name, options, self._track) as (_, _, record):
-                return _point(record, "compact")
+            with assembled(self.workspace, options) as (assembly, _, record):
+                return _point(record, "compact") | self._eight(assembly)
 
         return self._measured(made, parameters=parameters)
 
@@ -145,7 +163,8 @@ class _Ladder:
         )
 
         def made() -> Point:
-            return _point(assemble_removed(self._name, options, self._track)[2], "shorter")
+            assembly, _, record = assemble_removed(self.workspace, options)
+            return _point(record, "shorter") | self._eight(assembly)
 
         return self._measured(made, removed=blocks)
 
@@ -154,9 +173,18 @@ class _Ladder:
         assert workspace.text is not None
         depends: dict[str, Any] = {"windows": digest(workspace.windows), "text": digest(workspace.text.ids), **which}
         depends["refit_kept"] = self._options.refit_kept
+        depends |= {"bits": 8} if self._in_8_bits else {}
         with workspace.cache.stage("frontier", window_length=workspace.window_length, **depends) as stage:
             found: Point = stage.result or stage.finish(make())
             return found
+
+
+def _quantises(source: StreamedModel) -> bool:
+    """Whether torchao is installed, and knows the source's linears."""
+    try:
+        return EightBits(source).bytes < stored_bytes(source.model)
+    except ImportError:
+        return False
 
 
 def _point(record: Record, label: str) -> Point:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from flexigpt.pruning.estimate import Announce, open_announced
 from flexigpt.pruning.options import PruneOptions
 from flexigpt.pruning.scores import pruned_or_count, scored
-from flexigpt.pruning.source import CheckedSource
+from flexigpt.pruning.source import Workspace, checked_source
 from flexigpt.record import Record
 from flexigpt.replicas import hidden_copies, refit_kept
 from flexigpt.runtime import Track, silent
@@ -39,15 +39,19 @@ def remove(
 
 
 def assemble_removed(
-    source: str, options: PruneOptions, track: Track = silent, announce: Announce | None = None
+    source: str | Workspace[PruneOptions],
+    options: PruneOptions,
+    track: Track = silent,
+    announce: Announce | None = None,
 ) -> tuple[Assembly, tuple[int, ...], Record]:
     """`remove` with one block in memory at a time: the shorter model is assembled, for `write_checkpoint` to write.
 
-    Arguments and errors are those of `remove`; `announce` is called once with what the run will take, after the checks
+    Arguments and errors are those of `remove`, but that the source may be open already, and then `track` is not used;
+    `announce` is called once with what the run will take, after the checks
     and before the work.
     """
     options = dataclasses.replace(options, remove=True)
-    checked = CheckedSource.check(source, options, options)
+    checked = checked_source(source, options)
     pruned = pruned_or_count(checked)
     stored = checked.shape.removed_parameters(pruned if isinstance(pruned, int) else len(pruned))
     workspace = open_announced(checked, track, announce, stored)
@@ -59,5 +63,5 @@ def assemble_removed(
         given = (workspace.source, assembly, standing, workspace.windows)
         refit_kept(*given, spill=workspace.hidden_in(hidden_copies(workspace.shape)), track=workspace.track)
     record = workspace.record() | found
-    record["removed"] = {"blocks": list(blocks), "num_blocks": workspace.depth, "source": source}
+    record["removed"] = {"blocks": list(blocks), "num_blocks": workspace.depth, "source": checked.name}
     return assembly, blocks, record | workspace.compared("shorter", assembly)

@@ -193,6 +193,14 @@ class Workspace(CheckedSource[Asked], Texts):
         tokens = self.windows.numel() if ids is None else ids.numel()
         return self.cache.folder if self.needs_file(copies * tokens) else None
 
+    def read(self) -> Texts:
+        """They are read already."""
+        return self
+
+    def open(self, texts: Texts, track: Track) -> Self:
+        """It is open already, and goes on reporting where it did."""
+        return self
+
     def record(self) -> Record:
         """What the record of a flow begins with."""
         return new_record(self.name, self.options, {})
@@ -219,3 +227,10 @@ class Workspace(CheckedSource[Asked], Texts):
     def took(self) -> Record:
         """Seconds of each stage, and of all."""
         return {"stages": self.track.seconds, "seconds": round(self.track.total, 1)}
+
+
+def checked_source(source: str | Workspace[PruneOptions], options: PruneOptions) -> CheckedSource[PruneOptions]:
+    """`CheckedSource.check`; of a source that was opened for options with the same texts and dtype, that one."""
+    if isinstance(source, Workspace):
+        return dataclasses.replace(source, options=dataclasses.replace(options, window_length=source.window_length))
+    return CheckedSource.check(source, options, options)

@@ -12,7 +12,7 @@ from flexigpt.quantization.options import LIBRARIES, QuantizeOptions
 from flexigpt.record import Record, model_size, new_record, record_of
 from flexigpt.runtime import InputError, Track, silent
 from flexigpt.text import TokenizedText, check_tokenizer, check_window_length, tokenize_text
-from flexigpt.weights import load_model, load_tokenizer, open_empty
+from flexigpt.weights import int8, load_model, load_tokenizer, open_empty
 
 BEFORE, AFTER = "unquantised", "quantised"
 
@@ -72,10 +72,9 @@ def _configuration(bits: int, dtype: torch.dtype) -> Any:
     """How transformers is to quantise a model while it is read."""
     try:
         if bits == 8:
-            from torchao.quantization import Int8WeightOnlyConfig  # noqa: PLC0415 - optional
             from transformers import TorchAoConfig  # noqa: PLC0415 - asks for torchao
 
-            return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
+            return TorchAoConfig(int8())
         import bitsandbytes  # noqa: F401, PLC0415 - optional
         from transformers import BitsAndBytesConfig  # noqa: PLC0415 - asks for bitsandbytes
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         cost_rows,
         evaluation_rows,
         frontier_rows,
+        frontier_series,
         inspection_rows,
         notes,
         plan_rows,

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict  # pydantic wants it from there before P
 from flexigpt.evaluation import METRICS, Evaluation
 from flexigpt.model import FlexiGPTConfig, Plan, plan_of
 from flexigpt.record.record import EVALUATION, FORMAT, RECORD, Record, find_in
-from flexigpt.record.tables import shown_name
+from flexigpt.record.tables import frontier_series, shown_name
 from flexigpt.runtime import InputError
 from flexigpt.weights import find_file, read_config
 
@@ -53,8 +53,6 @@ _Calibration = TypedDict("_Calibration", {"text": str, "windows": tuple[_Count, 
 _Removed = TypedDict("_Removed", {"blocks": list[_Block], "num_blocks": _Block, "source": str})
 _Costs = TypedDict("_Costs", {"attention": list[float], "mlp": list[float]})
 _Text = TypedDict("_Text", {"text": str})
-_Worth = TypedDict("_Worth", {"bytes": _Stored, "perplexity": float})
-_Rung = TypedDict("_Rung", {"bytes": _Stored, "perplexity": float, "removed": _Worth})
 _Parameters = TypedDict("_Parameters", {"parameters": _Count})
 
 
@@ -68,6 +66,28 @@ class _Size(TypedDict):
     parts: NotRequired[dict[str, _Count]]
     part_bytes: NotRequired[dict[str, _Count]]
     blocks: NotRequired[list[_Count]]
+
+
+class _Worth(TypedDict):
+    bytes: _Stored
+    perplexity: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Made(_Worth):
+    parameters: _Stored
+    int8: NotRequired[_Worth]
+
+
+class _Rung(_Made):
+    share: float
+    removed: _Made
+
+
+class _Ladder(TypedDict):
+    source: _Made
+    points: list[_Rung]
+    knee: _Count
+    text: str
 
 
 class _Step(TypedDict):
@@ -118,7 +138,6 @@ class _Record(TypedDict):
     removed: NotRequired[_Removed | None]
     source_blocks: NotRequired[list[_Block] | None]
     points: NotRequired[list[_Rung] | None]
-    knee: NotRequired[_Count | None]
     recovery: NotRequired[_Recovery | None]
     quantization: NotRequired[_Quantization | None]
     fidelity: NotRequired[_Nearness | None]
@@ -245,17 +264,8 @@ class Recorded:
 
     @property
     def frontier(self) -> list[dict[str, Any]]:
-        """Of a ladder of sizes: `series` (what was done to the model), `bytes`, `perplexity`, `chosen` of the knee."""
-        record, points = self.record, self.record.get("points") or ()
-        rows = [
-            row
-            for number, one in enumerate(points)
-            for row in (
-                {"series": "flexigpt prune", "chosen": number == record.get("knee")} | one,
-                {"series": "plain removal"} | one["removed"],
-            )
-        ]
-        return [*rows, {"series": "source"} | record["source"]] if rows else []
+        """What `frontier_series` gives of a ladder of sizes; empty of anything else."""
+        return frontier_series(self.record) if self.record.get("points") else []
 
     def _states(self) -> Iterator[tuple[Record, str, str]]:
         """(record, name in it, name to show) of each state that was compared, from the source to this model."""
@@ -406,7 +416,9 @@ def _completed(found: Record, where: str) -> Record:
             measured = record["perplexity"]
             measured[name] = _checked(_Perplexity, measured.get(name), f"{where}: perplexity.{name}")
     if record.get("points"):
-        _checked(_Worth, record.get("source"), f"{where}: source")
+        _checked(_Ladder, record, where)
+        if record["knee"] >= len(record["points"]):
+            raise _damaged(f"{where}: there are {len(record['points'])} points, and the knee is {record['knee']}")
     for key, named_by in (("distances", "base_distance"), ("scores", "block_score")):
         if record.get(key) and named_by not in record:
             raise _damaged(f"{where} has {key} but no {named_by}")

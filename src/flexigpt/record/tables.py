@@ -181,24 +181,64 @@ def result_rows(config: PreTrainedConfig, record: Record) -> list[Rows]:
     return [cost_rows(record)] if rows is None else [rows, cost_rows(record)]
 
 
+def frontier_series(record: Record) -> list[dict[str, Any]]:
+    """Of a ladder of sizes, or of as much of it as is measured: `series` (what was done to the model), `bytes`,
+    `perplexity`, `chosen` of the knee; those in 8 bits, where they were measured, after the others."""
+    rows = []
+    for number, one in enumerate(record["points"]):
+        rows.append({"series": "flexigpt prune", "chosen": number == record.get("knee")} | one)
+        rows.append({"series": "plain removal"} | one["removed"])
+    rows.append({"series": "source"} | record["source"])
+    return rows + [{"series": f"{row['series']}, 8 bits"} | row["int8"] for row in rows if row.get("int8")]
+
+
+def beaten_by_8_bits(record: Record) -> list[dict[str, Any]]:
+    """The sizes of a ladder that are worse than the source in 8 bits, which is as small or smaller."""
+    eight = record["source"].get("int8")
+    if not eight:
+        return []
+    larger = [one for one in record["points"] if one["bytes"] >= eight["bytes"]]
+    return [one for one in larger if one["perplexity"] > eight["perplexity"]]
+
+
 def frontier_rows(record: Record) -> Rows:
-    """Sizes from the largest to the smallest: perplexity of what `prune` makes, and of plain removal."""
+    """Sizes from the largest to the smallest: perplexity of what `prune` makes, and of plain removal; in 8 bits too, or
+    else, where 80 columns have room for them, parameters and bars."""
     source, points = record["source"], record["points"]
-    low = math.log(source["perplexity"])
-    high = max(math.log(point["perplexity"]) for point in points)
-    rows = [["100.0%", f"{source['parameters']:,}", megabytes(source["bytes"]), f"{source['perplexity']:.2f}", "", ""]]
-    for point in points:
-        filled = round(_BAR * (math.log(point["perplexity"]) - low) / (high - low)) if high > low else 0
-        sizes = [f"{point['share']:.1%}", f"{point['parameters']:,}", megabytes(point["bytes"])]
-        plain = f"{point['removed']['perplexity']:.2f}"
-        rows.append([*sizes, f"{point['perplexity']:.2f}", plain, "#" * filled])
-    knee = points[record["knee"]]
-    notes = [
-        f"perplexity on {shown_name(record['text'])}, untrained; bars: its logarithm above the source's",
-        f"the knee is at {knee['share']:.0%}: below it the perplexity rises faster than before",
-    ]
-    headings = ["size", "parameters", "MB", "perplexity", "plain removal", "loss"]
-    return Rows(headings, rows, align="rrrrrl", notes=notes)
+    headings = ["size", "MB", "perplexity", "plain removal"]
+    rows = [[f"{its.get('share', 1):.1%}", *_worth(its, its.get("removed", {}))] for its in (source, *points)]
+    notes = [f"perplexity on {shown_name(record['text'])}, untrained"]
+    if source.get("int8"):
+        headings += ["8-bit MB", "8-bit perplexity", "8-bit plain removal"]
+        for row, its in zip(rows, (source, *points), strict=True):
+            row += _worth(its.get("int8", {}), its.get("removed", {}).get("int8", {}))
+    else:
+        headings = ["size", "parameters", *headings[1:], "loss"]
+        losses = [math.log(its["perplexity"] / source["perplexity"]) for its in (source, *points)]
+        for row, its, loss in zip(rows, (source, *points), losses, strict=True):
+            row.insert(1, f"{its['parameters']:,}")
+            row.append("#" * round(_BAR * loss / (max(losses) or 1)))
+        notes[0] += "; bars: its logarithm above the source's"
+    notes.append(
+        f"the knee is at {points[record['knee']]['share']:.0%}: below it the perplexity rises faster than before"
+    )
+    beaten = beaten_by_8_bits(record)
+    if beaten:
+        eight, worse = (
+            f"{megabytes(one['bytes'])} MB, at perplexity {one['perplexity']:.2f}"
+            for one in (source["int8"], beaten[-1])
+        )
+        notes.append(
+            f"in 8 bits the source itself takes {eight}; pruned to {beaten[-1]['share']:.0%} it takes {worse}: "
+            "quantise first, and prune to come below that"
+        )
+    return Rows(headings, rows, align="rrrrrrr" if source.get("int8") else "rrrrrl", notes=notes)
+
+
+def _worth(one: dict[str, Any], removed: dict[str, Any]) -> list[str]:
+    """Megabytes and perplexity of what `prune` makes, and the perplexity of plain removal, where they are there."""
+    shown = [f"{its['perplexity']:.2f}" if its else "" for its in (one, removed)]
+    return [megabytes(one["bytes"]) if one else "", *shown]
 
 
 def cost_rows(record: Record) -> Rows:

@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 from flexigpt.record.read import Recorded
-from flexigpt.record.record import find_in
-from flexigpt.record.tables import shown_name
+from flexigpt.record.record import Record, find_in
+from flexigpt.record.tables import beaten_by_8_bits, shown_name
 from flexigpt.runtime import megabytes
 
 # Perplexity, as a multiple of the source's: up to the first a model is as good, up to the second near, beyond the third
@@ -16,12 +16,7 @@ _EQUAL, _NEAR, _BROKEN = 1.02, 1.1, 10.0
 def verdict(model: Recorded) -> str | None:
     """One sentence without a full stop; None of a model that was not compared with anything."""
     if model.frontier:
-        source, knee = model.frontier[-1], next((one for one in model.frontier if one.get("chosen")), None)
-        if knee is None:
-            return None
-        change = f"{_shown(source['perplexity'])} \u2192 {_shown(knee['perplexity'])}"
-        share = f"{knee['bytes'] / source['bytes']:.0%} of the bytes"
-        return f"Down to {share}, perplexity {change}, little is lost; below that it rises faster than before"
+        return _of_sizes(model.record)
     if not model.sizes:
         planned = find_in(model.record, "planned")
         of_what = f" for {planned['share']:.1%} of the parameters, {megabytes(planned['bytes'])} MB" if planned else ""
@@ -36,6 +31,20 @@ def verdict(model: Recorded) -> str | None:
     if len(means) == 2 and None not in means:
         told.append(f"mean of the tasks {means[0]:.1%} \u2192 {means[1]:.1%}")
     return f"{', '.join(told)}: {_advice(losses, 'recovery' in model.record)}"
+
+
+def _of_sizes(record: Record) -> str:
+    """Of a ladder of sizes: its knee, or what is smaller and better."""
+    source, knee = record["source"], record["points"][record["knee"]]
+
+    def told(one: dict[str, Any]) -> str:
+        return f"{one['bytes'] / source['bytes']:.0%} of the bytes, perplexity {_shown(source['perplexity'])} \u2192 "
+
+    if knee in beaten_by_8_bits(record):
+        eight = source["int8"]
+        better = f"in 8 bits the source itself takes {told(eight)}{_shown(eight['perplexity'])}"
+        return f"Quantise first: {better}; pruning alone, the knee is at {told(knee)}{_shown(knee['perplexity'])}"
+    return f"The knee is at {told(knee)}{_shown(knee['perplexity'])}; below it the perplexity rises faster than before"
 
 
 def perplexity_pair(model: Recorded) -> tuple[float, float] | None:

@@ -28,8 +28,9 @@ _TITLE = 42  # characters of a line of a title
 
 DASHES = (0, (3, 1.5))
 
-# Columns of a heat map with room for words in its cells, and those that can be named.
-_ROOMY, _MOST_TICKS = 9, 24
+# Columns of a heat map with room for words in its cells, those whose names can stand upright, and those that can be
+# named at all.
+_ROOMY, _UPRIGHT, _MOST_TICKS = 9, 16, 24
 
 _FONT = "DejaVu Sans"  # comes with matplotlib: the same everywhere
 
@@ -216,7 +217,9 @@ def heat_map(axes: Axes, rows: Sequence[str], columns: Sequence[str], cells: Map
             axes.text(column, row, cell.text, ha="center", va="center_baseline", size=8, color=colour("ink"))
     axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
     step = -(-len(columns) // _MOST_TICKS)
-    axes.set_xticks(range(0, len(columns), step), columns[::step], size=8 if roomy else 7)
+    named = columns[::step]
+    turned = 90 if len(named) > _UPRIGHT else 0
+    axes.set_xticks(range(0, len(columns), step), named, size=8 if roomy else 7, rotation=turned)
     axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(length=0)
     axes.grid(False)

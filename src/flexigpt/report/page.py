@@ -17,6 +17,7 @@ from flexigpt.record import (
     evaluation_rows,
     fidelities,
     find_in,
+    frontier_rows,
     held_out,
     notes,
     plan_rows,
@@ -94,7 +95,9 @@ def page(models: Sequence[Recorded], own: Sequence[Svgs], shared: Svgs, palette:
         evaluations=there["evaluation"],
         continuations=there["continuations"],
         near=bool(fidelities(models)),
-        unrecorded=[told for name, told in _RECORDED_BY.items() if not there[name]],
+        unrecorded=[
+            told for name, told in _RECORDED_BY.items() if not (there[name] or all(m.frontier for m in models))
+        ],
         **(_recovery(models) if there["recovery"] else {}),
     )
 
@@ -121,6 +124,7 @@ def _of_one(model: Recorded, svgs: Svgs) -> dict[str, Any]:
         "spectra": _spectrum_rows(model) if "adapters" in svgs else None,
         "sizes": _size_rows(model) if model.sizes else None,
         "plain_removal": _beside_plain_removal(model),
+        "ladder": frontier_rows(record) if model.frontier else None,
         "settings": [
             (_option_rows(one), None if one is record else one.get("command")) for one in reversed(model.chain)
         ],

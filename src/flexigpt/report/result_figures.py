@@ -37,7 +37,7 @@ def frontier_figure(points: Sequence[Mapping[str, Any]]) -> Drawn:
     """
     names = list(dict.fromkeys(point["series"] for point in points))
     scale, unit = (1e9, "GB") if max(point["bytes"] for point in points) >= 1e9 else (1e6, "MB")
-    figure = new_figure(2.9, "How small it can go: perplexity by stored size")
+    figure = new_figure(2.9, "Perplexity by stored size")
     axes = figure.add_subplot()
     entries = []
     for number, name in enumerate(names):
@@ -49,9 +49,15 @@ def frontier_figure(points: Sequence[Mapping[str, Any]]) -> Drawn:
     for point in points:
         if point.get("chosen"):
             at = (point["bytes"] / scale, point["perplexity"])
-            axes.plot(*at, "o", markersize=11, markerfacecolor="none", markeredgecolor=colour("ink"))
-            note = f"{at[0]:.3g} {unit}: {at[1]:.1f}"
-            axes.annotate(note, at, (6, 9), textcoords="offset points", size=8, weight="bold")
+            ring: dict[str, Any] = {
+                "linestyle": "none",
+                "marker": "o",
+                "markersize": 11,
+                "markerfacecolor": "none",
+                "markeredgecolor": colour("ink"),
+            }
+            axes.plot(*at, **ring)
+            entries.append((f"knee: {at[0]:.3g} {unit}, {at[1]:.1f}", Line2D([], [], **ring)))
     finite = [point["perplexity"] for point in points if 0 < point["perplexity"] < math.inf]
     if finite and max(finite) > 5 * min(finite):
         axes.set_yscale("log")
