@@ -172,6 +172,14 @@ def test_another_run_is_not_resumed(example: Path, writing: SampleOptions, tmp_p
     assert "leave out --resume" in errors
 
 
+@pytest.mark.parametrize("line", ["5", "[]", '{"a": 1}\n7'])
+def test_a_damaged_run_is_one_line(example: Path, tmp_path: Path, run: Run, line: str) -> None:
+    (tmp_path / "own.jsonl.part").write_text(f"{line}\n")
+    code, _, errors = run("sample", example, tmp_path / "own.jsonl", "--tokens", "64", "--resume")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "is damaged: start again with --overwrite" in errors
+
+
 @pytest.fixture(scope="module")
 def talker(example: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped model with a chat template, which it has never seen; it says that its messages end at a full stop."""

@@ -16,8 +16,12 @@ def test_what_another_program_would_compute_differently_is_refused(run: Run, tmp
         ("qwen2", "has no windows of attention"),
         ("llama-dynamic", "has no rotary positions of type dynamic"),
         ("qwen3-biases", "has no biases in the attention of qwen3"),
+        ("llama", "computes silu in the MLPs, this model gelu"),
     ):
-        narrow(tiny_model(family)).save_pretrained(tmp_path / family)
+        model = tiny_model(family)
+        if family == "llama":
+            model.config.hidden_act = "gelu"
+        narrow(model).save_pretrained(tmp_path / family)
         code, printed, errors = run("export", tmp_path / family, tmp_path / "out", "--to", form)
         assert (code, printed) == (2, "")
         assert said in errors

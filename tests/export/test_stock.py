@@ -51,6 +51,15 @@ def test_output_norms_are_refused_and_nothing_is_written(run: Run, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+def test_others_may_read_it_and_its_licence_goes_along(run: Run, tmp_path: Path) -> None:
+    narrow(tiny_model("llama")).save_pretrained(tmp_path / "compact")
+    (tmp_path / "compact" / "LICENSE").write_text("do what you like")
+    assert run("export", tmp_path / "compact", tmp_path / "out", "--to", "stock")[0] == 0
+    assert (tmp_path / "out" / "LICENSE").read_text() == "do what you like"
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert modes == {(tmp_path / "out" / "record.json").stat().st_mode}
+
+
 def test_an_ordinary_model_is_refused(run: Run, tiny_source: Path, tmp_path: Path) -> None:
     code, _, errors = run("export", tiny_source, tmp_path / "out", "--to", "stock")
     assert code == 2

@@ -110,6 +110,7 @@ def test_the_command_prints_the_sizes_and_what_makes_the_model_at_the_knee(
     run: Run, example: Path, short: dict[str, Any], tmp_path: Path
 ) -> None:
     options = [word for name, value in short.items() for word in (f"--{name.replace('_', '-')}", value)]
+    options += ["--dtype", "float32"]
     code, printed, errors = run("frontier", example, tmp_path / "out", "--sizes", "2", *options)
     assert code == 0, errors
     record = json.loads((tmp_path / "out" / "record.json").read_text())

@@ -217,6 +217,36 @@ def test_only_a_checkpoint_of_ours_has_a_card(run: Run, tiny_source: Path, tmp_p
         assert reason in errors
 
 
+def test_an_export_has_no_card(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
+    given = ("--ratio", 0.3, "--calibration", text, "--windows", 2, "--window-length", 32)
+    assert run("prune", tiny_source, tmp_path / "compact", *given)[0] == 0
+    assert run("export", tmp_path / "compact", tmp_path / "stock", "--to", "stock")[0] == 0
+    code, _, errors = run("card", tmp_path / "stock")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "holds an export, which has no card" in errors
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"\xff\xfe", "cannot be read"), (b"---\nlicense: [\n---\nMine.\n", "are no YAML")]
+)
+def test_a_card_that_cannot_be_kept_is_not_overwritten(run: Run, compact: Path, content: bytes, reason: str) -> None:
+    (compact / "README.md").write_bytes(content)
+    code, _, errors = run("card", compact)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert reason in errors
+    assert (compact / "README.md").read_bytes() == content
+
+
+def test_no_folder_of_a_mixture_stands_on_it(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copy(text, tmp_path / "other.jsonl"))
+    mixture = [f"--calibration={text}=0.5", "--calibration", other]
+    given = ("--ratio", 0.3, *mixture, "--windows", 2, "--window-length", 32)
+    assert run("prune", tiny_source, tmp_path / "compact", *given)[0] == 0
+    card = (tmp_path / "compact" / "README.md").read_text()
+    assert other.name in card
+    assert not any(str(path.parent) in card for path in (text, other))
+
+
 def test_a_source_in_the_hubs_cache_has_a_name(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--HuggingFaceTB--SmolLM2-135M" / "snapshots" / "12fd25f"
     snapshot.mkdir(parents=True)

@@ -1,5 +1,6 @@
 """A server on the loopback address, and OpenAI's client against it."""
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -93,3 +94,15 @@ def test_missing_packages_are_one_line(run: Run, tiny_compact: Path, monkeypatch
     code, printed, errors = run("serve", tiny_compact)
     assert (code, printed) == (2, "")
     assert errors == "flexigpt: serving needs more packages: pip install 'flexigpt[serve]'\n"
+
+
+def test_damaged_weights_are_one_line_before_the_address_is_told(
+    run: Run, tiny_compact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexigpt.serving.server.is_serve_available", lambda: True)
+    damaged = Path(shutil.copytree(tiny_compact, tmp_path / "damaged"))
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, printed, errors = run("serve", damaged)
+    assert (code, printed, errors.count("\n")) == (2, "", 1)
+    assert "damaged" in errors

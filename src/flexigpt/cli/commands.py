@@ -130,6 +130,7 @@ def _command_for(source: str, parameters: int, options: FrontierOptions) -> str:
     words += [word for text in texts for word in ("--calibration", text)]
     words += ["--windows", str(options.windows)] if options.windows != FrontierOptions.windows else []
     words += ["--window-length", str(options.window_length)] if options.window_length is not None else []
+    words += ["--dtype", options.dtype] if options.dtype != FrontierOptions.dtype else []
     return shlex.join([*words, "--perplexity", options.perplexity])
 
 

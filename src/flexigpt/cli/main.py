@@ -32,7 +32,15 @@ _VERBOSITY = {
 }
 # A closed pipe, a full disk.
 _LOST_OUTPUT = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
-_LIBRARIES = ("datasets", "huggingface_hub", "matplotlib", "torch.utils._pytree", "torchao", "transformers")
+_LIBRARIES = (
+    "bitsandbytes",
+    "datasets",
+    "huggingface_hub",
+    "matplotlib",
+    "torch.utils._pytree",
+    "torchao",
+    "transformers",
+)
 
 
 def _print_version(context: typer.Context, asked: bool) -> None:
@@ -91,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise InputError(f"{strange[0]!a} is not valid UTF-8: rename the file, or type it again")
         with on_signals(_interrupt, signal.SIGTERM), _libraries_speak(verbosity):
             code = app(rest, standalone_mode=False, obj=call, prog_name="flexigpt")
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it may be closed
+            sys.stdout.flush()
         if code == _INTERRUPTED:
             raise KeyboardInterrupt
         sys.exit(code)

@@ -55,7 +55,9 @@ class Rounds:
         try:
             *whole, _ = self._path.read_text(encoding="utf-8").split("\n")  # the last one may be torn
             asked, *done = (json.loads(line) for line in whole)
-        except ValueError as error:
+            if not isinstance(asked, dict) or any({"kept", "begun"} - set(round_) for round_ in done):
+                raise ValueError
+        except (ValueError, TypeError) as error:
             raise InputError(f"{self._path} is damaged: start again with --overwrite") from error
         other = [name for name in self._asked if asked.get(name) != self._asked[name]]
         if other:

@@ -1,13 +1,14 @@
 """Writes a compact model in a form that another program reads; the folder is complete or untouched."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from flexigpt.export.options import ExportOptions
 from flexigpt.model import FlexiGPTConfig, empty_model, stored_bytes
-from flexigpt.record import Record, Rows, new_record, reserved, write_record
+from flexigpt.record import RECORD, Record, Rows, new_record, reserved, write_record
 from flexigpt.runtime import InputError, megabytes, replaced_folder
-from flexigpt.weights import open_empty
+from flexigpt.weights import open_empty, travelling
 
 # What lies beside weights in a folder.
 _NO_WEIGHTS = frozenset((".json", ".txt", ".md", ".jinja", ".py", ".model"))
@@ -89,8 +90,25 @@ def export(
             FORMS[options.to](model, folder, options)
             sizes["written"] = _weight_bytes(folder)
             record = new_record(model, options, {}) | {"command": command, "bytes": sizes}
+            _add_papers(model, folder, options.to)
             write_record(folder, record, out)
+            _open_to_all(folder)
     return record
+
+
+def _add_papers(model: str, folder: Path, form: str) -> None:
+    """Licence, notices and use policy go along, as many licences ask, and the older form of the tokenizer."""
+    for file in travelling(model):
+        needed = file.suffix != ".model" or form != "gguf"  # which holds its tokenizer
+        if needed and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+
+
+def _open_to_all(folder: Path) -> None:
+    """Some libraries write weights that their owner alone can read: a server may run as somebody else."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            shutil.copymode(folder / RECORD, file)
 
 
 def _weight_bytes(folder: Path) -> int:

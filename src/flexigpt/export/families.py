@@ -16,13 +16,19 @@ def check_family(config: PreTrainedConfig, form: str, families: tuple[str, ...])
         families: the model types that can be.
 
     Raises:
-        InputError: another family; rotary positions, windows or biases that only transformers computes.
+        InputError: another family; activations, rotary positions, windows or biases that only transformers computes.
     """
     kind = config.model_type
     if kind not in families:
         raise InputError(
             f"--to {form} writes {', '.join(families)}, this is a {kind}: export it --to stock, and convert that with "
             "the other program's own converter"
+        )
+    activation = getattr(config, "hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise InputError(
+            f"--to {form} computes silu in the MLPs, this model {activation}: export it --to stock, and convert that "
+            "with the other program's own converter"
         )
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rotation not in _ROTATIONS:

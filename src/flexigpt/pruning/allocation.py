@@ -18,6 +18,10 @@ from flexigpt.runtime import CachedStage, InputError, digest, parse_size
 from flexigpt.text import shown_texts
 
 
+class OutOfReach(InputError):
+    """So small a model cannot be made."""
+
+
 class Form(NamedTuple):
     """One of the forms that a sublayer can have.
 
@@ -202,7 +206,7 @@ def allocate(forms: Sequence[Sequence[Form]], budget: int) -> list[SublayerRepli
             steps.append(((before.cost - after.cost) / more, index, after, more))
     left = budget - sum(form.parameters for form in chosen)
     if left < 0:
-        raise InputError(
+        raise OutOfReach(
             f"so small a model is out of reach: the sublayers that have to stay store {budget - left:,} parameters, "
             f"where {max(budget, 0):,} are left for them; give a --target-size that is {-left:,} larger, or a smaller "
             "--ratio"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flexigpt.model import stored_bytes
+from flexigpt.pruning.allocation import OutOfReach
 from flexigpt.pruning.assemble import assembled
 from flexigpt.pruning.options import FrontierOptions, PruneOptions
 from flexigpt.pruning.remove import assemble_removed
@@ -94,7 +95,7 @@ def sized(source: str, options: PruneOptions, track: Track = silent) -> PruneOpt
         share = (too_small + enough) / 2
         try:
             keeps = ladder.pruned(int(share * total))["perplexity"] <= allowed
-        except InputError:  # so small a model is out of reach
+        except OutOfReach:
             if share > _REACHED:
                 raise
             keeps = False

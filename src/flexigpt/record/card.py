@@ -21,7 +21,7 @@ from flexigpt.model import FlexiGPTConfig, plan_of, plan_summary, source_units
 from flexigpt.record.read import read_recorded
 from flexigpt.record.record import RECORD, Record, find_in, first_record, json_text
 from flexigpt.record.tables import block_rows, cost_rows, evaluation_rows, replica_parts, shown_name
-from flexigpt.runtime import InputError, replace_file
+from flexigpt.runtime import InputError, one_line, replace_file
 from flexigpt.weights import find_file, read_config
 
 CARD = "README.md"
@@ -68,12 +68,14 @@ def write_card(
     """
     folder = Path(model)
     recorded, config = read_recorded(folder), _config(folder)
+    if "compared" not in recorded.record:
+        raise InputError(f"{folder} holds an export, which has no card: give the checkpoint that it was made of")
     for name, what in ((repository, "repository"), (base_model, "--base-model")):
         _check_name(name, what)
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
         raise InputError(f"--license {license} is no licence of the hub: give one as apache-2.0, llama3.2 or other")
     card = folder / CARD
-    before = card.read_text(encoding="utf-8") if card.is_file() else ""
+    before = _written_before(card)
     front = front_matter(card)
     if license is not None and license != front.get("license"):
         front = {name: value for name, value in front.items() if name not in _LICENSE} | {"license": license}
@@ -90,6 +92,28 @@ def write_card(
     if "files" in record:  # so that the next run knows whose they are
         record["files"] = sorted({*record["files"], CARD, *shown})
         replace_file(folder / RECORD, json_text(record))
+
+
+def _written_before(card: Path) -> str:
+    """The card as a person may have changed it: what cannot be kept is not overwritten.
+
+    Raises:
+        InputError: it is no text, or its settings no YAML.
+    """
+    if not card.exists():
+        return ""
+    try:
+        text = card.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{card} cannot be read, so it is not written again: {one_line(error)}") from error
+    if text.startswith("---"):
+        try:
+            metadata_load(card)
+        except Exception as error:
+            raise InputError(
+                f"the settings at the top of {card} are no YAML: put them right, or remove them"
+            ) from error
+    return text
 
 
 def _config(folder: Path) -> PreTrainedConfig:
@@ -208,10 +232,18 @@ def model_card(
 
 def _local_paths(told: Record | Evaluation) -> set[str]:
     """What was given by its whole path, which means nothing elsewhere and may tell who worked where."""
-    words = [*shlex.split(told.get("command") or ""), *map(str, told.get("options", {}).values())]
+    words = [word.rpartition("=")[0] or word for word in _values(told)] + list(_values(told))
     words.append(told.get("source_name", ""))
     more = _local_paths(told["origin"]) if "origin" in told else set()
     return more | {word for word in words if Path(word).is_absolute() and Path(word).name}
+
+
+def _values(told: Record | Evaluation) -> Iterator[str]:
+    """What was typed, and what options were given, each text of a mixture on its own."""
+    for word in shlex.split(told.get("command") or ""):
+        yield word.partition("=")[2] if word.startswith("--") and "=" in word else word
+    for value in told.get("options", {}).values():
+        yield from map(str, value if isinstance(value, list | tuple) else (value,))
 
 
 def _limits(config: PreTrainedConfig, record: Record, evaluation: Evaluation | None) -> Iterator[str]:

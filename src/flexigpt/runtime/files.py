@@ -210,7 +210,8 @@ def _swap(new: Path, out: Path, old: Path) -> None:
 
 def _write_error(out: Path, error: Exception) -> InputError:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if full or any(sign in str(error) for sign in ("No space left", "File too large", "StorageFull")):
+    signs = "No space left|File too large|StorageFull|[0-9]+ requested and [0-9]+ written"  # the last one is NumPy's
+    if full or re.search(signs, str(error)):
         return InputError(f"the disk of {out.parent} is full: nothing was written; free space or give another folder")
     return InputError(f"{out} cannot be written: {one_line(error)}")
 

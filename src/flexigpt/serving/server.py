@@ -11,7 +11,7 @@ from flexigpt.model import FlexiGPTForCausalLM
 from flexigpt.runtime import InputError, find_device
 from flexigpt.serving.options import ServeOptions
 from flexigpt.text import check_tokenizer
-from flexigpt.weights import check_quantiser, load_tokenizer, read_config
+from flexigpt.weights import load_tokenizer, open_checked
 
 
 def serve(model: str, options: ServeOptions, note: Callable[[str], None] = print) -> None:
@@ -23,14 +23,13 @@ def serve(model: str, options: ServeOptions, note: Callable[[str], None] = print
         note: prints a line.
 
     Raises:
-        InputError: packages that are not installed, a model that cannot be opened, a place that cannot be listened at.
+        InputError: packages that are not installed, a model that cannot be opened or whose weights do not fit, a
+            place that cannot be listened at.
     """
     if not is_serve_available():
         raise InputError("serving needs more packages: pip install 'flexigpt[serve]'")
     tokenizer, device = load_tokenizer(model), find_device(options.device)
-    config = read_config(model)
-    check_tokenizer(model, tokenizer, config)
-    check_quantiser(model, config)
+    check_tokenizer(model, tokenizer, open_checked(model).config)
     _check_free(options.host, options.port)
     from transformers.cli.serve import Serve  # noqa: PLC0415 - with a web server behind it
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         load_tokenizer,
         model_fingerprint,
         move,
+        open_checked,
         open_empty,
         read_config,
         travelling,

@@ -117,10 +117,7 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto", quantizati
     """
     check_dtype(dtype)
     model, where = located(model), find_device(device)
-    empty = open_empty(model, quantised=True)
-    check_quantiser(model, empty.config)
-    check = names_in_files if quantised_by(empty.config) is None else quantised_parts
-    check(open_weights(model), empty)  # transformers takes what does not fit
+    open_checked(model)
     how = {} if quantization is None else {"quantization_config": quantization}
     with opening(model):
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -132,6 +129,20 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto", quantizati
             check_numbers(name, tensor, f"in {model}")  # logits need not tell: attention on a CPU makes 0 of NaN
     right_on_cpus(loaded)
     return move(loaded.eval(), where)
+
+
+def open_checked(model: str) -> PreTrainedModel:
+    """`open_empty` of a model whose weights are all there and fit, where what stores them can be read.
+
+    Raises:
+        InputError: as `read_config`; weights that are missing, truncated, of the wrong shape or more than the
+            configuration has places for; a library that is missing.
+    """
+    empty = open_empty(model, quantised=True)
+    check_quantiser(model, empty.config)
+    check = names_in_files if quantised_by(empty.config) is None else quantised_parts
+    check(open_weights(model), empty)  # transformers takes what does not fit
+    return empty
 
 
 @torch.no_grad()
