@@ -23,6 +23,7 @@ from flexigpt.model import ARCHITECTURES
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "flexigpt"
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
+SLOW = ("docs/pruning.md", "docs/decoding.md")  # a minute each
 PAGES += ["examples/novel16/README.md", "examples/benchmarks/README.md", "recipes/README.md"]
 
 # Libraries that pages use and that need not be installed.
@@ -80,7 +81,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.slow] if p in SLOW else []) for p in PAGES])
 def test_every_block_of_a_page_runs(page: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     for language, content in blocks(page):
