@@ -22,7 +22,7 @@ _WITH_KERNELS = "AVX512"
 _MIN_ROWS = 4
 
 # The same where a CPU multiplies bfloat16, but no faster than float32: Intel's without AMX (1.6 times as long for many
-# rows, the same from some hundred with the weight widened). AMD's units are twice as fast as in float32.
+# rows, the same from some hundred with the weight widened). AMD's are said to be twice as fast; not measured here.
 _MIN_ROWS_BESIDE_UNITS = 256
 
 # Compute capability of the first NVIDIA GPUs that multiply bfloat16.
