@@ -72,11 +72,9 @@ def _quantize(out: Path, bits: int) -> None:
     from mlx_lm.utils import load_model as opened  # noqa: PLC0415
     from mlx_lm.utils import quantize_model, save_config, save_model  # noqa: PLC0415
 
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        tempfile.TemporaryDirectory() as folder,
-    ):  # it says its bits a weight
-        link = Path(folder) / "model"  # it takes brackets in a path for a pattern
+    # It says how many bits a weight has, and takes brackets in a path for a pattern.
+    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "model"
         link.symlink_to(out.resolve(), target_is_directory=True)
         model, settings = quantize_model(*opened(link, trust_remote_code=True), _GROUP, bits)
     for file in out.glob("*.safetensors*"):
