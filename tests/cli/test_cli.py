@@ -401,6 +401,19 @@ def test_a_full_disk_behind_stdout_is_one_line(tiny_source: Path) -> None:
     assert ran.stderr == "flexigpt: the output cannot be printed: No space left on device\n"
 
 
+@pytest.mark.parametrize(("arguments", "closed"), [("SOURCE", 1), ("SOURCE --json", 1), ("nowhere", 2)])
+def test_where_nobody_reads_it_ends_in_silence(tiny_source: Path, arguments: str, closed: int) -> None:
+    """As after `head`: 128 and the number of SIGPIPE."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = arguments.replace("SOURCE", str(tiny_source)).split()
+    streams: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    streams[("stdout", "stderr")[closed - 1]] = writing
+    ran = subprocess.run([sys.executable, "-m", "flexigpt", "inspect", *words], **streams, text=True, check=False)
+    os.close(writing)
+    assert (ran.returncode, ran.stdout or "", ran.stderr or "") == (141, "", "")
+
+
 def test_version(run: Run) -> None:
     assert run("--version") == (0, f"flexigpt {version('flexigpt')}\n", "")
 
