@@ -250,6 +250,12 @@ BAD_INPUT = {
     "prune SOURCE out --target-size 1e305TB": "size '1e305TB' cannot be read",
     "inspect 'a[/b]'": "no such folder: a[/b]",
     "inspect \udcff": "'\\udcff' is not valid UTF-8: rename the file, or type it again",
+    "prune SOURCE SOURCE/out --ratio 0.4": "lies in the model",
+    "frontier SOURCE SOURCE/out --perplexity TEXT": "lies in the model",
+    "extend SOURCE SOURCE --blocks 1:4": "which is to be replaced",
+    "recover COMPACT COMPACT/out --data TEXT --tokens 1K": "lies in the model",
+    "quantize COMPACT COMPACT/out --bits 8": "lies in the model",
+    "export COMPACT COMPACT/.. --to stock": "which is to be replaced",
     "prun SOURCE out": "No such command 'prun'",
 }
 
@@ -274,8 +280,8 @@ def test_bad_input_is_one_clear_line(
         (tmp_path / folder / name).write_text("{}")
     before = sorted(tmp_path.rglob("*"))
     places = {"SOURCE": tiny_source, "COMPACT": compact, "TEXT": text}
-    words = [word.partition("#") for word in shlex.split(command)]
-    code, printed, errors = run(*(f"{places.get(word, word)}{sign}{column}" for word, sign, column in words))
+    words = [re.fullmatch("(.*?)([#/].*)?", word).groups("") for word in shlex.split(command)]
+    code, printed, errors = run(*(f"{places.get(word, word)}{rest}" for word, rest in words))
     lines = [
         line
         for line in errors.splitlines()

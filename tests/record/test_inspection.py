@@ -46,5 +46,4 @@ def test_of_an_export_what_is_stored_or_that_others_read_it(run: Run, tmp_path: 
     assert json.loads(printed)["parameters"]["stored"] == sum(values.numel() for values in stored.values())
     code, printed, errors = run("inspect", tmp_path / "mlx")
     assert (code, printed) == (2, "")
-    place = tmp_path / "mlx"
-    assert errors == f"flexigpt: {place} is an export to mlx, whose parts cannot be told: give the model it was made of\n"
+    assert errors.endswith("mlx is an export to mlx, whose parts cannot be told: give the model it was made of\n")
