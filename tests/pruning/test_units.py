@@ -307,8 +307,8 @@ def test_sublayers_are_not_for_the_paper(
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
-        (("--ratio", "0"), "ratio 0.0 is outside (0, 1): give the share of the blocks' parameters"),
-        (("--ratio", "1"), "ratio 1.0 is outside (0, 1)"),
+        (("--ratio", "0"), "--ratio 0.0 is out of range: give a share"),
+        (("--ratio", "1"), "--ratio 1.0 is out of range"),
         (("--ratio", "0.999"), "so small a model is out of reach: the sublayers that have to stay store"),
         (("--target-size", "1K"), "so small a model is out of reach: the sublayers that have to stay store"),
         (("--target-size", "9B"), "meets the target of 9,000,000,000 already"),
