@@ -254,7 +254,6 @@ def test_a_run_opens_its_source_once(
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"ratio": 1.0}, "outside"),
         ({"blocks": [9]}, "name some of 0 to 5"),
         ({"blocks": list(range(6))}, "leaves none"),
         (

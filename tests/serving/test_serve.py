@@ -43,7 +43,7 @@ def client(talker: Path) -> Iterator[Any]:
         pytest.importorskip(needed)
     port = free_port()
     command = [sys.executable, "-m", "flexigpt", "serve", str(talker), "--port", str(port)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         try:
             until = time.monotonic() + 240  # a busy machine loads torch for a minute
             while not _answers(port):
@@ -55,7 +55,10 @@ def client(talker: Path) -> Iterator[Any]:
             server.send_signal(signal.SIGINT)
             assert server.wait(20) == 0
             assert server.stderr is not None
-            assert server.stderr.readline().startswith(f"{talker} is served at http://localhost:{port}/v1, where it is")
+            (told,) = server.stderr.read().splitlines()
+            assert told.startswith(f"{talker} is served at http://localhost:{port}/v1, where it is")
+            assert server.stdout is not None
+            assert not server.stdout.read()
         finally:
             server.kill()
 

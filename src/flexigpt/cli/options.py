@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from flexigpt.cli.console import Reporting, Verbosity, reporting
-from flexigpt.cli.effects import warn_idle
+from flexigpt.cli.effects import refuse_idle
 from flexigpt.cli.help import HelpCommand, show_all
 from flexigpt.runtime import InputError, choices_of, flag
 
@@ -51,13 +51,13 @@ class Asked:
     call: Call
 
     def options(self, **preset: Any) -> Any:
-        """The options: what was typed, before a preset's, before the defaults. Warns of those without effect.
+        """The options: what was typed, before a preset's, before the defaults.
 
         Raises:
-            InputError: values that cannot be.
+            InputError: values that cannot be, or have no effect beside the others.
         """
         made = self.kind(**preset | dict(self.typed))
-        warn_idle(self.name, self.typed, made)
+        refuse_idle(self.name, self.typed, made)
         return made
 
     def reporting(self) -> Reporting:

@@ -1,6 +1,7 @@
 """`transformers serve`, which knows the compact model's class."""
 
 import contextlib
+import logging
 import socket
 from collections.abc import Callable
 
@@ -38,15 +39,19 @@ def serve(model: str, options: ServeOptions, note: Callable[[str], None] = print
     note(f"{model} is served at http://{options.host}:{options.port}/v1, where it is called {model}; Ctrl-C ends it")
     if tokenizer.chat_template is None:
         note("its tokenizer has no chat template: only /v1/completions works")
-    with contextlib.suppress(KeyboardInterrupt):
-        Serve(
-            force_model=model,
-            dtype=options.dtype,
-            device=str(device),
-            host=options.host,
-            port=options.port,
-            log_level="error",
-        )
+    logging.disable(logging.INFO)  # uvicorn would tell every request, and can be told nothing else from here
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            Serve(
+                force_model=model,
+                dtype=options.dtype,
+                device=str(device),
+                host=options.host,
+                port=options.port,
+                log_level="error",
+            )
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _check_free(host: str, port: int) -> None:
