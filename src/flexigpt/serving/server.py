@@ -35,7 +35,7 @@ def serve(model: str, options: ServeOptions, note: Callable[[str], None] = print
     from transformers.cli.serving import model_manager  # noqa: PLC0415
 
     # It looks classes up by their names in transformers, which is loaded twice: in its own.
-    setattr(model_manager.transformers, FlexiGPTForCausalLM.__name__, FlexiGPTForCausalLM)
+    setattr(vars(model_manager)["transformers"], FlexiGPTForCausalLM.__name__, FlexiGPTForCausalLM)
     note(f"{model} is served at http://{options.host}:{options.port}/v1, where it is called {model}; Ctrl-C ends it")
     if tokenizer.chat_template is None:
         note("its tokenizer has no chat template: only /v1/completions works")
