@@ -382,12 +382,13 @@ def write_table(rows: list[dict[str, Any]]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        floor = sum(row["floor"].values())
+        floor, again, seconds = sum(row["floor"].values()), row["replanning"], row["seconds"]
+        memory = (f"{row[kind] / 2**30:.2f}" if row[kind] else "-" for kind in ("anonymous", "mapped", "total"))
+        of_floor = f"{seconds / floor:.2f} x" if floor else "-"
+        replanning = f"{again:.1f} s, {again / seconds:.1%}" if again else "-"
         lines.append(
             f"| {row['shape']}, {row['blocks']} blocks | {row['source_bytes'] / 1e9:.2f} | {row['windows']} "
-            f"| {row['memory'] or 'default'} | {row['seconds']:,.0f} s | {row['seconds'] / floor:.2f} x "
-            f"| {', '.join(f'{row[kind] / 2**30:.2f}' for kind in ('anonymous', 'mapped', 'total'))} "
-            f"| {row['replanning']:.1f} s, {row['replanning'] / row['seconds']:.1%} |"
+            f"| {row['memory'] or 'default'} | {seconds:,.0f} s | {of_floor} | {', '.join(memory)} | {replanning} |"
         )
     lines += ["", "Seconds by stage, and the floor of each:", ""]
     for row in rows:
@@ -396,7 +397,7 @@ def write_table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"- {row['shape']} {row['memory']} ({row['threads']} threads, {row['machine']}): {stages}; floor: {floors}"
         )
-        if row.get("gpu"):
+        if row.get("gpu") and "forward_cpu" in row:
             lines.append(
                 f"  - {row['seconds']:,.0f} s, {row['seconds'] / row['forward_cpu']:.1f} times as long as a forward "
                 f"pass of the same text without logits ({row['forward_cpu']:,.1f} s, reading included); "

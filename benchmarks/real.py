@@ -211,7 +211,8 @@ def table(known: dict[str, Found], seeds: int) -> str:
         "",
         "`python benchmarks/real.py --peers --tokens 204800 --orders 3 --tasks FOLDER`, float32. 64 windows of 256",
         "tokens to calibrate, novels and technical text mixed; perplexity on held-out text of both kinds. Excess:",
-        "perplexity minus the source's, as a share of that of plain removal with kept blocks refitted, the honest rival.",
+        "perplexity minus the source's, as a share of that of plain removal with kept blocks refitted, the honest",
+        "rival.",
         f"Measured on {' and '.join(sorted({found['machine'] for found in known.values()}))}.",
         "",
         "| model | M parameters | novels | technical | excess, novels | excess, technical |",
@@ -262,7 +263,7 @@ def answers(known: dict[str, Found]) -> list[str]:
     lines = [
         "",
         "Zero-shot, %, acc_norm where the harness has it, acc for WinoGrande; the last column is the mean of",
-        f"the five by acc. {min(counts)} to {max(counts)} questions each: a standard error of about 2 a task, 0.9 a mean.",
+        f"the five by acc. {min(counts)} to {max(counts)} questions each: a standard error of 2 a task, 0.9 a mean.",
         "",
         "| model | " + " | ".join(TASKS) + " | mean | mean acc |",
         "| --- |" + " ---: |" * (len(TASKS) + 2),
