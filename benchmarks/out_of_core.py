@@ -60,6 +60,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
     },
+    "narrow-512": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8},
+    "narrow-2048": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 12, "num_attention_heads": 32},
     "narrow-12": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16},
     "narrow-24": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16},
     "narrow-48": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 48, "num_attention_heads": 16},
@@ -427,7 +429,7 @@ def write_table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES)
-    parser.add_argument("--growth", action="store_true", help="12, 24 and 48 blocks of the same width")
+    parser.add_argument("--growth", action="store_true", help="12, 24 and 48 blocks of one width, 12 of three widths")
     parser.add_argument("--pair", choices=SHAPES)
     parser.add_argument("--source", help="a real model in the place of a shape")
     parser.add_argument("--preset", choices=("paper", "default"), default="paper")
