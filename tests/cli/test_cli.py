@@ -196,6 +196,7 @@ BAD_INPUT = {
     "prune SOURCE out --ratio 0.4 --calibration empty.txt": "text file empty.txt is empty",
     "prune SOURCE out --ratio 0.4 --calibration short.txt --window-length 64": "fewer than one window of 64",
     "prune SOURCE out --ratio 0.4 --calibration TEXT --device cuda:9": "device cuda:9 cannot be used here",
+    "prune SOURCE out --ratio 0.4 --calibration latin.txt": "; save it as UTF-8",
     "prune SOURCE out --plan nowhere.json": "the plan nowhere.json cannot be read",
     "prune SOURCE out --plan missing.json": "names block 9, but the model has blocks 0 to 5",
     "prune SOURCE out --plan itself.json": "makes block 3 its own base",
@@ -282,6 +283,7 @@ def test_bad_input_is_one_clear_line(
     bad_plans(tmp_path)
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("Too short.")
+    (tmp_path / "latin.txt").write_text("caf\u00e9", encoding="latin-1")
     for folder, name in (("full", "config.json"), ("precious", "diary.txt")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / name).write_text("{}")
