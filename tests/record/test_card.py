@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -198,9 +199,10 @@ def test_limits_are_what_was_measured(run: Run, compact: Path) -> None:
         (("me/small", "--license", "Apache 2"), "--license Apache 2 is no licence of the hub"),
     ],
 )
-def test_what_the_hub_does_not_take_is_refused(
-    run: Run, compact: Path, arguments: tuple[str, ...], reason: str
+def test_what_the_hub_does_not_take_is_refused_before_anything_is_drawn(
+    run: Run, compact: Path, arguments: tuple[str, ...], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(import_module("flexigpt.report"), "card_pictures", lambda _: pytest.fail("drawn"))
     before = {path.name: path.read_bytes() for path in compact.iterdir()}
     code, printed, errors = run("card", compact, *arguments)
     assert (code, printed, errors.count("\n")) == (2, "", 1)
