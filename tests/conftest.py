@@ -6,7 +6,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from families import tiny_config
 from flexigpt import PruneOptions, prune, write_checkpoint
 from flexigpt.cli.main import main
 from flexigpt.recovery import checkpoints, head
+from forks import BENEATH, Forks, forking
 from talking import TEMPLATE
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "novel16"
@@ -81,6 +82,20 @@ def talker(tiny_compact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     shutil.copytree(tiny_compact, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
+
+
+@pytest.fixture(scope="session")
+def forks(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Runs programs that find everything imported."""
+    with forking(tmp_path_factory.mktemp("forks")) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def early_forks(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Runs programs that find nothing imported of transformers, PEFT and flexigpt, but all beneath them."""
+    with forking(tmp_path_factory.mktemp("early-forks"), BENEATH) as started:
+        yield started
 
 
 @pytest.fixture
