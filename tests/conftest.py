@@ -93,7 +93,7 @@ def forks(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="session")
 def early_forks(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """Runs programs that find nothing imported of transformers, PEFT and flexigpt, but all beneath them."""
+    """Runs programs that find nothing imported of transformers, PEFT, hub and flexigpt, but all beneath them."""
     with forking(tmp_path_factory.mktemp("early-forks"), BENEATH) as started:
         yield started
 

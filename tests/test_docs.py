@@ -19,6 +19,7 @@ import typer
 import flexigpt
 from flexigpt.cli.main import app, main
 from flexigpt.model import ARCHITECTURES
+from forks import Forks
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "flexigpt"
@@ -112,20 +113,16 @@ def test_the_two_commands_of_the_readme_are_make_targets() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_the_model_cards_snippet_runs_where_flexigpt_is_not_installed(workplace: Path, tmp_path: Path) -> None:
+def test_the_model_cards_snippet_runs_where_flexigpt_is_not_installed(
+    workplace: Path, tmp_path: Path, early_forks: Forks
+) -> None:
     card = (workplace / "out" / "novel16-30" / "README.md").read_text(encoding="utf-8")
     snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert snippet
     code = "import sys; sys.modules['flexigpt'] = None\n" + snippet[1] + "print(type(model).__name__)"
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path)}
-    ran = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=workplace / "out" / "novel16-30",
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    ran = early_forks.run("-c", code, cwd=workplace / "out" / "novel16-30", env=environment)
+    assert ran.returncode == 0, ran.stderr
     assert ran.stdout.endswith("\nFlexiGPTForCausalLM\n")
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from forks import Forks
 
-NEW = "import sys; assert not {'flexigpt', 'peft', 'transformers'} & sys.modules.keys()"
+NEW = "import sys; assert not {'flexigpt', 'huggingface_hub', 'peft', 'transformers'} & sys.modules.keys()"
 KNOWN = """
 import flexigpt
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -49,9 +49,7 @@ peft.get_peft_model(flexigpt.FlexiGPTForCausalLM(config), peft.LoraConfig(target
 
 @pytest.mark.parametrize("before", ["", "import peft", "import importlib.util; importlib.util.find_spec('peft')"])
 @pytest.mark.parametrize("after", ["", "importlib.util.find_spec('peft')"])
-def test_peft_knows_replicas_whoever_looked_for_it_before(
-    before: str, after: str, early_forks: Forks
-) -> None:
+def test_peft_knows_replicas_whoever_looked_for_it_before(before: str, after: str, early_forks: Forks) -> None:
     """transformers looks whether PEFT is there, and loads it later, or not at all."""
     ran = early_forks.run("-c", f"{NEW}\n{before}\nimport importlib.util, flexigpt\n{after}\n{TAUGHT}")
     assert ran.returncode == 0, ran.stderr

@@ -1,9 +1,6 @@
 """Two real processes under torchrun (gloo) against one: same losses, same weights, checkpoints that change hands."""
 
-import contextlib
 import json
-import random
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +15,7 @@ from test_recover import checkpoints, history, poisoned, quick, signal_after
 import launched
 import textbook
 from flexigpt import InputError, RecoverOptions, recover
+from forks import free_ports
 
 # Options besides those of `quick`; each process has 2 of a step's 4 windows, which may go through one by one. Often: a
 # checkpoint after every step.
@@ -56,16 +54,6 @@ SLOW = pytest.mark.slow
 def torchrun(*arguments: object) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-
-
-def free_ports(count: int) -> list[int]:
-    """Below those that systems give to sockets that ask for any: whoever waits for a port must not be given it."""
-    ports: set[int] = set()
-    draw = random.SystemRandom()  # others seed the shared one, and another run draws the same ports then
-    while len(ports) < count:
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", draw.randrange(15000, 32000))) as found:
-            ports.add(found.getsockname()[1])
-    return list(ports)
 
 
 class Two:
