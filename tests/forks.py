@@ -177,7 +177,7 @@ class Runner:
     def __call__(
         self, place: Path, arguments: list[str], how: signal.Signals | None = None, after: float = 0.0
     ) -> tuple[int, str, str]:
-        """The exit code and what was printed and said, of a command that gets a signal after so many seconds, or none."""
+        """The exit code and what was printed and said, of a command that may get a signal after so many seconds."""
         environment = os.environ | {"FLEXIGPT_CACHE": str(place / "cache")}
         started = self._forks.start("-m", "flexigpt", *arguments, env=environment, cwd=place / "work")
         if how is not None:

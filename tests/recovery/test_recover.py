@@ -242,14 +242,14 @@ def test_a_second_run_of_the_same_is_told_which_process_writes(
     arguments = ("-m", "flexigpt", "recover", tiny_compact, tmp_path / "out" / "new", "--data", text)
     there, go_on = tmp_path / "there", tmp_path / "go-on"
     os.mkfifo(go_on)
-    waits = f"open({str(there)!r}, 'w').close(); open({str(go_on)!r}).close()"
+    waits = f"os.path.exists({str(there)!r}) or (open({str(there)!r}, 'w').close(), open({str(go_on)!r}).close())"
     first = forks.start(*arguments, *TOKENS, *QUICK, env=hooked("os.rename", "*/checkpoint-6.partial", waits, OFTEN))
     while not there.exists():
         assert first.poll() is None
         time.sleep(0.01)
     second = forks.run(*arguments, "--overwrite")
     go_on.write_text("")
-    assert first.wait() == 0
+    assert first.wait() == 0, first.result().stderr
     (line,) = second.stderr.splitlines()
     told = rf"flexigpt: {tmp_path}/out/new is being written by process {first.pid} on \S+ since [-0-9]+ [:0-9]+: .*"
     assert re.fullmatch(told, line)
