@@ -21,6 +21,23 @@ from forks import BENEATH, Forks, forking
 from talking import TEMPLATE
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "novel16"
+COLLECTED = pytest.StashKey[list[str]]()
+
+# Whole files go to the processes of `make test`. Those that take longest begin first, the longest of them at once: one
+# that began last would have its process work alone.
+LONGEST = (
+    *("test_docs.py", "recovery/test_distributed.py", "pruning/test_frontier.py", "pruning/test_units.py"),
+    *("recovery/test_recover.py", "decoding/test_speculate.py", "evaluation/test_tasks.py", "test_suite.py"),
+    *("decoding/test_benchmark.py", "decoding/test_sample.py", "cli/test_cli.py", "model/test_compile.py"),
+    *("recovery/test_told_memory.py", "model/test_registration.py", "model/test_devices.py"),
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+    config.stash[COLLECTED] = [item.nodeid for item in items]
 
 
 @pytest.fixture(scope="session", autouse=True)
