@@ -52,7 +52,7 @@ def test_more_work_is_told_as_more(tiny_source: Path, text: Path, monkeypatch: p
 def test_memory_stays_below_what_was_told(example: Path, tmp_path: Path, forks: Forks) -> None:
     """Of a process that prunes the shipped model, and measures perplexity, which takes most of it."""
     held_out = tmp_path / "held-out.txt"
-    held_out.write_bytes((example / "calibration.jsonl").read_bytes()[:60_000])
+    held_out.write_bytes((example / "calibration.jsonl").read_bytes()[:15_000])
     options = ["--ratio", "0.3", "--calibration", str(example / "calibration.jsonl"), "--windows", "4"]
     options += ["--window-length", "256", "--perplexity", str(held_out)]
     code = (
