@@ -66,10 +66,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workplace")
     for name in ("examples", "recipes"):
         shutil.copytree(ROOT / name, folder / name)
-    for name in ("calibration", "validation"):
+    for name, least in (("calibration", 7000), ("validation", 3000)):
         path = folder / "examples" / "novel16" / f"{name}.jsonl"
         documents = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text(min((row for row in documents if len(row) > 7000), key=len), encoding="utf-8")
+        path.write_text(min((row for row in documents if len(row) > least), key=len), encoding="utf-8")
     before = Path.cwd()
     os.chdir(folder)
     try:
