@@ -382,10 +382,10 @@ def test_ctrl_c_during_the_imports_is_one_line(hooked: Hooked, early_forks: Fork
     assert ran.stderr == "flexigpt: interrupted: nothing was written\n"
 
 
-def test_a_damaged_text_is_one_line(forks: Forks, tiny_source: Path, tmp_path: Path) -> None:
+def test_a_damaged_text_is_one_line(early_forks: Forks, tiny_source: Path, tmp_path: Path) -> None:
     """`datasets` logs what it raises."""
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
-    ran = forks.run("-m", "flexigpt", "eval", tiny_source, "--perplexity", tmp_path / "broken.jsonl")
+    ran = early_forks.run("-m", "flexigpt", "eval", tiny_source, "--perplexity", tmp_path / "broken.jsonl")
     assert ran.returncode == 2
     assert ran.stderr.startswith("flexigpt: text cannot be read from ")
     assert ran.stderr.count("\n") == 1

@@ -49,7 +49,7 @@ def test_more_work_is_told_as_more(tiny_source: Path, text: Path, monkeypatch: p
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak where Linux tells it")
-def test_memory_stays_below_what_was_told(example: Path, tmp_path: Path, forks: Forks) -> None:
+def test_memory_stays_below_what_was_told(example: Path, tmp_path: Path, early_forks: Forks) -> None:
     """Of a process that prunes the shipped model, and measures perplexity, which takes most of it."""
     held_out = tmp_path / "held-out.txt"
     held_out.write_bytes((example / "calibration.jsonl").read_bytes()[:15_000])
@@ -62,7 +62,7 @@ def test_memory_stays_below_what_was_told(example: Path, tmp_path: Path, forks: 
         "finally: print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0], file=sys.stderr)"
     )
     environment = os.environ | {"FLEXIGPT_CACHE": str(tmp_path / "cache")}
-    ran = forks.run("-c", code, "prune", example, tmp_path / "out", *options, env=environment)
+    ran = early_forks.run("-c", code, "prune", example, tmp_path / "out", *options, env=environment)
     assert ran.returncode == 0, ran.stderr
     peak = 1024 * int(ran.stderr.splitlines()[-1])
     told, unit = re.search(r"at most about ([\d.]+) (MB|GB) of memory", ran.stderr).groups()  # type: ignore[union-attr]

@@ -246,7 +246,7 @@ def test_every_family_is_pruned_by_units_and_refitted_nearer_to_the_source(famil
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak where Linux tells it")
 @pytest.mark.parametrize("memory", [[], ["--memory", "2MiB"]])
-def test_memory_stays_below_what_was_told(example: Path, tmp_path: Path, forks: Forks, memory: list[str]) -> None:
+def test_memory_stays_below_what_was_told(example: Path, tmp_path: Path, early_forks: Forks, memory: list[str]) -> None:
     """Of a process that prunes the shipped model, hidden states in memory and in files."""
     options = ["--ratio", "0.3", "--calibration", str(example / "calibration.jsonl"), "--windows", "8"]
     code = (
@@ -255,7 +255,7 @@ def test_memory_stays_below_what_was_told(example: Path, tmp_path: Path, forks: 
         "finally: print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0], file=sys.stderr)"
     )
     words = ["prune", example, tmp_path / "out", *options, *memory, "--window-length", "256"]
-    ran = forks.run("-c", code, *words, env=os.environ | {CACHE_VARIABLE: str(tmp_path / "cache")})
+    ran = early_forks.run("-c", code, *words, env=os.environ | {CACHE_VARIABLE: str(tmp_path / "cache")})
     assert ran.returncode == 0, ran.stderr
     peak = 1024 * int(ran.stderr.splitlines()[-1])
     told, unit = re.search(r"at most about ([\d.]+) (MB|GB) of memory", ran.stderr).groups()  # type: ignore[union-attr]

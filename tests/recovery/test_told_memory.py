@@ -39,12 +39,12 @@ def test_what_is_trained_is_said_of_this_very_model(
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak where Linux tells it")
 @pytest.mark.parametrize("more", [[], ["--train", "all"], ["--teacher", "EXAMPLE", "--activation-checkpointing"]])
-def test_memory_stays_below_what_was_told(example: Path, tmp_path: Path, forks: Forks, more: list[str]) -> None:
+def test_memory_stays_below_what_was_told(example: Path, tmp_path: Path, early_forks: Forks, more: list[str]) -> None:
     """Of a process of its own; the peak is what the record says."""
     flags = [str(example) if word == "EXAMPLE" else word for word in more]
     given = ["--data", str(example / "recovery.parquet"), "--tokens", "4096", "--batch-tokens", "2048", *flags]
     out = tmp_path / "out"
-    ran = forks.run("-m", "flexigpt", "recover", example, out, "--device", "cpu", *given)
+    ran = early_forks.run("-m", "flexigpt", "recover", example, out, "--device", "cpu", *given)
     assert ran.returncode == 0, ran.stderr
     peak = json.loads((out / "record.json").read_text())["recovery"]["peak_bytes"]
     told, unit = re.search(TAKES, ran.stderr).groups()  # type: ignore[union-attr]
