@@ -1,14 +1,11 @@
 """The commands as a user meets them: output, exit codes, one clear line for bad input, nothing half-written."""
 
 import json
-import os
 import platform
 import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import Hooked, Run
 from flexigpt import EvalOptions, evaluate
 from flexigpt.cli.main import main
-from killing import run_apart
+from forks import Forks
 
 
 @pytest.fixture(scope="module")
@@ -370,6 +367,7 @@ def test_overwrite_replaces_a_checkpoint(run: Run, tiny_source: Path, tmp_path: 
 )
 def test_an_interrupted_run_leaves_nothing(
     hooked: Hooked,
+    forks: Forks,
     tiny_source: Path,
     text: Path,
     tmp_path: Path,
@@ -385,35 +383,33 @@ def test_an_interrupted_run_leaves_nothing(
     environment = hooked(event, str(tmp_path / name), f"os.kill(os.getpid(), {how.value})") | {
         "FLEXIGPT_CACHE": str(tmp_path / "cache")
     }
-    ran = run_apart(environment, *arguments)
+    ran = forks.run("-m", "flexigpt", *arguments, env=environment)
     assert ran.returncode == 2
     assert ran.stderr.splitlines()[-1] == "flexigpt: interrupted: nothing was written"
     assert "Traceback" not in ran.stderr
     assert list((tmp_path / "made").iterdir()) == []
 
 
-def test_ctrl_c_during_the_imports_is_one_line(hooked: Hooked, tiny_source: Path) -> None:
+def test_ctrl_c_during_the_imports_is_one_line(hooked: Hooked, early_forks: Forks, tiny_source: Path) -> None:
     environment = hooked("import", "transformers", f"os.kill(os.getpid(), {signal.SIGINT.value})")
-    ran = run_apart(environment, "inspect", tiny_source)
+    ran = early_forks.run("-m", "flexigpt", "inspect", tiny_source, env=environment)
     assert ran.returncode == 2
     assert ran.stderr == "flexigpt: interrupted: nothing was written\n"
 
 
-def test_a_damaged_text_is_one_line(tiny_source: Path, tmp_path: Path) -> None:
+def test_a_damaged_text_is_one_line(early_forks: Forks, tiny_source: Path, tmp_path: Path) -> None:
     """`datasets` logs what it raises."""
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
-    ran = run_apart(os.environ.copy(), "eval", tiny_source, "--perplexity", tmp_path / "broken.jsonl")
+    ran = early_forks.run("-m", "flexigpt", "eval", tiny_source, "--perplexity", tmp_path / "broken.jsonl")
     assert ran.returncode == 2
     assert ran.stderr.startswith("flexigpt: text cannot be read from ")
     assert ran.stderr.count("\n") == 1
 
 
-def test_a_full_disk_behind_stdout_is_one_line(tiny_source: Path) -> None:
-    command = [sys.executable, "-m", "flexigpt", "inspect", str(tiny_source), "--json"]
-    with open("/dev/full", "w") as full:
-        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert ran.returncode == 2
-    assert ran.stderr == "flexigpt: the output cannot be printed: No space left on device\n"
+def test_a_full_disk_behind_stdout_is_one_line(forks: Forks, tiny_source: Path, tmp_path: Path) -> None:
+    streams = ("/dev/null", "/dev/full", tmp_path / "said")
+    assert forks.start("-m", "flexigpt", "inspect", tiny_source, "--json", streams=streams).wait() == 2
+    assert (tmp_path / "said").read_text() == "flexigpt: the output cannot be printed: No space left on device\n"
 
 
 @pytest.mark.parametrize(("arguments", "closed"), [("SOURCE", 1), ("SOURCE --json", 1), ("nowhere", 2)])

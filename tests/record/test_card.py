@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from flexigpt import PruneOptions, prune, write_checkpoint
 from flexigpt.record import find_in
 from flexigpt.record.card import hub_name, with_evaluation
 from flexigpt.record.write import check_replaceable
+from forks import Forks
 
 LICENCE = {"LICENSE": "do what you like", "USE_POLICY.md": "but no harm", "tokenizer.model": "pieces"}
 
@@ -67,7 +66,7 @@ def test_licence_policy_and_tokenizer_travel_with_the_weights(compact: Path) -> 
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_visitor_of_the_hub_runs_the_snippet_without_flexigpt(
-    run: Run, compact: Path, tmp_path: Path, chat: bool
+    run: Run, compact: Path, tmp_path: Path, early_forks: Forks, chat: bool
 ) -> None:
     """From a folder laid out as the hub's cache, without a connection."""
     if chat:
@@ -83,10 +82,8 @@ def test_a_visitor_of_the_hub_runs_the_snippet_without_flexigpt(
     (stored / "refs" / "main").write_text(commit)
     assert ("apply_chat_template" in snippet(compact)) == chat
     program = f"import sys\nsys.modules['flexigpt'] = None\n{snippet(compact)}\nprint(type(model).__name__)"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_MODULES_CACHE": str(tmp_path / "code")}
-    command = [sys.executable, "-c", program]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_MODULES_CACHE": str(tmp_path / "code")}
+    ran = early_forks.run("-c", program, cwd=tmp_path, env=environment)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.endswith("\nFlexiGPTForCausalLM\n")
     assert len(ran.stdout) > 60, "nothing was generated"
