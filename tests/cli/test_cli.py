@@ -1,11 +1,14 @@
 """The commands as a user meets them: output, exit codes, one clear line for bad input, nothing half-written."""
 
 import json
+import os
 import platform
 import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
