@@ -1,17 +1,24 @@
 """How small a model can go: the ladder of sizes, its knee, and the smallest model within a loss."""
 
+import importlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from transformers import AutoTokenizer
 
 from flexigpt import FrontierOptions, PruneOptions, frontier, prune, remove
+from flexigpt.evaluation import perplexity
 from flexigpt.pruning import source as opened
 from flexigpt.pruning.frontier import _Ladder, knee
 from flexigpt.runtime import silent
 from flexigpt.runtime.cache import CACHE_VARIABLE
+from flexigpt.text import tokenize_text
+from flexigpt.weights import Source
+
+measuring = importlib.import_module("flexigpt.pruning.frontier")  # the room's own name is the function
 
 T = TypeVar("T")
 Run = Any
@@ -56,6 +63,23 @@ def test_each_size_is_what_prune_and_plain_removal_give(example: Path, short: di
 
 class Killed(BaseException):
     pass
+
+
+def test_a_long_text_is_measured_on_the_same_sample_for_every_row(
+    example: Path, short: dict[str, Any], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source and every size; what `--max-loss` looks for is measured on all of the text."""
+    tokens = AutoTokenizer.from_pretrained(example)
+    whole = tokenize_text(str(text), tokens, window_length=128)
+    monkeypatch.setattr(measuring, "_TOKENS", 3 * 128)
+    record = frontier(str(example), FrontierOptions(sizes=2, **short))
+    assert record["measured"] == {"windows": 3, "there": whole.windows(128), "sizes": 2}
+    sample = whole.sample(3, 128)
+    size = str(record["points"][0]["parameters"])
+    made = Source(str(example)), prune(str(example), PruneOptions(target_size=size, **short))[0]
+    for model, row in zip(made, (record["source"], record["points"][0]), strict=True):
+        assert perplexity(model, sample, window_length=128)["perplexity"] == pytest.approx(row["perplexity"], rel=1e-4)
+    assert _Ladder(str(example), PruneOptions(ratio=0.5, **short), silent).windows["windows"] == whole.windows(128)
 
 
 def test_a_killed_run_finds_its_points_again(example: Path, short: dict[str, Any]) -> None:
