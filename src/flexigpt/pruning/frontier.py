@@ -127,14 +127,11 @@ class _Ladder:
         self, source: str, options: PruneOptions, track: Track, in_8_bits: bool = False, tokens: int | None = None
     ) -> None:
         checked = CheckedSource.check(source, options, options)
-        texts = checked.read()
+        texts, length = checked.read(), checked.window_length
         assert texts.text is not None
-        length = checked.window_length
-        there = texts.text.windows(length)
-        if tokens is not None:
-            texts = dataclasses.replace(texts, text=texts.text.sample(max(1, tokens // length), length))
-        self.windows = {"windows": texts.text.windows(length), "there": there}
-        self.workspace: Workspace[PruneOptions] = checked.open(texts, track)
+        text = texts.text if tokens is None else texts.text.sample(max(1, tokens // length), length)
+        self.windows = {"windows": text.windows(length), "there": texts.text.windows(length)}
+        self.workspace: Workspace[PruneOptions] = checked.open(dataclasses.replace(texts, text=text), track)
         self._options, self._in_8_bits = options, in_8_bits and _quantises(self.workspace.source)
 
     def source(self) -> Point:
