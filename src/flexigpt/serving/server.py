@@ -1,9 +1,8 @@
 """`transformers serve`, which knows the compact model's class."""
 
 import contextlib
-import logging
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import transformers
 from transformers.utils.import_utils import is_serve_available
@@ -36,14 +35,10 @@ def serve(model: str, options: ServeOptions, note: Callable[[str], None] = print
 
     # It looks classes up by their names in transformers.
     setattr(transformers, FlexiGPTForCausalLM.__name__, FlexiGPTForCausalLM)
-
-    def ready() -> None:
-        where = f"http://{options.host}:{options.port}/v1"
-        note(f"{model} is served at {where}, where it is called {model}; Ctrl-C ends it")
-        if tokenizer.chat_template is None:
-            note("its tokenizer has no chat template: only /v1/completions works")
-
-    with contextlib.suppress(KeyboardInterrupt), _server_told(ready):
+    note(f"{model} is served at http://{options.host}:{options.port}/v1, where it is called {model}; Ctrl-C ends it")
+    if tokenizer.chat_template is None:
+        note("its tokenizer has no chat template: only /v1/completions works")
+    with contextlib.suppress(KeyboardInterrupt):
         Serve(
             force_model=model,
             dtype=options.dtype,
@@ -52,23 +47,6 @@ def serve(model: str, options: ServeOptions, note: Callable[[str], None] = print
             port=options.port,
             log_level="error",
         )
-
-
-@contextlib.contextmanager
-def _server_told(ready: Callable[[], None]) -> Iterator[None]:
-    """Within it the web server's own lines of how it starts and ends are left out; once it listens, `ready` tells."""
-
-    def shown(record: logging.LogRecord) -> bool:
-        if record.getMessage().startswith("Uvicorn running on"):
-            ready()
-        return record.levelno > logging.INFO
-
-    logger = logging.getLogger("uvicorn.error")  # for whatever is no request
-    logger.addFilter(shown)
-    try:
-        yield
-    finally:
-        logger.removeFilter(shown)
 
 
 def _check_free(host: str, port: int) -> None:
