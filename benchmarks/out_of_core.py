@@ -7,12 +7,14 @@ python benchmarks/out_of_core.py --pair llama-2-7b
 python benchmarks/out_of_core.py --preset default --shape llama-2-7b
 python benchmarks/out_of_core.py --preset default --source out/smollm2-135m --calibration out/texts/calibration.jsonl \
     --windows 64 --window-length 256
+python benchmarks/out_of_core.py --device cuda --preset default --shape llama-2-7b
 
 Checkpoints are random, their spectra like trained ones'; they are made in --work and deleted afterwards. Every run is
 a `flexigpt prune` in a process of its own, whose memory is sampled. The floor is each byte read once, and what has to
 be multiplied at least, at the rates of this machine: of the paper's preset one forward pass and the products of the
 factorisations; of the default what docs/speed.md counts. A forward pass of the same text through the same blocks,
-without logits, is timed beside it, in CPU seconds. Rows are added to benchmarks/results/out_of_core.json and the table
+without logits, is timed beside it, in CPU seconds; on a GPU in those of the clock, and memory that is taken there is
+sampled, its driver's included. Rows are added to benchmarks/results/out_of_core.json and the table
 made anew. --pair measures the distance of one pair of blocks by a full SVD for each linear, and adds to the row of that
 shape how long all pairs would take so.
 """
@@ -58,6 +60,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
     },
+    "narrow-512": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8},
+    "narrow-2048": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 12, "num_attention_heads": 32},
     "narrow-12": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16},
     "narrow-24": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16},
     "narrow-48": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 48, "num_attention_heads": 16},
@@ -77,6 +81,7 @@ class Run:
         seconds: wall clock, start of Python included.
         cpu: seconds of all its threads.
         anonymous, mapped, total: peaks of its resident memory in bytes; each on its own.
+        gpu: peak of what is taken of the GPU's memory, in bytes; 0 without one.
         record: what it measured, where it wrote a record.
     """
 
@@ -85,10 +90,11 @@ class Run:
     anonymous: int
     mapped: int
     total: int
+    gpu: int
     record: dict[str, Any]
 
 
-def make_checkpoint(name: str, folder: Path, shard_bytes: int = 2 * 10**9) -> LlamaConfig:
+def make_checkpoint(name: str, folder: Path, device: str = "cpu", shard_bytes: int = 2 * 10**9) -> LlamaConfig:
     """A sharded bfloat16 checkpoint of that shape, one tensor in memory at a time."""
     config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=4096, dtype="bfloat16", **SHAPES[name])
     config.architectures = ["LlamaForCausalLM"]
@@ -96,12 +102,12 @@ def make_checkpoint(name: str, folder: Path, shard_bytes: int = 2 * 10**9) -> Ll
     config.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(EXAMPLE / file, folder)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     weight_map: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
     shapes = {name: tuple(t.shape) for name, t in empty_model(config).state_dict().items()}
     for number, (key, shape) in enumerate(shapes.items()):
-        shard[key] = random_weight(shape, generator)
+        shard[key] = random_weight(shape, generator).cpu()
         if sum(t.numel() * 2 for t in shard.values()) >= shard_bytes or number + 1 == len(shapes):
             file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
             save_file(shard, folder / file, {"format": "pt"})
@@ -113,13 +119,14 @@ def make_checkpoint(name: str, folder: Path, shard_bytes: int = 2 * 10**9) -> Ll
 
 def random_weight(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """A Gaussian bulk and, above it, directions of a power law, as trained weights have."""
+    where = generator.device
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
-    weight = torch.randn(shape, generator=generator)
+    weight = torch.randn(shape, generator=generator, device=where)
     if VOCABULARY not in shape:
         rows, columns = shape
-        heights = 2 * (rows**0.5 + columns**0.5) * torch.arange(1, SPIKES + 1) ** -0.7
-        left, right = (torch.randn(n, SPIKES, generator=generator) / n**0.5 for n in shape)
+        heights = 2 * (rows**0.5 + columns**0.5) * torch.arange(1, SPIKES + 1, device=where) ** -0.7
+        left, right = (torch.randn(n, SPIKES, generator=generator, device=where) / n**0.5 for n in shape)
         weight += (left * heights) @ right.T
     return (weight * 0.3 * shape[-1] ** -0.5).to(torch.bfloat16)
 
@@ -137,7 +144,9 @@ def measured(command: list[str], cache: Path, threads: int, kill_after: float | 
     )
     peaks = {"RssAnon": 0, "RssFile": 0, "VmRSS": 0}
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    gpu, before = 0, gpu_taken()
     while process.poll() is None:
+        gpu = max(gpu, gpu_taken() - before)
         for name, value in resident(process.pid).items():
             peaks[name] = max(peaks[name], value)
         if kill_after is not None and time.perf_counter() - began > kill_after:
@@ -157,8 +166,17 @@ def measured(command: list[str], cache: Path, threads: int, kill_after: float | 
         anonymous=peaks["RssAnon"],
         mapped=peaks["RssFile"],
         total=peaks["VmRSS"],
+        gpu=gpu,
         record=json.loads(record.read_text()) if record.exists() else {},
     )
+
+
+def gpu_taken() -> int:
+    """Bytes of the first GPU's memory that are in use, by whomever; 0 before this process has used it."""
+    if not torch.cuda.is_initialized():
+        return 0
+    free, all_of_it = torch.cuda.mem_get_info()
+    return all_of_it - free
 
 
 def resident(pid: int) -> dict[str, int]:
@@ -171,11 +189,13 @@ def resident(pid: int) -> dict[str, int]:
     return {words[0].rstrip(":"): int(words[1]) * 1024 for words in found}
 
 
-def floor_seconds(folder: Path, config: LlamaConfig, tokens: int, rank: int, pruned: int) -> dict[str, float]:
+def floor_seconds(
+    folder: Path, config: LlamaConfig, tokens: int, rank: int, pruned: int, device: str
+) -> dict[str, float]:
     """The least that reading, one forward pass and the products of the factorisations can take here."""
     file = next(iter(sorted(folder.glob("*.safetensors"))))
     num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    rate = matmul_rate()
+    rate = matmul_rate(device)
     blocks = [t for name, t in empty_model(config).named_parameters() if ".layers." in name and t.ndim == 2]
     one_block = blocks[: len(blocks) // config.num_hidden_layers]
     products: dict[tuple[int, ...], float] = {}
@@ -193,9 +213,9 @@ def floor_seconds(folder: Path, config: LlamaConfig, tokens: int, rank: int, pru
     }
 
 
-def floor_of_units(folder: Path, config: LlamaConfig, tokens: int, ratio: float) -> dict[str, float]:
+def floor_of_units(folder: Path, config: LlamaConfig, tokens: int, ratio: float, device: str) -> dict[str, float]:
     """The same of the default preset, by docs/speed.md."""
-    rate, double = matmul_rate(), matmul_rate(torch.float64)
+    rate, double = matmul_rate(device), matmul_rate(device, torch.float64)
     blocks = [t for name, t in empty_model(config).named_parameters() if ".layers." in name and t.ndim == 2]
     hidden, units, depth = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     attention = 4 * tokens * hidden * depth * 512 / 2
@@ -217,38 +237,42 @@ def floor_of_units(folder: Path, config: LlamaConfig, tokens: int, ratio: float)
     }
 
 
-# Arguments: source, text, windows, tokens in each.
+# Arguments: source, text, windows, tokens in each, device.
 FORWARD = """
 import sys, time
 from flexigpt.calibration import block_means
 from flexigpt.text import calibration_windows
 from flexigpt.weights import Source, load_tokenizer
-name, text, windows, length = sys.argv[1:]
+name, text, windows, length, device = sys.argv[1:]
 tokenizer = load_tokenizer(name)
 ids = calibration_windows(text, tokenizer, windows=int(windows), window_length=int(length), seed=0)
-source, began = Source(name), time.process_time()
+clock = time.process_time if device == "cpu" else time.perf_counter
+source, began = Source(name, device=device), clock()
 block_means(source, ids, {})
-print(time.process_time() - began)
+print(clock() - began)
 """
 
 
 def forward_seconds(source: Path, arguments: argparse.Namespace) -> float:
-    """CPU seconds of the text's way through the blocks, once, in a process of its own."""
-    given = (source, arguments.calibration, arguments.windows, arguments.window_length)
+    """CPU seconds of the text's way through the blocks, once, in a process of its own; on a GPU those of the clock."""
+    given = (source, arguments.calibration, arguments.windows, arguments.window_length, arguments.device)
     command = [sys.executable, "-c", FORWARD, *map(str, given)]
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return float(ran.stdout.split()[-1])
 
 
-def matmul_rate(dtype: torch.dtype = torch.float32) -> float:
-    """FLOPs a second of a matrix product, the best of three."""
-    side = torch.ones(1024, 1024, dtype=dtype)
+def matmul_rate(device: str, dtype: torch.dtype = torch.float32) -> float:
+    """FLOPs a second of a matrix product, the best of some; on a GPU in bfloat16 where a CPU multiplies in float32."""
+    size, dtype = (1024, dtype) if device == "cpu" else (8192, torch.bfloat16 if dtype == torch.float32 else dtype)
+    side = torch.randn(size, size, device=device).to(dtype)
     best = 0.0
-    for _ in range(3):
+    for _ in range(4):
         began = time.perf_counter()
         side @ side
-        best = max(best, 2 * 1024**3 / (time.perf_counter() - began))
+        if device != "cpu":
+            torch.cuda.synchronize()
+        best = max(best, 2 * size**3 / (time.perf_counter() - began))
     return best
 
 
@@ -281,30 +305,34 @@ def bench(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     shutil.rmtree(work, ignore_errors=True)
     try:
         source = Path(arguments.source) if name == SOURCE else work / "source"
-        config = AutoConfig.from_pretrained(source) if name == SOURCE else make_checkpoint(name, source)
+        config = (
+            AutoConfig.from_pretrained(source) if name == SOURCE else make_checkpoint(name, source, arguments.device)
+        )
         rank = config.hidden_size // 16
         options = [
             *("--ratio", str(arguments.ratio), "--calibration", arguments.calibration),
             *("--windows", str(arguments.windows), "--window-length", str(arguments.window_length)),
             *(("--memory", arguments.memory) if arguments.memory else ()),
+            *("--device", arguments.device),
         ]
 
         def prune(out: str, cache: str, *more: str, kill_after: float | None = None) -> Run | None:
             command = ["prune", str(source), str(work / out), "--preset", arguments.preset, *options, *more]
             return measured(command, work / cache, arguments.threads, kill_after)
 
+        on_gpu = "" if arguments.device == "cpu" else f", {torch.cuda.get_device_name()}"
         pruned = int(arguments.ratio * config.num_hidden_layers + 1e-9)
         tokens = arguments.windows * arguments.window_length
         if arguments.preset == "paper":
-            floor = floor_seconds(source, config, tokens, rank, pruned)
+            floor = floor_seconds(source, config, tokens, rank, pruned, arguments.device)
         else:
-            floor = floor_of_units(source, config, tokens, arguments.ratio)
+            floor = floor_of_units(source, config, tokens, arguments.ratio, arguments.device)
         first = prune("compact", "cache")
         assert first is not None
         again = prune("plan", "cache", "--plan-only", "--ratio", str(arguments.other_ratio))
         assert again is not None
         row = {
-            "shape": name if arguments.preset == "paper" else f"{name}, default preset",
+            "shape": name + (", default preset" if arguments.preset == "default" else "") + on_gpu,
             "memory": arguments.memory or "",
             "windows": arguments.windows,
             "blocks": config.num_hidden_layers,
@@ -317,10 +345,11 @@ def bench(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             "anonymous": first.anonymous,
             "mapped": first.mapped,
             "total": first.total,
+            "gpu": first.gpu,
             "replanning": again.seconds,
             "kills": killed(prune, work, first.seconds, arguments.kills) if arguments.kills else None,
             "threads": arguments.threads,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores{on_gpu}, torch {torch.__version__}",
         }
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -355,12 +384,13 @@ def write_table(rows: list[dict[str, Any]]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        floor = sum(row["floor"].values())
+        floor, again, seconds = sum(row["floor"].values()), row["replanning"], row["seconds"]
+        memory = (f"{row[kind] / 2**30:.2f}" if row[kind] else "-" for kind in ("anonymous", "mapped", "total"))
+        of_floor = f"{seconds / floor:.2f} x" if floor else "-"
+        replanning = f"{again:.1f} s, {again / seconds:.1%}" if again else "-"
         lines.append(
             f"| {row['shape']}, {row['blocks']} blocks | {row['source_bytes'] / 1e9:.2f} | {row['windows']} "
-            f"| {row['memory'] or 'default'} | {row['seconds']:,.0f} s | {row['seconds'] / floor:.2f} x "
-            f"| {', '.join(f'{row[kind] / 2**30:.2f}' for kind in ('anonymous', 'mapped', 'total'))} "
-            f"| {row['replanning']:.1f} s, {row['replanning'] / row['seconds']:.1%} |"
+            f"| {row['memory'] or 'default'} | {seconds:,.0f} s | {of_floor} | {', '.join(memory)} | {replanning} |"
         )
     lines += ["", "Seconds by stage, and the floor of each:", ""]
     for row in rows:
@@ -369,7 +399,13 @@ def write_table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"- {row['shape']} {row['memory']} ({row['threads']} threads, {row['machine']}): {stages}; floor: {floors}"
         )
-        if "forward_cpu" in row:
+        if row.get("gpu") and "forward_cpu" in row:
+            lines.append(
+                f"  - {row['seconds']:,.0f} s, {row['seconds'] / row['forward_cpu']:.1f} times as long as a forward "
+                f"pass of the same text without logits ({row['forward_cpu']:,.1f} s, reading included); "
+                f"{row['gpu'] / 2**30:.2f} GiB of the GPU's memory at most, {row['cpu']:,.0f} CPU seconds"
+            )
+        elif "forward_cpu" in row:
             lines.append(
                 f"  - {row['cpu']:,.0f} CPU seconds, {row['cpu'] / row['forward_cpu']:.1f} times those of a forward "
                 f"pass of the same text without logits ({row['forward_cpu']:,.0f})"
@@ -393,10 +429,11 @@ def write_table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES)
-    parser.add_argument("--growth", action="store_true", help="12, 24 and 48 blocks of the same width")
+    parser.add_argument("--growth", action="store_true", help="12, 24 and 48 blocks of one width, 12 of three widths")
     parser.add_argument("--pair", choices=SHAPES)
     parser.add_argument("--source", help="a real model in the place of a shape")
     parser.add_argument("--preset", choices=("paper", "default"), default="paper")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--calibration", default=str(EXAMPLE / "calibration.jsonl"))
     parser.add_argument("--ratio", type=float, default=0.3)
     parser.add_argument("--other-ratio", type=float, default=0.4, help="to plan again for")

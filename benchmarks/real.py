@@ -11,7 +11,6 @@ What each row gave is kept in benchmarks/results/real.json and not measured agai
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from flexigpt import Plan, PruneOptions
 from flexigpt.evaluation import perplexity
 from flexigpt.model import SublayerReplica
 from flexigpt.pruning.source import CheckedSource
+from flexigpt.runtime import device_name, find_device
 from flexigpt.text import calibration_windows, tokenize_text
 from flexigpt.weights import load_model, load_tokenizer, open_empty
 
@@ -37,7 +37,7 @@ REMOVED = (8, 4, 12)
 KINDS = ("novels", "technical")
 TASKS = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande")
 LENGTH = 256
-RATES = {"ours": (1e-3, 2e-3, 4e-3), "rival": (1e-3, 2e-3, 4e-3)}
+RATES = {"ours": (1e-3, 2e-3, 4e-3, 8e-3), "rival": (1e-3, 2e-3, 4e-3, 8e-3)}
 Found = dict[str, Any]
 
 
@@ -48,6 +48,7 @@ class Bench:
         self.arguments, self.work = arguments, Path(arguments.work)
         self.work.mkdir(parents=True, exist_ok=True)
         self.model, self.texts = str(Path(arguments.model).resolve()), Path(arguments.texts).resolve()
+        self.device = find_device("auto")
         self.file = RESULTS / "real.json"
         self.known: dict[str, Found] = json.loads(self.file.read_text()) if self.file.exists() else {}
 
@@ -101,8 +102,10 @@ class Bench:
         if key not in self.known:
             made = make()
             model = load_model(str(made), "float32") if isinstance(made, Path | str) else made
+            model.to(self.device)
             tokenizer = load_tokenizer(self.model)
             found: Found = {"parameters": sum(p.numel() for p in model.parameters())}
+            found["machine"] = f"{device_name(self.device)}, torch {torch.__version__}"
             for kind in KINDS:
                 text = tokenize_text(str(self.texts / f"{kind}.jsonl"), tokenizer, window_length=LENGTH)
                 found[kind] = perplexity(model.eval(), text, window_length=LENGTH)["perplexity"]
@@ -120,7 +123,8 @@ class Bench:
         tokenizer = load_tokenizer(self.model)
         text = str(self.texts / "calibration.jsonl")
         windows = calibration_windows(text, tokenizer, windows=64, window_length=LENGTH, seed=0)
-        PEERS[name](model, windows, count)
+        with self.device:
+            PEERS[name](model.to(self.device), windows.to(self.device), count)
         return model
 
     def recovered(self, name: str, start: Path, lr: float, tokens: int, seed: int) -> Path:
@@ -148,8 +152,8 @@ class Bench:
             out = self.recovered(name, start, best, tokens, seed)
             found = self.measured(f"{name} 8 recovered {tokens} best {seed}", lambda out=out: out)
             found["lr"] = best
-            if self.arguments.tasks and not seed:
-                self.answer(f"{name} 8 recovered {tokens} best 0", out)
+            if self.arguments.tasks:
+                self.answer(f"{name} 8 recovered {tokens} best {seed}", out)
 
     def answer(self, key: str, model: Path | str) -> None:
         """The five tasks, zero-shot: acc_norm where the harness has it, acc for WinoGrande."""
@@ -205,10 +209,11 @@ def table(known: dict[str, Found], seeds: int) -> str:
     lines = [
         "# The race on SmolLM2-135M at equal stored bytes",
         "",
-        f"`python benchmarks/real.py`, float32, {platform.machine()}, torch {torch.__version__}. 64 windows "
-        "of 256 tokens to calibrate,",
-        "novels and technical text mixed; perplexity on held-out text of both kinds. Excess: perplexity minus the",
-        "source's, as a share of that of plain removal with kept blocks refitted, the honest rival.",
+        "`python benchmarks/real.py --peers --tokens 204800 --orders 3 --tasks FOLDER`, float32. 64 windows of 256",
+        "tokens to calibrate, novels and technical text mixed; perplexity on held-out text of both kinds. Excess:",
+        "perplexity minus the source's, as a share of that of plain removal with kept blocks refitted, the honest",
+        "rival.",
+        f"Measured on {' and '.join(sorted({found['machine'] for found in known.values()}))}.",
         "",
         "| model | M parameters | novels | technical | excess, novels | excess, technical |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -240,22 +245,38 @@ def table(known: dict[str, Found], seeds: int) -> str:
             }
             for side, found in sides.items():
                 if found:
-                    label = f"{names[side].format(8)}, {int(tokens):,} tokens distilled, lr {found[0].get('lr', 0):g}"
-                    label += "" if found[0].get("searched", True) else ", not searched"
+                    label = f"{names[side].format(8)}, {int(tokens):,} tokens distilled, lr {found[0]['lr']:g}"
+                    label += f", mean of {len(found)} orders" if len(found) > 1 else ""
                     lines.append(row(label, averaged(found), source, averaged(sides["rival"])))
-    answered = {key: found["tasks"] for key, found in known.items() if "tasks" in found}
-    if answered:
-        counts = {task["samples"] for tasks in answered.values() for task in tasks.values()}
-        asked = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{min(counts)}"
-        lines += [
-            "",
-            f"| zero-shot, %, {asked} questions each | " + " | ".join(TASKS) + " | mean |",
-            "| --- |" + " ---: |" * (len(TASKS) + 1),
-        ]
-        for key, tasks in answered.items():
-            scores = [100 * score(tasks[f"{task}_sample"]) for task in TASKS]
-            lines.append(f"| {key} | " + " | ".join(f"{s:.1f}" for s in (*scores, mean(scores))) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + answers(known)) + "\n"
+
+
+def answers(known: dict[str, Found]) -> list[str]:
+    """The tasks' rows in Markdown; orders of the text are averaged."""
+    groups: dict[str, list[Found]] = {}
+    for key, found in known.items():
+        if "tasks" in found:
+            groups.setdefault(key if key == "source" else key.rpartition(" ")[0], []).append(found["tasks"])
+    if not groups:
+        return []
+    counts = {task["samples"] for found in groups.values() for tasks in found for task in tasks.values()}
+    lines = [
+        "",
+        "Zero-shot, %, acc_norm where the harness has it, acc for WinoGrande; the last column is the mean of",
+        f"the five by acc. {min(counts)} to {max(counts)} questions each: a standard error of 2 a task, 0.9 a mean.",
+        "",
+        "| model | " + " | ".join(TASKS) + " | mean | mean acc |",
+        "| --- |" + " ---: |" * (len(TASKS) + 2),
+    ]
+    sides = {"source": "source", "rival": "plain removal of 8 blocks, refitted", "ours": "**flexigpt**"}
+    for key, found in groups.items():
+        scores = [100 * mean(score(tasks[f"{task}_sample"]) for tasks in found) for task in TASKS]
+        plain = 100 * mean(tasks[f"{task}_sample"]["metrics"]["acc"] for tasks in found for task in TASKS)
+        words = key.split()
+        label = sides[words[0]] + (f", {int(words[3]):,} tokens distilled" if "recovered" in key else "")
+        label += f", mean of {len(found)} orders" if len(found) > 1 else ""
+        lines.append(f"| {label} | " + " | ".join(f"{s:.1f}" for s in (*scores, mean(scores), plain)) + " |")
+    return lines
 
 
 def score(task: dict[str, Any]) -> float:
