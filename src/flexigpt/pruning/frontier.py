@@ -22,8 +22,8 @@ from flexigpt.weights import EightBits, StreamedModel
 _LEAST, _NEAR = 0.2, 0.005
 
 # Of a longer text a ladder is measured on windows of so many tokens, evenly spread. On novels the standard error of
-# what a size loses, in the logarithm of the perplexity, is 2 to 4 % of that then (docs/pruning.md).
-_TOKENS = 2**16
+# what a size loses, in the logarithm of the perplexity, is 3 to 6 % of that then (docs/pruning.md).
+_TOKENS = 2**15
 
 # Every model can come down to this share of its parameters.
 _REACHED = 0.9
