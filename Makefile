@@ -28,7 +28,7 @@ real: $(INSTALLED)
 
 # Everything that has to pass before a change lands.
 test: check
-	$(VENV)/bin/pytest -n 2 --dist loadfile
+	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -67,14 +67,14 @@ test-lowest:
 	$(PYTHON) -m venv .venv-lowest
 	sed -n 's/^  "\(.*\)>=\(.*\)",$$/\1==\2/p' pyproject.toml > .venv-lowest/constraints.txt
 	.venv-lowest/bin/pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[dev]'
-	.venv-lowest/bin/pytest -n 2 --dist loadfile -W default
+	.venv-lowest/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder -W default
 
 # The suite with what `pip install .` takes today.
 test-latest:
 	rm -rf .venv-latest
 	$(PYTHON) -m venv .venv-latest
 	.venv-latest/bin/pip install --quiet '$(TORCH)' --editable '.[dev]'
-	.venv-latest/bin/pytest -n 2 --dist loadfile
+	.venv-latest/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

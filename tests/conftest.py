@@ -6,7 +6,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,9 +17,27 @@ from families import tiny_config
 from flexigpt import PruneOptions, prune, write_checkpoint
 from flexigpt.cli.main import main
 from flexigpt.recovery import checkpoints, head
+from forks import BENEATH, Forks, forking
 from talking import TEMPLATE
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "novel16"
+COLLECTED = pytest.StashKey[list[str]]()
+
+# Whole files go to the processes of `make test`. Those that take longest begin first, the longest of them at once: one
+# that began last would have its process work alone.
+LONGEST = (
+    *("test_docs.py", "recovery/test_distributed.py", "pruning/test_frontier.py", "pruning/test_units.py"),
+    *("recovery/test_recover.py", "decoding/test_speculate.py", "evaluation/test_tasks.py", "test_suite.py"),
+    *("decoding/test_benchmark.py", "decoding/test_sample.py", "cli/test_cli.py", "model/test_compile.py"),
+    *("recovery/test_told_memory.py", "model/test_registration.py", "model/test_devices.py"),
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+    config.stash[COLLECTED] = [item.nodeid for item in items]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -81,6 +99,20 @@ def talker(tiny_compact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     shutil.copytree(tiny_compact, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
+
+
+@pytest.fixture(scope="session")
+def forks(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Runs programs that find everything imported."""
+    with forking(tmp_path_factory.mktemp("forks")) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def early_forks(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Runs programs that find nothing imported of transformers, PEFT, hub and flexigpt, but all beneath them."""
+    with forking(tmp_path_factory.mktemp("early-forks"), BENEATH) as started:
+        yield started
 
 
 @pytest.fixture

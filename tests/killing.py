@@ -1,10 +1,6 @@
-"""Commands started to be killed, and work that is killed in this process."""
+"""Work that is killed in this process."""
 
-import signal
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 
 class Killed(Exception):
@@ -24,16 +20,3 @@ class KillingTrack:
                 raise Killed
             self.seen[stage] = self.seen.get(stage, 0) + 1
             yield item
-
-
-def run_apart(environment: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own that hears SIGINT, which a test run in the background would ignore."""
-    return subprocess.run(
-        [Path(sys.executable).with_name("flexigpt"), *map(str, arguments)],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-        timeout=300,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )

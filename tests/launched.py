@@ -1,4 +1,4 @@
-"""Recoveries one after another in each process that torchrun started, since imports take longer than they do.
+"""Recoveries one after another in each of two processes, as torchrun would start them.
 
 Its argument is a JSON file of jobs; what came of them goes beside it, a file for each process.
 """

@@ -1,4 +1,4 @@
-"""Compact models under transformers' own tensor parallelism, in each process that torchrun started.
+"""Compact models under transformers' own tensor parallelism, in each of two processes.
 
 Arguments: checkpoint folders. Into each the first process writes `split.json`: how far logits, gradients and generated
 tokens are from those of one process.

@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from conftest import COLLECTED
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -17,11 +21,11 @@ def collected(hash_seed: str) -> list[str]:
     return [line for line in ran.stdout.splitlines() if "::" in line]
 
 
-def test_tests_have_the_same_names_whenever_they_are_collected() -> None:
-    """One collection after the other, which takes seconds: no clock, hash or address makes a name or the order.
+def test_tests_have_the_same_names_whenever_they_are_collected(request: pytest.FixtureRequest) -> None:
+    """By this process and by another later, which takes seconds: no clock, hash or address makes a name or the order.
 
     The processes of `pytest -n 2` each collect the suite, and stop where they disagree.
     """
-    names = collected("1")
-    assert names == collected("2")
+    names, here = collected("1"), request.config.stash[COLLECTED]
+    assert names == (here if len(here) > 1000 else collected("2"))  # where this process runs some files alone
     assert len(names) > 1000

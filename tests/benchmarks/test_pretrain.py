@@ -3,8 +3,6 @@
 import json
 import os
 import runpy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import Hooked
+from forks import Forks
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "pretrain.py"
 TINY = ("--blocks", "2", "--hidden-size", "64", "--intermediate-size", "64", "--window-length", "32")
@@ -88,6 +87,7 @@ def test_the_checkpoint_is_an_ordinary_one_of_the_best_epoch(whole: Path, single
 def test_resumed_after_a_kill_it_comes_to_the_same(
     pretrain: Pretrain,
     hooked: Hooked,
+    forks: Forks,
     texts: tuple[str, ...],
     whole: Path,
     tmp_path: Path,
@@ -95,9 +95,8 @@ def test_resumed_after_a_kill_it_comes_to_the_same(
 ) -> None:
     """Killed between the third epoch's OUT and its checkpoint."""
     out = tmp_path / "killed"
-    command = [sys.executable, str(SCRIPT), str(out), *texts, *RUN]
     environment = hooked("os.rename", "*/checkpoint-3", "os.kill(os.getpid(), signal.SIGKILL)")
-    subprocess.run(command, env=environment, capture_output=True, check=False, timeout=300)
+    assert forks.run(SCRIPT, out, *texts, *RUN, env=environment).returncode == -9
     assert out.with_name("killed.recovery").exists()
     AutoModelForCausalLM.from_pretrained(out)  # what is there is complete
 

@@ -1,14 +1,11 @@
 """The commands as a user meets them: output, exit codes, one clear line for bad input, nothing half-written."""
 
 import json
-import os
 import platform
 import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import Hooked, Run
 from flexigpt import EvalOptions, evaluate
 from flexigpt.cli.main import main
-from killing import run_apart
+from forks import Forks
 
 
 @pytest.fixture(scope="module")
@@ -166,10 +163,17 @@ def bad_plans(folder: Path) -> None:
 BAD_INPUT = {
     "prune nowhere out --ratio 0.4": "no such folder here",
     "prune SOURCE out": "give exactly one of --ratio",
-    "prune SOURCE out --ratio 0": "ratio 0.0 is outside (0, 1)",
-    "prune SOURCE out --ratio 1": "ratio 1.0 is outside (0, 1)",
+    "prune SOURCE out --ratio 0": "--ratio 0.0 is out of range: give a share above 0 and below 1, as 0.3",
+    "prune SOURCE out --ratio 1": "--ratio 1.0 is out of range",
+    "prune SOURCE out --ratio 25": "--ratio 25.0 is out of range: give a share above 0 and below 1, as 0.25",
+    "prune SOURCE out --ratio 30%": "--ratio 30% cannot be read: give a number",
+    "prune SOURCE out --ratio 0.4 --windows 1.5": "--windows 1.5 cannot be read: give a whole number",
+    "prune SOURCE out --max-loss 0% --perplexity TEXT": "--max-loss 0% cannot be used: give by how much",
+    "prune SOURCE out --max-loss 150% --perplexity TEXT": "may rise, as 10%, above 0% and below 100%",
+    "prune SOURCE out --ratio 0.4 --calibration a.txt=1.7": "a.txt=1.7 has a share out of range: give more than 0",
+    "prune SOURCE out --ratio 0.4 --calibration a.txt=70%": "a.txt=70% has a share out of range: give more than 0",
     "prune SOURCE out --ratio 0.1 --preset paper": "prunes nothing: give at least 0.167",
-    "prune SOURCE out --ratio lots": "Invalid value for '--ratio'",
+    "prune SOURCE out --ratio lots": "--ratio lots cannot be read: give a number",
     "prune SOURCE out --blocks 1,x --preset paper": "--blocks 1,x cannot be read",
     "prune SOURCE out --blocks 0,1,2,3,4,5 --preset paper": "leaves none",
     "prune SOURCE out --blocks 2 --rank 33 --preset paper": "rank 33 is above the size of self_attn.q_proj (64 x 32)",
@@ -189,6 +193,7 @@ BAD_INPUT = {
     "prune SOURCE out --ratio 0.4 --calibration empty.txt": "text file empty.txt is empty",
     "prune SOURCE out --ratio 0.4 --calibration short.txt --window-length 64": "fewer than one window of 64",
     "prune SOURCE out --ratio 0.4 --calibration TEXT --device cuda:9": "device cuda:9 cannot be used here",
+    "prune SOURCE out --ratio 0.4 --calibration latin.txt": "; save it as UTF-8",
     "prune SOURCE out --plan nowhere.json": "the plan nowhere.json cannot be read",
     "prune SOURCE out --plan missing.json": "names block 9, but the model has blocks 0 to 5",
     "prune SOURCE out --plan itself.json": "makes block 3 its own base",
@@ -250,6 +255,12 @@ BAD_INPUT = {
     "prune SOURCE out --target-size 1e305TB": "size '1e305TB' cannot be read",
     "inspect 'a[/b]'": "no such folder: a[/b]",
     "inspect \udcff": "'\\udcff' is not valid UTF-8: rename the file, or type it again",
+    "prune SOURCE SOURCE/out --ratio 0.4": "lies in the model",
+    "frontier SOURCE SOURCE/out --perplexity TEXT": "lies in the model",
+    "extend SOURCE SOURCE --blocks 1:4": "which is to be replaced",
+    "recover COMPACT COMPACT/out --data TEXT --tokens 1K": "lies in the model",
+    "quantize COMPACT COMPACT/out --bits 8": "lies in the model",
+    "export COMPACT COMPACT/.. --to stock": "which is to be replaced",
     "prun SOURCE out": "No such command 'prun'",
 }
 
@@ -269,13 +280,14 @@ def test_bad_input_is_one_clear_line(
     bad_plans(tmp_path)
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("Too short.")
+    (tmp_path / "latin.txt").write_text("caf\u00e9", encoding="latin-1")
     for folder, name in (("full", "config.json"), ("precious", "diary.txt")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / name).write_text("{}")
     before = sorted(tmp_path.rglob("*"))
     places = {"SOURCE": tiny_source, "COMPACT": compact, "TEXT": text}
-    words = [word.partition("#") for word in shlex.split(command)]
-    code, printed, errors = run(*(f"{places.get(word, word)}{sign}{column}" for word, sign, column in words))
+    words = [re.fullmatch("(.*?)([#/].*)?", word).groups("") for word in shlex.split(command)]
+    code, printed, errors = run(*(f"{places.get(word, word)}{rest}" for word, rest in words))
     lines = [
         line
         for line in errors.splitlines()
@@ -355,6 +367,7 @@ def test_overwrite_replaces_a_checkpoint(run: Run, tiny_source: Path, tmp_path: 
 )
 def test_an_interrupted_run_leaves_nothing(
     hooked: Hooked,
+    forks: Forks,
     tiny_source: Path,
     text: Path,
     tmp_path: Path,
@@ -370,35 +383,46 @@ def test_an_interrupted_run_leaves_nothing(
     environment = hooked(event, str(tmp_path / name), f"os.kill(os.getpid(), {how.value})") | {
         "FLEXIGPT_CACHE": str(tmp_path / "cache")
     }
-    ran = run_apart(environment, *arguments)
+    ran = forks.run("-m", "flexigpt", *arguments, env=environment)
     assert ran.returncode == 2
     assert ran.stderr.splitlines()[-1] == "flexigpt: interrupted: nothing was written"
     assert "Traceback" not in ran.stderr
     assert list((tmp_path / "made").iterdir()) == []
 
 
-def test_ctrl_c_during_the_imports_is_one_line(hooked: Hooked, tiny_source: Path) -> None:
+def test_ctrl_c_during_the_imports_is_one_line(hooked: Hooked, early_forks: Forks, tiny_source: Path) -> None:
     environment = hooked("import", "transformers", f"os.kill(os.getpid(), {signal.SIGINT.value})")
-    ran = run_apart(environment, "inspect", tiny_source)
+    ran = early_forks.run("-m", "flexigpt", "inspect", tiny_source, env=environment)
     assert ran.returncode == 2
     assert ran.stderr == "flexigpt: interrupted: nothing was written\n"
 
 
-def test_a_damaged_text_is_one_line(tiny_source: Path, tmp_path: Path) -> None:
+def test_a_damaged_text_is_one_line(early_forks: Forks, tiny_source: Path, tmp_path: Path) -> None:
     """`datasets` logs what it raises."""
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
-    ran = run_apart(os.environ.copy(), "eval", tiny_source, "--perplexity", tmp_path / "broken.jsonl")
+    ran = early_forks.run("-m", "flexigpt", "eval", tiny_source, "--perplexity", tmp_path / "broken.jsonl")
     assert ran.returncode == 2
     assert ran.stderr.startswith("flexigpt: text cannot be read from ")
     assert ran.stderr.count("\n") == 1
 
 
-def test_a_full_disk_behind_stdout_is_one_line(tiny_source: Path) -> None:
-    command = [sys.executable, "-m", "flexigpt", "inspect", str(tiny_source), "--json"]
-    with open("/dev/full", "w") as full:
-        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert ran.returncode == 2
-    assert ran.stderr == "flexigpt: the output cannot be printed: No space left on device\n"
+def test_a_full_disk_behind_stdout_is_one_line(forks: Forks, tiny_source: Path, tmp_path: Path) -> None:
+    streams = ("/dev/null", "/dev/full", tmp_path / "said")
+    assert forks.start("-m", "flexigpt", "inspect", tiny_source, "--json", streams=streams).wait() == 2
+    assert (tmp_path / "said").read_text() == "flexigpt: the output cannot be printed: No space left on device\n"
+
+
+@pytest.mark.parametrize(("arguments", "closed"), [("SOURCE", 1), ("SOURCE --json", 1), ("nowhere", 2)])
+def test_where_nobody_reads_it_ends_in_silence(tiny_source: Path, arguments: str, closed: int) -> None:
+    """As after `head`: 128 and the number of SIGPIPE."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = arguments.replace("SOURCE", str(tiny_source)).split()
+    streams: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    streams[("stdout", "stderr")[closed - 1]] = writing
+    ran = subprocess.run([sys.executable, "-m", "flexigpt", "inspect", *words], **streams, text=True, check=False)
+    os.close(writing)
+    assert (ran.returncode, ran.stdout or "", ran.stderr or "") == (141, "", "")
 
 
 def test_version(run: Run) -> None:

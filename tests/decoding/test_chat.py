@@ -6,7 +6,7 @@ import os
 import pty
 import select
 import shutil
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import Run
 from flexigpt import InputError
 from flexigpt.decoding import ChatOptions, Conversation
+from forks import Forks
 from talking import expected
 
 
@@ -131,10 +132,10 @@ def read_until(end: int, mark: bytes) -> bytes:
     return seen
 
 
-def test_a_terminal_has_a_sign_and_control_d_ends(talker: Path) -> None:
+def test_a_terminal_has_a_sign_and_control_d_ends(talker: Path, forks: Forks) -> None:
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "flexigpt", "chat", str(talker), "--max-new-tokens", "3"]
-    talking = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+    asked = ("-m", "flexigpt", "chat", talker, "--max-new-tokens", "3")
+    talking = forks.start(*asked, streams=[os.ttyname(theirs)] * 3)
     os.close(theirs)
     try:
         assert b"Ctrl-D ends" in read_until(ours, b"> ")
@@ -142,7 +143,7 @@ def test_a_terminal_has_a_sign_and_control_d_ends(talker: Path) -> None:
         assert b"cut off after 3 tokens" in read_until(ours, b"3 tokens")
         read_until(ours, b"> ")
         os.write(ours, b"\x04")
-        assert talking.wait(60) == 0
+        assert talking.wait() == 0
     finally:
-        talking.kill()
+        talking.send_signal(signal.SIGKILL)
         os.close(ours)

@@ -40,11 +40,11 @@ OFFLOADS = pytest.mark.skipif(
 PROMPT, NEW = 12, 14  # past the tiny families' sliding windows of 16
 
 
-def compact(family: str, bases: dict[int, int], norm: float = 0.1) -> Any:
+def compact(family: str, bases: dict[int, int], norm: float = 0.1, blocks: int = NUM_BLOCKS) -> Any:
     """A tiny compact model; at 0.1 its draft is right about half of the time."""
-    source = tiny_model(family)
+    source = remove_blocks(tiny_model(family), range(blocks, NUM_BLOCKS)) if blocks < NUM_BLOCKS else tiny_model(family)
     replicas = tuple(Replica(block=block, base=base, rank=3) for block, base in bases.items())
-    plan = Plan(num_blocks=NUM_BLOCKS, replicas=replicas)
+    plan = Plan(num_blocks=blocks, replicas=replicas)
     model = compact_of(source, plan)
     initialize_replicas(model, source, plan, adapter_init="svd", norm_init=norm, seed=0)
     return model.eval()
@@ -90,7 +90,7 @@ def test_a_static_cache_gives_the_same_and_is_left_as_plain_decoding_leaves_it(f
 
 def test_compiled_blocks_draft_and_verify_in_one_graph_each() -> None:
     """fullgraph=True raises where a graph would break."""
-    model, ids = compact("llama-gqa", {2: 1}), token_ids(1, PROMPT)
+    model, ids = compact("llama-gqa", {1: 0}, blocks=3), token_ids(1, PROMPT)
     expected = plain(model, ids, max_new_tokens=8)
     for block in model.block_list:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True, backend="eager")

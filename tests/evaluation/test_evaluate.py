@@ -26,9 +26,9 @@ def compact(tiny_compact: Path, tmp_path: Path) -> Path:
 
 
 def test_models_stand_side_by_side_and_each_is_what_it_is_alone(
-    tiny_source: Path, tiny_compact: Path, text: Path
+    tiny_source: Path, tiny_compact: Path, single: Path
 ) -> None:
-    options = EvalOptions(perplexity=str(text), window_length=64)
+    options = EvalOptions(perplexity=str(single), window_length=64)
     both = evaluate([str(tiny_compact), str(tiny_source)], options)
     assert [model["name"] for model in both["models"]] == [str(tiny_compact), str(tiny_source)]
     assert both["models"] == [evaluate(str(m), options)["models"][0] for m in (tiny_compact, tiny_source)]
@@ -44,20 +44,20 @@ def test_models_stand_side_by_side_and_each_is_what_it_is_alone(
     json.dumps(both)
 
 
-def test_another_model_has_another_revision(tiny_source: Path, tiny_compact: Path, text: Path) -> None:
-    options = EvalOptions(perplexity=str(text), window_length=64)
+def test_another_model_has_another_revision(tiny_source: Path, tiny_compact: Path, single: Path) -> None:
+    options = EvalOptions(perplexity=str(single), window_length=64)
     first, second = (model["revision"] for model in evaluate([str(tiny_source), str(tiny_compact)], options)["models"])
     assert first != second
     assert evaluate(str(tiny_source), options)["models"][0]["revision"] == first
 
 
-def test_against_measures_fidelity_to_the_source(tiny_source: Path, tiny_compact: Path, text: Path, run: Run) -> None:
+def test_against_measures_fidelity_to_the_source(tiny_source: Path, tiny_compact: Path, single: Path, run: Run) -> None:
     arguments = (
         "eval",
         tiny_compact,
         tiny_source,
         "--perplexity",
-        text,
+        single,
         "--window-length",
         "64",
         "--against",
@@ -66,7 +66,7 @@ def test_against_measures_fidelity_to_the_source(tiny_source: Path, tiny_compact
     code, printed, _ = run(*arguments, "--json")
     assert code == 0
     compact, source = (model["fidelity"] for model in json.loads(printed)["models"])
-    tokens = tokenize_text(str(text), AutoTokenizer.from_pretrained(tiny_source), window_length=64)
+    tokens = tokenize_text(str(single), AutoTokenizer.from_pretrained(tiny_source), window_length=64)
     models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (tiny_compact, tiny_source)]
     expected = measure_fidelity(*models, tokens, window_length=64, against=str(tiny_source))
     assert compact == json.loads(json.dumps(expected))
@@ -92,10 +92,10 @@ class AmongTheFirst(Metric):
 
 
 def test_a_new_metric_is_a_class_and_a_line_of_metrics(
-    run: Run, compact: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, compact: Path, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(METRICS, "in_first_ten", AmongTheFirst)
-    asked = ("eval", compact, "--perplexity", text, "--window-length", "64")
+    asked = ("eval", compact, "--perplexity", single, "--window-length", "64")
     (entry,) = json.loads(run(*asked, "--json", "--record")[1])["models"]
     value = entry["perplexity"]["in_first_ten"]
     assert 0 < value < 1

@@ -1,10 +1,13 @@
 """Benchmark tasks: the figures are lm_eval's own, the offline samples are its own tasks, bad input is one line."""
 
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections import ChainMap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,14 @@ import yaml
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import Run
 from flexigpt import EvalOptions, InputError, evaluate
 from flexigpt.evaluation.tasks import Tasks
+from forks import Forks
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "examples" / "benchmarks"
@@ -50,20 +55,37 @@ def as_in_the_data_set(name: str) -> list[dict]:
     return rows
 
 
+@functools.cache
+def _index_of(folder: Path) -> dict[str, Any]:
+    return _build([folder])
+
+
+_build = TaskIndex.build
+
+
+@pytest.fixture(autouse=True)
+def read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm_eval's own 14,000 tasks take it several seconds, and are the same in each test."""
+
+    def build(paths: Iterable[Path], **_: Any) -> dict[str, Any]:
+        every = [_index_of(path) if path == OWN_TASKS else _build([path]) for path in paths]
+        return dict(ChainMap(*reversed(every)))  # later ones go before
+
+    monkeypatch.setattr(TaskIndex, "build", staticmethod(build))
+
+
 @pytest.fixture(scope="module")
-def lm_evals_own_figures(tiny_compact: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+def lm_evals_own_figures(
+    early_forks: Forks, tiny_compact: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """What the real command line of lm_eval says of a compact checkpoint, run from another folder."""
     folder = tmp_path_factory.mktemp("lm_eval")
-    ran = subprocess.run(
-        [
-            *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--batch_size", "4", "--limit", "6"),
-            *("--model_args", f"pretrained={tiny_compact},trust_remote_code=True,dtype=float32", "--device", "cpu"),
-            *("--tasks", ASKED, "--include_path", str(SAMPLES), "--output_path", str(folder / "figures.json")),
-        ],
+    ran = early_forks.run(
+        *("-m", "lm_eval", "run", "--model", "hf", "--batch_size", "4", "--limit", "6"),
+        *("--model_args", f"pretrained={tiny_compact},trust_remote_code=True,dtype=float32", "--device", "cpu"),
+        *("--tasks", ASKED, "--include_path", SAMPLES, "--output_path", folder / "figures.json"),
         cwd=folder,
         env=os.environ | {"HF_MODULES_CACHE": str(folder / "modules")},
-        capture_output=True,
-        text=True,
     )
     assert ran.returncode == 0, ran.stderr
     (written,) = folder.glob("**/figures*.json")

@@ -9,13 +9,12 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from forks import Runner, forking
+from forks import Forks, Runner
 
 KILLS, SEED = int(os.environ.get("FLEXIGPT_KILLS", "60")), int(os.environ.get("FLEXIGPT_SEED", "0"))
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -24,9 +23,8 @@ WITHOUT = (*RECORDS, "README.md")  # hold times, memory and the command
 
 
 @pytest.fixture(scope="module")
-def runner() -> Iterator[Runner]:
-    with forking() as found:
-        yield found
+def runner(forks: Forks) -> Runner:
+    return Runner(forks)
 
 
 def content(out: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from forks import Runner, forking
+from forks import Forks, Runner
 
 MUTATIONS, SEED = int(os.environ.get("FLEXIGPT_MUTATIONS", "200")), int(os.environ.get("FLEXIGPT_SEED", "0"))
 
@@ -99,9 +99,8 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def runner() -> Iterator[Runner]:
-    with forking() as found:
-        yield found
+def runner(forks: Forks) -> Runner:
+    return Runner(forks)
 
 
 def text_file(folder: Path) -> None:

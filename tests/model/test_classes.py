@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from families import FAMILIES, NUM_BLOCKS, compact_of, initialize_replicas, tiny_model, token_ids
 from flexigpt import FlexiGPTForCausalLM, Plan, Replica
 from flexigpt.model import SharedLinear
+from forks import Forks
 
 ABILITIES = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend")
 
@@ -81,7 +80,7 @@ def test_it_classifies_like_its_source_or_is_refused_in_words(family: str, tmp_p
         torch.testing.assert_close(again(ids).logits, score(hidden[:, -1]))
 
 
-def test_without_flexigpt_it_opens_with_the_code_beside_it(tmp_path: Path) -> None:
+def test_without_flexigpt_it_opens_with_the_code_beside_it(tmp_path: Path, early_forks: Forks) -> None:
     model = compact("llama-gqa")
     model.save_pretrained(tmp_path)
     names = json.loads((tmp_path / "config.json").read_text())["auto_map"]
@@ -94,7 +93,8 @@ def test_without_flexigpt_it_opens_with_the_code_beside_it(tmp_path: Path) -> No
         "    print(type(model).__name__, type(model).is_backend_compatible())"
     )
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    ran = early_forks.run("-c", code, env=environment)
+    assert ran.returncode == 0, ran.stderr
     classes = ("FlexiGPTModel", "FlexiGPTForCausalLM", "FlexiGPTForSequenceClassification")
     assert ran.stdout == "".join(f"{name} True\n" for name in classes)
 

@@ -1,9 +1,6 @@
 """Compact models over several devices: offloaded to disk or CPU, on a second device, split by tensors."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from families import tiny_model, token_ids
 from flexigpt import FlexiGPTForCausalLM, Plan, Replica
+from forks import Forks
 
 # The second replica's base lies in the first half of the blocks, the replica in the second.
 PLAN = Plan(num_blocks=6, replicas=(Replica(block=2, base=1, rank=4), Replica(block=4, base=0, rank=3)))
@@ -104,18 +102,15 @@ FAMILIES = ("llama-biases-tied", "phi3", "gemma2")
 
 
 @pytest.fixture(scope="module")
-def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def split(tmp_path_factory: pytest.TempPathFactory, early_forks: Forks) -> Path:
     """What two processes made of each."""
     path = tmp_path_factory.mktemp("split")
     for family in FAMILIES:
         scattered(family).save_pretrained(path / family)
     shrunk(tiny_model("llama-gqa"), *ROWS).save_pretrained(path / "units")
     folders = [str(path / name) for name in (*FAMILIES, "units")]
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    command = [sys.executable, *launch, SPLITTING, *folders]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
-    assert ran.returncode == 0, ran.stderr[-4000:]
+    for ran in early_forks.run_two(SPLITTING, *folders):
+        assert ran.returncode == 0, ran.stderr[-4000:]
     return path
 
 

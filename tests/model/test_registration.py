@@ -5,6 +5,9 @@ import sys
 
 import pytest
 
+from forks import Forks
+
+NEW = "import sys; assert not {'flexigpt', 'huggingface_hub', 'peft', 'transformers'} & sys.modules.keys()"
 KNOWN = """
 import flexigpt
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -25,9 +28,9 @@ assert (type(config), type(model)) == (flexigpt.FlexiGPTConfig, flexigpt.FlexiGP
         "import flexigpt.model.configuration_flexigpt",
     ],
 )
-def test_in_whichever_order_they_are_imported(before: str) -> None:
-    command = [sys.executable, "-W", "error::UserWarning", "-c", f"{before}\n{KNOWN}"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_in_whichever_order_they_are_imported(before: str, early_forks: Forks) -> None:
+    strict = "import warnings; warnings.simplefilter('error', UserWarning)"
+    ran = early_forks.run("-c", f"{NEW}\n{strict}\n{before}\n{KNOWN}")
     assert ran.returncode == 0, ran.stderr
 
 
@@ -46,10 +49,9 @@ peft.get_peft_model(flexigpt.FlexiGPTForCausalLM(config), peft.LoraConfig(target
 
 @pytest.mark.parametrize("before", ["", "import peft", "import importlib.util; importlib.util.find_spec('peft')"])
 @pytest.mark.parametrize("after", ["", "importlib.util.find_spec('peft')"])
-def test_peft_knows_replicas_whoever_looked_for_it_before(before: str, after: str) -> None:
+def test_peft_knows_replicas_whoever_looked_for_it_before(before: str, after: str, early_forks: Forks) -> None:
     """transformers looks whether PEFT is there, and loads it later, or not at all."""
-    code = f"{before}\nimport importlib.util, flexigpt\n{after}\n{TAUGHT}"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    ran = early_forks.run("-c", f"{NEW}\n{before}\nimport importlib.util, flexigpt\n{after}\n{TAUGHT}")
     assert ran.returncode == 0, ran.stderr
 
 

@@ -25,27 +25,42 @@ Run = Any
 
 
 @pytest.fixture
-def texts(example: Path) -> dict[str, Any]:
-    named = {"calibration": str(example / "calibration.jsonl"), "perplexity": str(example / "validation.jsonl")}
+def short(example: Path, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Options with a short text, and a cache of its own."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    named = {"calibration": str(example / "calibration.jsonl"), "perplexity": str(single)}
     return {**named, "windows": 4, "window_length": 128}
 
 
-@pytest.fixture
-def short(texts: dict[str, Any], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The same with a short text, and a cache of its own."""
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    return texts | {"perplexity": str(text)}
+class Killed(BaseException):
+    pass
 
 
-def test_each_size_is_what_prune_and_plain_removal_give(example: Path, short: dict[str, Any]) -> None:
+def test_each_size_is_what_prune_and_plain_removal_give_and_a_killed_run_finds_its_points_again(
+    example: Path, short: dict[str, Any]
+) -> None:
     """At the same stored parameters; the larger, the better."""
+    options, stages = FrontierOptions(sizes=3, **short), list[str]()
     seen: list[tuple[float, int]] = []
+
+    def killing(measured: dict[str, Any]) -> None:
+        if measured["points"]:
+            raise Killed
 
     def note(measured: dict[str, Any]) -> None:
         seen.append((measured["source"]["perplexity"], len(measured["points"])))
 
-    record = frontier(str(example), FrontierOptions(sizes=3, **short), note=note)
+    def track(items: Iterable[T], stage: str, total: int) -> Iterator[T]:
+        stages.append(stage)
+        yield from items
+
+    with pytest.raises(Killed):
+        frontier(str(example), options, note=killing)
+    record = frontier(str(example), options, track, note)
     points = record["points"]
+    assert stages.count("fitting blocks") == 4  # of two sizes: what prune makes, and what removal leaves
+    assert "measuring sensitivities" not in stages
+    assert frontier(str(example), options)["points"] == points
     assert seen == [(record["source"]["perplexity"], number) for number in range(4)]
     assert [point["removed"]["blocks"] for point in points] == [1, 4, 7]
     total = record["source"]["parameters"]
@@ -61,45 +76,22 @@ def test_each_size_is_what_prune_and_plain_removal_give(example: Path, short: di
     assert shorter["perplexity"]["shorter"]["perplexity"] == points[1]["removed"]["perplexity"]
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_a_long_text_is_measured_on_the_same_sample_for_every_row(
-    example: Path, short: dict[str, Any], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_source: Path, short: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The source and every size; what `--max-loss` looks for is measured on all of the text."""
-    tokens = AutoTokenizer.from_pretrained(example)
-    whole = tokenize_text(str(text), tokens, window_length=128)
+    source = str(tiny_source)
+    whole = tokenize_text(short["perplexity"], AutoTokenizer.from_pretrained(source), window_length=128)
     monkeypatch.setattr(measuring, "_TOKENS", 3 * 128)
-    record = frontier(str(example), FrontierOptions(sizes=2, **short))
+    record = frontier(source, FrontierOptions(sizes=2, **short))
     assert record["measured"] == {"windows": 3, "there": whole.windows(128), "sizes": 2}
-    sample = whole.sample(3, 128)
+    assert whole.windows(128) > 3
     size = str(record["points"][0]["parameters"])
-    made = Source(str(example)), prune(str(example), PruneOptions(target_size=size, **short))[0]
+    made = Source(source), prune(source, PruneOptions(target_size=size, **short))[0]
     for model, row in zip(made, (record["source"], record["points"][0]), strict=True):
-        assert perplexity(model, sample, window_length=128)["perplexity"] == pytest.approx(row["perplexity"], rel=1e-4)
-    assert _Ladder(str(example), PruneOptions(ratio=0.5, **short), silent).windows["windows"] == whole.windows(128)
-
-
-def test_a_killed_run_finds_its_points_again(example: Path, short: dict[str, Any]) -> None:
-    options, stages = FrontierOptions(sizes=3, **short), []
-
-    def killing(measured: dict[str, Any]) -> None:
-        if measured["points"]:
-            raise Killed
-
-    def track(items: Iterable[T], stage: str, total: int) -> Iterator[T]:
-        stages.append(stage)
-        yield from items
-
-    with pytest.raises(Killed):
-        frontier(str(example), options, note=killing)
-    points = frontier(str(example), options, track)["points"]
-    assert len(points) == 3
-    assert stages.count("fitting blocks") == 4  # of two sizes: what prune makes, and what removal leaves
-    assert "measuring sensitivities" not in stages
-    assert frontier(str(example), options)["points"] == points
+        found = perplexity(model, whole.sample(3, 128), window_length=128)["perplexity"]
+        assert found == pytest.approx(row["perplexity"], rel=1e-4)
+    assert _Ladder(source, PruneOptions(ratio=0.5, **short), silent).windows["windows"] == whole.windows(128)
 
 
 @pytest.mark.parametrize(
@@ -131,11 +123,10 @@ def test_a_size_measured_with_the_refit_is_not_taken_for_one_without(tiny_source
 
 
 def test_the_command_prints_the_sizes_and_what_makes_the_model_at_the_knee(
-    run: Run, example: Path, short: dict[str, Any], tmp_path: Path
+    run: Run, tiny_source: Path, short: dict[str, Any], tmp_path: Path
 ) -> None:
     options = [word for name, value in short.items() for word in (f"--{name.replace('_', '-')}", value)]
-    options += ["--dtype", "float32"]
-    code, printed, errors = run("frontier", example, tmp_path / "out", "--sizes", "2", *options)
+    code, printed, errors = run("frontier", tiny_source, tmp_path / "out", "--sizes", "2", *options)
     assert code == 0, errors
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     for point in record["points"]:
@@ -148,8 +139,8 @@ def test_the_command_prints_the_sizes_and_what_makes_the_model_at_the_knee(
     made = json.loads((tmp_path / "knee" / "record.json").read_text())
     expected = record["points"][record["knee"]]
     assert made["perplexity"]["compact"]["perplexity"] == expected["perplexity"]
-    assert run("frontier", example, tmp_path / "out", "--sizes", "2", *options)[0] == 2
-    assert run("frontier", example, tmp_path / "out", "--sizes", "2", "--overwrite", *options)[0] == 0
+    assert run("frontier", tiny_source, tmp_path / "out", "--sizes", "2", *options)[0] == 2
+    assert run("frontier", tiny_source, tmp_path / "out", "--sizes", "2", "--overwrite", *options)[0] == 0
 
 
 @pytest.mark.parametrize(

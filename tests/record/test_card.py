@@ -4,8 +4,7 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from flexigpt import PruneOptions, prune, write_checkpoint
 from flexigpt.record import find_in
 from flexigpt.record.card import hub_name, with_evaluation
 from flexigpt.record.write import check_replaceable
+from forks import Forks
 
 LICENCE = {"LICENSE": "do what you like", "USE_POLICY.md": "but no harm", "tokenizer.model": "pieces"}
 
@@ -66,7 +66,7 @@ def test_licence_policy_and_tokenizer_travel_with_the_weights(compact: Path) -> 
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_visitor_of_the_hub_runs_the_snippet_without_flexigpt(
-    run: Run, compact: Path, tmp_path: Path, chat: bool
+    run: Run, compact: Path, tmp_path: Path, early_forks: Forks, chat: bool
 ) -> None:
     """From a folder laid out as the hub's cache, without a connection."""
     if chat:
@@ -82,10 +82,8 @@ def test_a_visitor_of_the_hub_runs_the_snippet_without_flexigpt(
     (stored / "refs" / "main").write_text(commit)
     assert ("apply_chat_template" in snippet(compact)) == chat
     program = f"import sys\nsys.modules['flexigpt'] = None\n{snippet(compact)}\nprint(type(model).__name__)"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_MODULES_CACHE": str(tmp_path / "code")}
-    command = [sys.executable, "-c", program]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_MODULES_CACHE": str(tmp_path / "code")}
+    ran = early_forks.run("-c", program, cwd=tmp_path, env=environment)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.endswith("\nFlexiGPTForCausalLM\n")
     assert len(ran.stdout) > 60, "nothing was generated"
@@ -198,9 +196,10 @@ def test_limits_are_what_was_measured(run: Run, compact: Path) -> None:
         (("me/small", "--license", "Apache 2"), "--license Apache 2 is no licence of the hub"),
     ],
 )
-def test_what_the_hub_does_not_take_is_refused(
-    run: Run, compact: Path, arguments: tuple[str, ...], reason: str
+def test_what_the_hub_does_not_take_is_refused_before_anything_is_drawn(
+    run: Run, compact: Path, arguments: tuple[str, ...], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(import_module("flexigpt.report"), "card_pictures", lambda _: pytest.fail("drawn"))
     before = {path.name: path.read_bytes() for path in compact.iterdir()}
     code, printed, errors = run("card", compact, *arguments)
     assert (code, printed, errors.count("\n")) == (2, "", 1)

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from flexigpt import EvalOptions, InputError, Plan, PruneOptions, Replica, evalu
 from flexigpt.record import reserved, result_rows, write_plan
 from flexigpt.record.write import check_replaceable, merged
 from flexigpt.weights import load_model
+from forks import Forks
 
 SAMPLES = Path(__file__).parents[2] / "examples" / "benchmarks"
 
@@ -75,7 +74,7 @@ def test_large_checkpoints_are_sharded(tiny_source: Path, tmp_path: Path) -> Non
     assert torch.equal(load_model(str(tmp_path / "out"))(token_ids()).logits, model(token_ids()).logits)
 
 
-def test_a_disk_that_fills_leaves_the_previous_checkpoint(tiny_source: Path, tmp_path: Path) -> None:
+def test_a_disk_that_fills_leaves_the_previous_checkpoint(tiny_source: Path, tmp_path: Path, forks: Forks) -> None:
     """A real write that fails half-way: the process may not write files above 100 KB."""
     out = tmp_path / "out"
     write_plan(out, PLAN, RECORD)
@@ -87,8 +86,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 main(sys.argv[1:])
 """
     arguments = ["--blocks", "2", "--rank", "4", "--preset", "paper", "--overwrite"]
-    command = [sys.executable, "-c", code, "prune", str(tiny_source), str(out), *arguments]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    ran = forks.run("-c", code, "prune", tiny_source, out, *arguments)
     assert ran.returncode == 2
     assert ran.stderr.splitlines()[-1].startswith("flexigpt: the disk of")
     assert "Traceback" not in ran.stderr

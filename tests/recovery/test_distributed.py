@@ -1,9 +1,9 @@
-"""Two real processes under torchrun (gloo) against one: same losses, same weights, checkpoints that change hands."""
+"""Two real processes (gloo) against one: same losses, same weights, checkpoints that change hands.
 
-import contextlib
+They are started as torchrun does, which would import for seconds; the command under torchrun itself is a slow test.
+"""
+
 import json
-import random
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,19 +18,28 @@ from test_recover import checkpoints, history, poisoned, quick, signal_after
 import launched
 import textbook
 from flexigpt import InputError, RecoverOptions, recover
+from forks import Forks, free_ports
 
 # Options besides those of `quick`; each process has 2 of a step's 4 windows, which may go through one by one. Often: a
 # checkpoint after every step.
 RUNS: dict[str, dict[str, Any]] = {
-    "ddp": {"perplexity": "TEXT"},
     "ddp-replicas-teacher": {"train": "replicas", "teacher": "SOURCE", "one_by_one": True},
     "ddp-draft": {"draft_weight": 0.5, "perplexity": "TEXT", "one_by_one": True},
-    "fsdp-draft": {"fsdp": True, "draft_weight": 0.5, "perplexity": "TEXT", "one_by_one": True},
-    "fsdp-teacher-checkpointing": {"fsdp": True, "teacher": "SOURCE", "activation_checkpointing": True},
+    "fsdp-draft-teacher-checkpointing": {
+        "fsdp": True,
+        "draft_weight": 0.5,
+        "teacher": "SOURCE",
+        "activation_checkpointing": True,
+        "perplexity": "TEXT",
+        "one_by_one": True,
+    },
     "fsdp-all": {"fsdp": True, "train": "all", "perplexity": "TEXT", "often": True},
     "ddp-auto": {"lr": "auto"},
 }
 MORE_RUNS: dict[str, dict[str, Any]] = {
+    "ddp": {"perplexity": "TEXT"},
+    "fsdp-draft": {"fsdp": True, "draft_weight": 0.5, "perplexity": "TEXT", "one_by_one": True},
+    "fsdp-teacher-checkpointing": {"fsdp": True, "teacher": "SOURCE", "activation_checkpointing": True},
     "ddp-all": {"train": "all", "one_by_one": True},
     "ddp-draft-all-teacher": {"draft_weight": 0.5, "train": "all", "teacher": "SOURCE", "lr": 1e-3},
     "fsdp-draft-all-checkpointing": {
@@ -56,16 +65,6 @@ SLOW = pytest.mark.slow
 def torchrun(*arguments: object) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-
-
-def free_ports(count: int) -> list[int]:
-    """Below those that systems give to sockets that ask for any: whoever waits for a port must not be given it."""
-    ports: set[int] = set()
-    draw = random.SystemRandom()  # others seed the shared one, and another run draws the same ports then
-    while len(ports) < count:
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", draw.randrange(15000, 32000))) as found:
-            ports.add(found.getsockname()[1])
-    return list(ports)
 
 
 class Two:
@@ -95,14 +94,14 @@ class Two:
         if after != "one":
             self.add(name, fsdp=after == "fsdp")["resume"] = True
 
-    def start(self) -> None:
+    def start(self, forks: Forks) -> None:
         for job, port in zip(self._jobs.values(), free_ports(len(self._jobs)), strict=True):
             job["port"] = port
         (self.folder / "jobs.json").write_text(json.dumps(self._jobs))
-        ran = torchrun(launched.__file__, self.folder / "jobs.json")
-        assert ran.returncode == 0, ran.stderr
-        assert "Warning" not in ran.stderr
-        self.errors = ran.stderr
+        for ran in forks.run_two(launched.__file__, self.folder / "jobs.json"):
+            assert ran.returncode == 0, ran.stderr
+            assert "Warning" not in ran.stderr
+            self.errors += ran.stderr
 
     def told(self, job: str) -> list[str | None]:
         """Each process's error, or its exit code."""
@@ -115,7 +114,7 @@ def places(tiny_source: Path, single: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def two(tiny_compact: Path, places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Two:
+def two(forks: Forks, tiny_compact: Path, places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Two:
     started = Two(tmp_path_factory.mktemp("two"), tiny_compact, places)
     for name, given in RUNS.items():
         started.add(name, **given)
@@ -123,12 +122,12 @@ def two(tiny_compact: Path, places: dict[str, Path], tmp_path_factory: pytest.Te
         started.add_resumed(name, before, after)
     words = ("recover", tiny_compact, started.folder / "short", "--data", places["TEXT"], *STEP, "--tokens", "1M")
     started.add_command("short", *words)
-    started.start()
+    started.start(forks)
     return started
 
 
 @pytest.fixture(scope="module")
-def more(tiny_compact: Path, places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Two:
+def more(forks: Forks, tiny_compact: Path, places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Two:
     started = Two(tmp_path_factory.mktemp("more"), tiny_compact, places)
     for name, given in MORE_RUNS.items():
         started.add(name, **given)
@@ -136,7 +135,7 @@ def more(tiny_compact: Path, places: dict[str, Path], tmp_path_factory: pytest.T
         started.add_resumed(name, before, after)
     model = poisoned(tiny_compact, places["TEXT"], started.folder / "poisoned-model", step=11)
     started.add("poisoned", train="replicas", fsdp=True, often=True)["model"] = str(model)
-    started.start()
+    started.start(forks)
     return started
 
 

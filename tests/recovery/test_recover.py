@@ -5,8 +5,8 @@ import os
 import re
 import shutil
 import signal
-import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from flexigpt import InputError, RecoverOptions, recover
 from flexigpt.recovery import checkpoints as kept
 from flexigpt.runtime import ALONE
 from flexigpt.text import batches
-from killing import run_apart
+from forks import Forks
 
 WINDOW, WINDOWS, STEPS = 16, 4, 20
 QUICK = ("--window-length", WINDOW, "--batch-tokens", WINDOW * WINDOWS)
@@ -89,12 +89,18 @@ def long(tiny_compact: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_resumes_to_the_same_bits(
-    run: Run, hooked: Hooked, tiny_compact: Path, long: tuple[list[str], Path], tmp_path: Path, how: signal.Signals
+    run: Run,
+    hooked: Hooked,
+    forks: Forks,
+    tiny_compact: Path,
+    long: tuple[list[str], Path],
+    tmp_path: Path,
+    how: signal.Signals,
 ) -> None:
     """In the moment before a checkpoint is complete."""
     arguments, whole = long
     environment = hooked("os.rename", "*/checkpoint-30", f"os.kill(os.getpid(), {how.value})", OFTEN)
-    ran = run_apart(environment, "recover", tiny_compact, tmp_path / "out", *arguments)
+    ran = forks.run("-m", "flexigpt", "recover", tiny_compact, tmp_path / "out", *arguments, env=environment)
     assert not (tmp_path / "out").exists()
     if how is signal.SIGINT:
         assert ran.returncode == 2
@@ -230,22 +236,25 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_serves(
 
 
 def test_a_second_run_of_the_same_is_told_which_process_writes(
-    run: Run, hooked: Hooked, tiny_compact: Path, text: Path, tmp_path: Path, whole: Path
+    hooked: Hooked, forks: Forks, tiny_compact: Path, text: Path, tmp_path: Path, whole: Path
 ) -> None:
     """While the first one writes its checkpoints, and at any other time."""
-    said = tmp_path / "said"
-    second = f"os.system({f'flexigpt recover {tiny_compact} {{}} --data {text} --overwrite 2> {said}'!r})"
-    second = second.format(tmp_path / "out")
-    arguments = ("recover", tiny_compact, tmp_path / "out", "--data", text, *TOKENS, *QUICK)
-    environment = hooked("os.rename", "*/checkpoint-6.partial", second, OFTEN)
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    assert run_apart(environment, *arguments).returncode == 0
-    (line,) = said.read_text().splitlines()
-    assert re.fullmatch(
-        rf"flexigpt: {tmp_path}/out is being written by process \d+ on \S+ since [-0-9]+ [:0-9]+: .*", line
-    )
-    assert_same(tmp_path / "out", whole)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "said"]
+    arguments = ("-m", "flexigpt", "recover", tiny_compact, tmp_path / "out" / "new", "--data", text)
+    there, go_on = tmp_path / "there", tmp_path / "go-on"
+    os.mkfifo(go_on)
+    waits = f"os.path.exists({str(there)!r}) or (open({str(there)!r}, 'w').close(), open({str(go_on)!r}).close())"
+    first = forks.start(*arguments, *TOKENS, *QUICK, env=hooked("os.rename", "*/checkpoint-6.partial", waits, OFTEN))
+    while not there.exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    second = forks.run(*arguments, "--overwrite")
+    go_on.write_text("")
+    assert first.wait() == 0, first.result().stderr
+    (line,) = second.stderr.splitlines()
+    told = rf"flexigpt: {tmp_path}/out/new is being written by process {first.pid} on \S+ since [-0-9]+ [:0-9]+: .*"
+    assert re.fullmatch(told, line)
+    assert_same(tmp_path / "out" / "new", whole)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
 
 
 def test_the_newest_two_checkpoints_are_kept(
@@ -292,11 +301,11 @@ def test_a_checkpoint_is_due_every_five_minutes_or_as_seldom_as_it_takes_long_to
 
 
 def test_a_disk_that_fills_during_a_checkpoint_leaves_the_one_before(
-    run: Run, hooked: Hooked, tiny_compact: Path, text: Path, tmp_path: Path, whole: Path
+    run: Run, hooked: Hooked, forks: Forks, tiny_compact: Path, text: Path, tmp_path: Path, whole: Path
 ) -> None:
     arguments = ["recover", tiny_compact, tmp_path / "out", "--data", text, *TOKENS, *QUICK]
     filled = "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))"
-    ran = run_apart(hooked("os.rename", "*/checkpoint-4", filled, OFTEN), *arguments)
+    ran = forks.run("-m", "flexigpt", *arguments, env=hooked("os.rename", "*/checkpoint-4", filled, OFTEN))
     assert ran.returncode == 2
     line = last_line(ran.stderr)
     assert "the disk is full, free space; the state after step 4 is safe, --resume goes on from it" in line

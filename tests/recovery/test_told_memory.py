@@ -1,10 +1,7 @@
 """What a recovery says before its first step, against what it then does and takes."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from test_training import options
 from conftest import Run
 from flexigpt import recover
 from flexigpt.runtime import slow_half
+from forks import Forks
 
 QUICK = ("--tokens", "64", "--window-length", "16", "--batch-tokens", "64")
 TAKES = r"parameters, takes at most about ([\d.]+) (MB|GB) of memory"
@@ -41,13 +39,13 @@ def test_what_is_trained_is_said_of_this_very_model(
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak where Linux tells it")
 @pytest.mark.parametrize("more", [[], ["--train", "all"], ["--teacher", "EXAMPLE", "--activation-checkpointing"]])
-def test_memory_stays_below_what_was_told(example: Path, tmp_path: Path, more: list[str]) -> None:
+def test_memory_stays_below_what_was_told(example: Path, tmp_path: Path, early_forks: Forks, more: list[str]) -> None:
     """Of a process of its own; the peak is what the record says."""
     flags = [str(example) if word == "EXAMPLE" else word for word in more]
     given = ["--data", str(example / "recovery.parquet"), "--tokens", "4096", "--batch-tokens", "2048", *flags]
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "flexigpt", "recover", str(example), str(out), "--device", "cpu", *given]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
+    ran = early_forks.run("-m", "flexigpt", "recover", example, out, "--device", "cpu", *given)
+    assert ran.returncode == 0, ran.stderr
     peak = json.loads((out / "record.json").read_text())["recovery"]["peak_bytes"]
     told, unit = re.search(TAKES, ran.stderr).groups()  # type: ignore[union-attr]
     assert 0.4 < peak / (float(told) * {"MB": 1e6, "GB": 1e9}[unit]) < 1

@@ -1,14 +1,13 @@
 """Doors: a room's names are there, are what its files define, and nothing else is."""
 
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 import flexigpt
+from forks import Forks
 
 ROOMS = sorted(path.parent.name for path in Path(flexigpt.__file__).parent.glob("*/__init__.py"))
 DOORS = ["flexigpt", *(f"flexigpt.{room}" for room in ROOMS)]
@@ -63,6 +62,6 @@ for found in pkgutil.walk_packages([str(root)], "flexigpt."):
 """
 
 
-def test_every_module_can_be_imported_without_what_only_posix_has() -> None:
-    ran = subprocess.run([sys.executable, "-c", WITHOUT_POSIX], capture_output=True, text=True, check=False)
+def test_every_module_can_be_imported_without_what_only_posix_has(early_forks: Forks) -> None:
+    ran = early_forks.run("-c", WITHOUT_POSIX)
     assert ran.returncode == 0, ran.stderr

@@ -39,6 +39,11 @@ def test_the_output_is_checked_before_the_work(tmp_path: Path) -> None:
         read.touch()
         with pytest.raises(InputError, match=r"lies in .*, which is to be replaced"):
             check_output(out, (str(source), read))
+    for inside in (source / "out", source / "deep" / "out"):
+        with pytest.raises(InputError, match=r"out lies in the model .*source, which is read: give a folder outside"):
+            check_output(inside, inputs)
+    (tmp_path / "texts").mkdir()
+    check_output(tmp_path / "texts" / "out", (str(tmp_path / "texts"),))  # whose files alone are read
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for out, reason in (
         (full / "config.json", "is a file"),

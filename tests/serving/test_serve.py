@@ -43,7 +43,7 @@ def client(talker: Path) -> Iterator[Any]:
         pytest.importorskip(needed)
     port = free_port()
     command = [sys.executable, "-m", "flexigpt", "serve", str(talker), "--port", str(port)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         try:
             until = time.monotonic() + 240  # a busy machine loads torch for a minute
             while not _answers(port):
@@ -53,9 +53,12 @@ def client(talker: Path) -> Iterator[Any]:
             with openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0) as made:
                 yield made
             server.send_signal(signal.SIGINT)
-            assert server.wait(20) == 0
+            assert server.wait(60) == 0  # a busy machine
             assert server.stderr is not None
-            assert server.stderr.readline().startswith(f"{talker} is served at http://localhost:{port}/v1, where it is")
+            (told,) = server.stderr.read().splitlines()
+            assert told.startswith(f"{talker} is served at http://localhost:{port}/v1, where it is")
+            assert server.stdout is not None
+            assert not server.stdout.read()
         finally:
             server.kill()
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexigpt.cli.console import print_json, show, step_line, wants_line
-from flexigpt.cli.effects import warn_idle
+from flexigpt.cli.effects import refuse_idle
 from flexigpt.cli.options import Asked, add_command
 from flexigpt.decoding import BenchmarkOptions, ChatOptions, GenerateOptions, SampleOptions
 from flexigpt.evaluation import EvalOptions
@@ -65,7 +65,7 @@ def prune(
     if plan_only and options.remove:
         raise InputError("--remove makes no plan: leave it out, or leave out --plan-only")
     if plan_only:
-        warn_idle("plan", asked.typed, options)
+        refuse_idle("plan", asked.typed, options)
     from flexigpt.pruning import assemble_pruned, assemble_removed
     from flexigpt.pruning import plan_only as decide
     from flexigpt.record import notes, plan_rows, reserved, write_plan
@@ -382,7 +382,7 @@ def card(
     from flexigpt.record import write_card
     from flexigpt.report import card_pictures
 
-    write_card(model, repository, license=license, base_model=base_model, pictures=card_pictures(model))
+    write_card(model, repository, license=license, base_model=base_model, draw=card_pictures)
     show(f"model card written to {model / 'README.md'}")
 
 

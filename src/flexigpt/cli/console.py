@@ -117,10 +117,10 @@ class Lines(Reporting):
             for item in items:
                 yield item
                 done += 1
-            self.note(f"{stage}: done in {_clock(time.monotonic() - began)}")
         finally:
             ended.set()
             teller.join()
+        self.note(f"{stage}: done in {_clock(time.monotonic() - began)}")
 
     def note(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)

@@ -1,10 +1,9 @@
-"""Settings without effect beside others: Python does as it is told, the command line warns of what was typed."""
+"""Settings without effect beside others: Python does as it is told, the command line refuses what was typed."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from flexigpt.runtime import flag, launched_rank
+from flexigpt.runtime import InputError, flag
 
 # Of each command: (fields, why they have no effect, whether that holds for these options).
 Rule = tuple[Sequence[str], str, Callable[[Any], bool]]
@@ -34,9 +33,15 @@ IDLE: Mapping[str, Sequence[Rule]] = {
             "no text is read",
             lambda asked: not asked.calibrates and asked.perplexity is None,
         ),
+        (
+            ("seed",),
+            "nothing is drawn at random",
+            lambda asked: not asked.calibrates and (asked.remove or asked.adapter_init == "svd"),
+        ),
     ),
     "plan": (
-        (("perplexity", "refit_kept"), "--plan-only makes no model", lambda asked: True),
+        (("refit_kept",), "--plan-only makes no model", lambda asked: True),
+        (("perplexity",), "--plan-only makes no model", lambda asked: asked.max_loss is None),
         (("adapter_init", "output_norm"), "--plan-only makes no replica", lambda asked: True),
     ),
     "extend": ((("window_length",), "no text is read", lambda asked: asked.perplexity is None),),
@@ -59,16 +64,19 @@ IDLE: Mapping[str, Sequence[Rule]] = {
 }
 
 
-def warn_idle(command: str, typed: Mapping[str, Any], options: Any) -> None:
-    """Prints a line for each setting that was typed and has no effect.
+def refuse_idle(command: str, typed: Mapping[str, Any], options: Any) -> None:
+    """Refuses settings that were typed and have no effect.
 
     Args:
         command: a key of IDLE; others have no rules.
         typed: the fields that were typed.
         options: of the run.
+
+    Raises:
+        InputError: the first of them, and those that have none for the same reason.
     """
     for fields, reason, holds in IDLE.get(command, ()):
         given = [field for field in fields if field in typed]
-        if given and holds(options) and launched_rank() == 0:
+        if given and holds(options):
             names = ", ".join(flag(field) for field in given)
-            print(f"flexigpt: warning: {names} without effect, since {reason}", file=sys.stderr)
+            raise InputError(f"{names} without effect, since {reason}: leave {'it' if len(given) == 1 else 'them'} out")

@@ -23,6 +23,7 @@ from flexigpt.cli.options import Call
 from flexigpt.runtime import InputError, launched_rank, on_signals, one_line
 
 _INTERRUPTED = 130  # what typer returns after KeyboardInterrupt
+_UNHEARD = 141  # of who writes to a closed pipe: 128 and the number of the signal
 # Heard before and after the command's name.
 _VERBOSITY = {
     "-q": Verbosity.QUIET,
@@ -30,8 +31,8 @@ _VERBOSITY = {
     "-v": Verbosity.VERBOSE,
     "--verbose": Verbosity.VERBOSE,
 }
-# A closed pipe, a full disk.
-_LOST_OUTPUT = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+# A full disk.
+_LOST_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 _LIBRARIES = (
     "bitsandbytes",
     "datasets",
@@ -85,7 +86,21 @@ app = _make_app()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command. Bad input and interruption: one line on standard error and exit code 2; faults of ours: 1."""
+    """Runs a command. Bad input and interruption: one line on standard error and exit code 2; faults of ours: 1.
+
+    Where nobody reads any more, as after `head`, it ends without a word: 141.
+    """
+    try:
+        _run(arguments)
+    except (BrokenPipeError, SystemExit) as error:
+        # rich and typer make exit code 1 of it.
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        _forget(sys.stdout, sys.stderr)
+        sys.exit(_UNHEARD)
+
+
+def _run(arguments: Sequence[str] | None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     words = given[: given.index("--")] if "--" in given else given
     verbosity = next((_VERBOSITY[word] for word in reversed(words) if word in _VERBOSITY), Verbosity.NORMAL)
@@ -108,12 +123,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error))
     except usage_error as error:
         _fail(error.format_message())
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt:
         _fail("interrupted: nothing was written")
     except Exception as error:
         # Of stdout: files have messages of their own.
         if isinstance(error, OSError) and error.filename is None and error.errno in _LOST_OUTPUT:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush into it once more
+            _forget(sys.stdout)
             _fail(f"the output cannot be printed: {error.strerror}")
         if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
             _fail("memory does not suffice: free some, or give a smaller model, shorter windows or fewer at a time")
@@ -124,6 +141,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"flexigpt: {what}. This is a fault of flexigpt, please report it (-v shows where it is)", file=sys.stderr
         )
         sys.exit(1)
+
+
+def _forget(*streams: Any) -> None:
+    """Lets streams lead nowhere, or Python would flush into them once more."""
+    for stream in filter(None, streams):  # one may be closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _interrupt() -> None:

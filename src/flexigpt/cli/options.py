@@ -14,9 +14,9 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from flexigpt.cli.console import Reporting, Verbosity, reporting
-from flexigpt.cli.effects import warn_idle
+from flexigpt.cli.effects import refuse_idle
 from flexigpt.cli.help import HelpCommand, show_all
-from flexigpt.runtime import choices_of, flag
+from flexigpt.runtime import InputError, choices_of, flag
 
 Options = type[Any]
 
@@ -51,13 +51,13 @@ class Asked:
     call: Call
 
     def options(self, **preset: Any) -> Any:
-        """The options: what was typed, before a preset's, before the defaults. Warns of those without effect.
+        """The options: what was typed, before a preset's, before the defaults.
 
         Raises:
-            InputError: values that cannot be.
+            InputError: values that cannot be, or have no effect beside the others.
         """
         made = self.kind(**preset | dict(self.typed))
-        warn_idle(self.name, self.typed, made)
+        refuse_idle(self.name, self.typed, made)
         return made
 
     def reporting(self) -> Reporting:
@@ -157,11 +157,12 @@ def _parameter(field: "dataclasses.Field[Any]", kind: Any, description: str) -> 
         autocompletion=(lambda: list(choices)) if choices else None,
         show_default=False,
     )
-    return _keyword(field.name, plain if needed else plain | None, shown, inspect.Parameter.empty if needed else None)
+    typed = str if plain in (int, float) else plain  # typer would not say what was given
+    return _keyword(field.name, typed if needed else typed | None, shown, inspect.Parameter.empty if needed else None)
 
 
 def _plain_type(field: "dataclasses.Field[Any]", kind: Any) -> Any:
-    """What typer reads: a number, a flag, a path, strings, or a string, which `_value` makes the field's value of."""
+    """What is typed: a number, a flag, a path, strings, or a string, which `_value` makes the field's value of."""
     kinds = [part for part in get_args(kind) or (kind,) if part is not NoneType]
     if Sequence[str] in kinds and field.metadata["parse"] is None:
         return list[str]
@@ -181,8 +182,14 @@ def _value(field: "dataclasses.Field[Any]", kind: Any, value: Any) -> Any:
         return _expanded(value)
     if isinstance(value, list):  # one is one
         return value[0] if len(value) == 1 else tuple(value)
-    parse = field.metadata["parse"]
-    return value if parse is None else parse(value)
+    parse, plain = field.metadata["parse"], _plain_type(field, kind)
+    if plain not in (int, float):
+        return value if parse is None else parse(value)
+    try:
+        return plain(value)
+    except ValueError:
+        wanted = "a whole number" if plain is int else "a number"
+        raise InputError(f"{flag(field.name)} {value[:40]} cannot be read: give {wanted}") from None
 
 
 def _expanded(value: Any) -> Any:

@@ -334,15 +334,7 @@ class ModelShape:
                 )
 
     def parameters_at(self, ratio: float, num_blocks: int) -> int:
-        """What is stored where that share of the blocks' parameters is pruned.
-
-        Raises:
-            InputError: a ratio outside (0, 1).
-        """
-        if not 0 < ratio < 1:
-            raise InputError(
-                f"ratio {ratio} is outside (0, 1): give the share of the blocks' parameters to prune, as 0.3"
-            )
+        """What is stored where that share of the blocks' parameters is pruned."""
         return self.parameters - round(ratio * num_blocks * self.block_parameters)
 
     def check_target(self, target: int) -> None:

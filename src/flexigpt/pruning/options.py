@@ -79,6 +79,9 @@ class PruneOptions(RunOptions, CalibrationOptions, ReplicaOptions):
             *most, last = map(flag, how_much)
             got = " and ".join(given) or "none of them"
             raise InputError(f"give exactly one of {', '.join(most)} and {last}: got {got}")
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            near = self.ratio / 100 if 1 < self.ratio < 100 else 0.3  # who wrote 30 meant percent
+            raise InputError(f"--ratio {self.ratio} is out of range: give a share above 0 and below 1, as {near:g}")
         if self.target_size is not None and isinstance(self.rank, str):
             raise InputError(f"--target-size already says how much is stored: give --rank {self.rank} as a number")
         if self.max_loss is not None:

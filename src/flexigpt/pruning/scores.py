@@ -62,10 +62,8 @@ def num_pruned_at(ratio: float, num_blocks: int) -> int:
     """floor(ratio x blocks), safe from rounding (0.29 x 100 is 29).
 
     Raises:
-        InputError: a ratio outside (0, 1), or one that prunes nothing.
+        InputError: a ratio that prunes nothing.
     """
-    if not 0 < ratio < 1:
-        raise InputError(f"ratio {ratio} is outside (0, 1): give the share of the {num_blocks} blocks to prune, as 0.3")
     num_pruned = math.floor(ratio * num_blocks + 1e-9)
     if num_pruned == 0:
         raise InputError(

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +52,7 @@ def write_card(
     *,
     license: str | None = None,
     base_model: str | None = None,
-    pictures: Sequence[Picture] = (),
+    draw: Callable[[Path], Sequence[Picture]] = lambda _: (),
 ) -> None:
     """Makes the card of a checkpoint again, from what is recorded beside it; sections that a person added stay.
 
@@ -61,19 +61,20 @@ def write_card(
         repository: OWNER/NAME on the hub, which the snippet then opens; None: what the card says already.
         license: as the hub calls it; None: the source's, as far as its card or configuration says it.
         base_model: the source's name on the hub; None: what is known of it.
-        pictures: written beside the card, which shows them.
+        draw: makes pictures of the checkpoint, once nothing else is wrong; they are written beside the card, which
+            shows them.
 
     Raises:
         InputError: a folder that is no such checkpoint or cannot be written to, or a name that the hub does not take.
     """
     folder = Path(model)
-    recorded, config = read_recorded(folder), _config(folder)
-    if "compared" not in recorded.record:
-        raise InputError(f"{folder} holds an export, which has no card: give the checkpoint that it was made of")
     for name, what in ((repository, "repository"), (base_model, "--base-model")):
         _check_name(name, what)
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
         raise InputError(f"--license {license} is no licence of the hub: give one as apache-2.0, llama3.2 or other")
+    recorded, config = read_recorded(folder), _config(folder)
+    if "compared" not in recorded.record:
+        raise InputError(f"{folder} holds an export, which has no card: give the checkpoint that it was made of")
     card = folder / CARD
     before = _written_before(card)
     front = front_matter(card)
@@ -83,6 +84,7 @@ def write_card(
         front |= {"license_name": "license-of-the-source", "license_link": "LICENSE"}
     given = {"model_name": repository, "base_model": base_model}
     front |= {name: value for name, value in given.items() if value is not None}
+    pictures = draw(folder)
     shown = {picture.file: picture.alt for picture in pictures}
     text = model_card(config, recorded.record, front, shown, has_chat(folder), recorded.evaluation)
     for picture in pictures:

@@ -22,9 +22,9 @@ from flexigpt.model import (
     source_units,
     stored_bytes,
 )
-from flexigpt.runtime import Cache, Track, digest, versions
+from flexigpt.runtime import Cache, InputError, Track, digest, versions
 from flexigpt.text import TokenizedText
-from flexigpt.weights import Source, StreamedModel, open_empty, open_weights, quantised_parts
+from flexigpt.weights import Source, StreamedModel, names_in_files, open_empty, open_weights, quantised_parts
 
 Record = dict[str, Any]
 
@@ -113,7 +113,7 @@ def json_text(data: dict[str, Any]) -> str:
 
 
 def inspect_model(model: str) -> dict[str, Any]:
-    """What a local or hub model consists of; its weights are not read.
+    """What a local or hub model consists of; of weights on disk it is read which there are, and how large.
 
     Returns:
         JSON-ready: `plan` (None for a source model), `quantised_by` (a library or None), `parameters` stored and
@@ -121,8 +121,12 @@ def inspect_model(model: str) -> dict[str, Any]:
         its weight files, `parts`: parameters and bytes of each, and `cache`: what the key/value cache takes.
 
     Raises:
-        InputError: a model that cannot be opened or is of a family that is not supported.
+        InputError: a model that cannot be opened or is of a family that is not supported, weights on disk that do not
+            fit it, an export that other programs read.
     """
+    form = _exported_as(model)
+    if form not in (None, "stock"):
+        raise InputError(f"{model} is an export to {form}, whose parts cannot be told: give the model it was made of")
     empty = open_empty(model, quantised=True)
     config = empty.config
     plan = plan_of(config) if isinstance(empty, FlexiGPTForCausalLM) else None
@@ -130,11 +134,16 @@ def inspect_model(model: str) -> dict[str, Any]:
     parts = count_parts(empty)
     stored, library = sum(parts.values()), quantised_by(config)
     sizes = {part: n * dtype.itemsize for part, n in parts.items()}
+    local = Path(model).is_dir()
     if library is not None:
         found = quantised_parts(open_weights(model), empty)
         sizes = count_parts(empty, lambda name, _: sum(tensor.num_bytes for tensor in found[name]))
+    elif local:
+        weights = open_weights(model)
+        names = names_in_files(weights, empty)
+        sizes = count_parts(empty, lambda name, _: weights.tensors[names[name]].num_bytes)
     shared = sum(m.in_features * m.out_features for m in empty.modules() if isinstance(m, SharedLinear))
-    files = list(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    files = list(Path(model).glob("*.safetensors")) if local else []
     return {
         "model": model,
         "model_type": config.model_type,
@@ -149,6 +158,15 @@ def inspect_model(model: str) -> dict[str, Any]:
         "mlp_units": None if plan is None else source_units(config),
         "cache": _cache_of(config.get_text_config(), plan, dtype.itemsize),
     }
+
+
+def _exported_as(model: str) -> str | None:
+    """The form of an export in a folder; None: it holds none."""
+    try:
+        options = json.loads((Path(model) / RECORD).read_bytes())["options"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return options.get("to") if isinstance(options, dict) else None
 
 
 def _cache_of(config: PreTrainedConfig, plan: Plan | None, itemsize: int) -> dict[str, Any]:

@@ -148,6 +148,8 @@ class _Run:
         self.origin, self.has_replicas = record_of(model), bool(layout_of(self.empty).bases)
         if options.train == "replicas" and not self.has_replicas:
             raise InputError("--train replicas trains nothing, since the model has no replicas: leave it out")
+        if options.replica_lr is not None and not self.has_replicas:
+            raise InputError("--replica-lr without effect, since the model has no replicas: leave it out")
         self.settings = self._settings_at()
         if options.lr == AUTO:
             steps_of_trial(self.settings.steps)

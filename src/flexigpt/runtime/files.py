@@ -85,7 +85,7 @@ def check_output(out: str | Path, inputs: Iterable[str | Path | None]) -> None:
         inputs: what the work reads: names of models and texts, some of them perhaps paths.
 
     Raises:
-        InputError: a place that cannot be written to, or a folder in which an input lies.
+        InputError: a place that cannot be written to, a folder in which an input lies, or one in a model that is read.
     """
     out = Path(out).expanduser()
     try:
@@ -103,6 +103,8 @@ def check_output(out: str | Path, inputs: Iterable[str | Path | None]) -> None:
         for path in (Path(part).expanduser() for part in parts):
             if path.exists() and path.resolve().is_relative_to(out.resolve()):
                 raise InputError(f"{path} lies in {out}, which is to be replaced: give another folder to write to")
+            if (path / "config.json").is_file() and out.resolve().is_relative_to(path.resolve()):
+                raise InputError(f"{out} lies in the model {path}, which is read: give a folder outside it")
     except OSError as error:
         raise InputError(f"{out} cannot be written to: {error.strerror}") from error
 

@@ -49,7 +49,7 @@ def parse_share(
     """
     value = _read(share, {"%": 1}) / 100
     if not 0 < value < 1:
-        raise InputError(f"{name} {share} cannot be used: give {instead}")
+        raise InputError(f"{name} {share} cannot be used: give {instead}, above 0% and below 100%")
     return value
 
 

@@ -1,10 +1,10 @@
 """`transformers serve`, which knows the compact model's class."""
 
 import contextlib
+import logging
 import socket
 from collections.abc import Callable
 
-import transformers
 from transformers.utils.import_utils import is_serve_available
 
 from flexigpt.model import FlexiGPTForCausalLM
@@ -32,21 +32,26 @@ def serve(model: str, options: ServeOptions, note: Callable[[str], None] = print
     check_tokenizer(model, tokenizer, open_checked(model).config)
     _check_free(options.host, options.port)
     from transformers.cli.serve import Serve  # noqa: PLC0415 - with a web server behind it
+    from transformers.cli.serving import model_manager  # noqa: PLC0415
 
-    # It looks classes up by their names in transformers.
-    setattr(transformers, FlexiGPTForCausalLM.__name__, FlexiGPTForCausalLM)
+    # It looks classes up by their names in transformers, which is loaded twice: in its own.
+    setattr(vars(model_manager)["transformers"], FlexiGPTForCausalLM.__name__, FlexiGPTForCausalLM)
     note(f"{model} is served at http://{options.host}:{options.port}/v1, where it is called {model}; Ctrl-C ends it")
     if tokenizer.chat_template is None:
         note("its tokenizer has no chat template: only /v1/completions works")
-    with contextlib.suppress(KeyboardInterrupt):
-        Serve(
-            force_model=model,
-            dtype=options.dtype,
-            device=str(device),
-            host=options.host,
-            port=options.port,
-            log_level="error",
-        )
+    logging.disable(logging.INFO)  # uvicorn would tell every request, and can be told nothing else from here
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            Serve(
+                force_model=model,
+                dtype=options.dtype,
+                device=str(device),
+                host=options.host,
+                port=options.port,
+                log_level="error",
+            )
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _check_free(host: str, port: int) -> None:

@@ -70,9 +70,9 @@ def shares_of(texts: TextNames) -> dict[str, Fraction]:
 def _split_share(text: str) -> tuple[str, Fraction | None]:
     """TEXT and SHARE of TEXT=SHARE; what is there by its whole name is not split, nor is what ends in no number."""
     name, _, share = text.rpartition("=")
-    if not name or not re.fullmatch(r"-?[0-9]*\.?[0-9]+", share) or os.path.exists(os.path.expanduser(text)):
+    if not name or not re.fullmatch(r"-?[0-9]*\.?[0-9]+%?", share) or os.path.exists(os.path.expanduser(text)):
         return text, None
-    if not 0 < Fraction(share) < 1:
+    if share.endswith("%") or not 0 < Fraction(share) < 1:
         raise InputError(f"{text} has a share out of range: give more than 0 and less than 1, as {name}=0.7")
     return name, Fraction(share)
 

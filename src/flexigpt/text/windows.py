@@ -136,6 +136,7 @@ class Documents:
             # A failed cast tells the reason in the last of many lines.
             reason = f"{lines[0]} {lines[-1]}" if lines[-1].startswith("because") else lines[0]
             hint = "" if self._files else "; check the name and the connection, or give a file"
+            hint = "; save it as UTF-8" if "codec can't decode" in reason else hint
             raise InputError(f"text cannot be read from {self._place()}: {reason}{hint}") from error
 
     def _place(self) -> str:

@@ -10,7 +10,7 @@ from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
     from flexigpt.weights.eight_bits import EightBits, int8
-    from flexigpt.weights.files import find_file, open_weights
+    from flexigpt.weights.files import find_file, names_in_files, open_weights
     from flexigpt.weights.open import (
         check_quantiser,
         has_replicas,

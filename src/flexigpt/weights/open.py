@@ -24,6 +24,7 @@ from flexigpt.model import FlexiGPTConfig, empty_model, plan_of, quantised_by, r
 from flexigpt.runtime import InputError, check_dtype, find_device, fingerprint, one_line
 from flexigpt.weights.files import FILE_DTYPES, find_file, located, names_in_files, open_weights, opening
 from flexigpt.weights.quantised import quantised_parts
+from flexigpt.weights.sizes import check_sizes
 
 _ADAPTER = "adapter_config.json"
 
@@ -51,11 +52,10 @@ def read_config(model: str) -> PreTrainedConfig:
         kind = settings.get("model_type")
         if "auto_map" in settings and kind not in CONFIG_MAPPING:
             raise InputError(f"{model} (model type {kind}) needs code that comes with it, which flexigpt never runs")
+        check_sizes(model, settings)
         config: PreTrainedConfig = AutoConfig.from_pretrained(model, trust_remote_code=False)
     if isinstance(config, FlexiGPTConfig) and config.text_config is None:
         raise InputError(f"the model {model} cannot be opened: its config.json lacks text_config")
-    if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
-        raise InputError(f"the model {model} cannot be opened: its config.json says that it has no blocks")
     if isinstance(config, FlexiGPTConfig):
         plan_of(config)
     return config
