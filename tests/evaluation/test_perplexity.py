@@ -1,3 +1,4 @@
+import importlib
 import json
 import math
 from pathlib import Path
@@ -9,8 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from families import tiny_model
 from flexigpt import EvalOptions, InputError, evaluate
+from flexigpt.calibration import hidden_states
 from flexigpt.evaluation import perplexity
 from flexigpt.text import TokenizedText
+from flexigpt.weights import StreamedModel
 
 
 def text_of(tokens: int) -> TokenizedText:
@@ -44,6 +47,35 @@ def test_perplexity_equals_a_loop_over_targets(tokens: int, stride: int) -> None
     assert measured["tokens"] == scored == tokens - 1
     assert measured["perplexity"] == pytest.approx(math.exp(total / scored), rel=1e-4)
     assert measured["bits_per_byte"] == pytest.approx(total / math.log(2) / text.num_bytes, rel=1e-4)
+
+
+def test_a_streamed_model_measures_the_same_whatever_goes_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks take other batches than its head, on several threads at a time."""
+    model, text = tiny_model("llama-gqa"), text_of(32 * 10 + 20)
+    expected = perplexity(model, text, window_length=32)
+    for together, budget in ((64, 96 * 32 * 3), (96, 1), (2048, 96 * 32 * 16)):
+        monkeypatch.setattr(importlib.import_module("flexigpt.evaluation.perplexity"), "LOGITS_BUDGET", budget)
+        monkeypatch.setattr(hidden_states, "_BATCH_TOKENS", together)
+        found = []
+        for threads in (1, 3):
+            monkeypatch.setattr(hidden_states, "workers_of", lambda _, threads=threads: threads)
+            found.append(perplexity(StreamedModel(model), text, window_length=32))
+        assert found[0] == found[1]
+        assert found[0] == expected | {name: pytest.approx(expected[name]) for name in ("perplexity", "bits_per_byte")}
+
+
+def test_a_sample_of_a_text_is_windows_of_it_spread_evenly() -> None:
+    """Each is measured by itself, to the token after it; a text without more windows stays as it is."""
+    model, text = tiny_model("llama-gqa"), text_of(32 * 10 + 20)
+    sample = text.sample(4, 32)
+    assert (text.windows(32), sample.windows(32)) == (10, 4)
+    measured = perplexity(model, sample, window_length=32)
+    places = [text.ids[start : start + 33] for start in (0, 64, 160, 224)]  # windows 0, 2, 5 and 7
+    total = sum(naive_nll(model, place, 32, 32)[0] for place in places)
+    assert measured["tokens"] == 4 * 32
+    assert measured["perplexity"] == pytest.approx(math.exp(total / 128), rel=1e-4)
+    assert text.sample(10, 32) is text
+    assert sample.sample(4, 32) is sample
 
 
 def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity() -> None:

@@ -1,17 +1,24 @@
 """How small a model can go: the ladder of sizes, its knee, and the smallest model within a loss."""
 
+import importlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from transformers import AutoTokenizer
 
 from flexigpt import FrontierOptions, PruneOptions, frontier, prune, remove
+from flexigpt.evaluation import perplexity
 from flexigpt.pruning import source as opened
 from flexigpt.pruning.frontier import _Ladder, knee
 from flexigpt.runtime import silent
 from flexigpt.runtime.cache import CACHE_VARIABLE
+from flexigpt.text import tokenize_text
+from flexigpt.weights import Source
+
+measuring = importlib.import_module("flexigpt.pruning.frontier")  # the room's own name is the function
 
 T = TypeVar("T")
 Run = Any
@@ -67,6 +74,24 @@ def test_each_size_is_what_prune_and_plain_removal_give_and_a_killed_run_finds_i
     _, blocks, shorter = remove(str(example), PruneOptions(target_size=asked.target_size, remove=True, **short))
     assert len(blocks) == 4
     assert shorter["perplexity"]["shorter"]["perplexity"] == points[1]["removed"]["perplexity"]
+
+
+def test_a_long_text_is_measured_on_the_same_sample_for_every_row(
+    tiny_source: Path, short: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source and every size; what `--max-loss` looks for is measured on all of the text."""
+    source = str(tiny_source)
+    whole = tokenize_text(short["perplexity"], AutoTokenizer.from_pretrained(source), window_length=128)
+    monkeypatch.setattr(measuring, "_TOKENS", 3 * 128)
+    record = frontier(source, FrontierOptions(sizes=2, **short))
+    assert record["measured"] == {"windows": 3, "there": whole.windows(128), "sizes": 2}
+    assert whole.windows(128) > 3
+    size = str(record["points"][0]["parameters"])
+    made = Source(source), prune(source, PruneOptions(target_size=size, **short))[0]
+    for model, row in zip(made, (record["source"], record["points"][0]), strict=True):
+        found = perplexity(model, whole.sample(3, 128), window_length=128)["perplexity"]
+        assert found == pytest.approx(row["perplexity"], rel=1e-4)
+    assert _Ladder(source, PruneOptions(ratio=0.5, **short), silent).windows["windows"] == whole.windows(128)
 
 
 @pytest.mark.parametrize(

@@ -246,8 +246,17 @@ def test_a_source_that_8_bits_make_smaller_and_better_is_said_to_come_first(tmp_
         assert not any("quantise" in note for note in frontier_rows(other.record).notes)
 
 
+def test_a_ladder_of_fewer_sizes_or_of_a_sample_of_the_text_says_so(tmp_path: Path) -> None:
+    whole = ladder() | {"measured": {"windows": 484, "there": 484, "sizes": 2}}
+    assert frontier_rows(whole).notes == frontier_rows(ladder()).notes, "an older record says nothing of it"
+    less = ladder() | {"measured": {"windows": 256, "there": 1484, "sizes": 64}}
+    notes = frontier_rows(read_recorded(write(tmp_path, less, None)).record).notes
+    assert notes[0].startswith("perplexity on 256 of the 1,484 windows of text.jsonl, untrained")
+    assert any(note.startswith("2 sizes, not the 64 asked for: each is that of a whole number of") for note in notes)
+
+
 def test_a_ladder_without_its_knee_is_refused(tmp_path: Path) -> None:
-    for change in ({"knee": 2}, {"knee": None}, {"text": None}, {"source": {"bytes": 1}}):
+    for change in ({"knee": 2}, {"knee": None}, {"text": None}, {"source": {"bytes": 1}}, {"measured": {"windows": 1}}):
         with pytest.raises(InputError, match="damaged"):
             read_recorded(write(tmp_path / "-".join(change), ladder() | change, None))
 

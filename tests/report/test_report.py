@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from compacts import narrow
 from conftest import Run
+from families import tiny_model
 from flexigpt import (
     EvalOptions,
     InputError,
@@ -248,6 +250,16 @@ def test_a_report_replaces_an_earlier_one_with_all_its_figures(made: dict[str, P
     assert not stale.exists()
     assert "<h1>old" not in page.read_text(encoding="utf-8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figures", "report.html"]
+
+
+def test_an_export_has_no_report_of_its_own(run: Run, tmp_path: Path) -> None:
+    """It says which model has."""
+    narrow(tiny_model("llama")).save_pretrained(tmp_path / "compact")
+    assert run("export", tmp_path / "compact", tmp_path / "stock", "--to", "stock")[0] == 0
+    code, printed, errors = run("report", tmp_path / "stock")
+    assert (code, printed, errors.count("\n")) == (2, "", 1)
+    assert f"stock is an export of {tmp_path / 'compact'}: give the folder of that model" in errors
+    assert not (tmp_path / "stock" / "report.html").exists()
 
 
 def test_a_damaged_record_is_one_line_and_nothing_is_written(made: dict[str, Path], run: Run, tmp_path: Path) -> None:

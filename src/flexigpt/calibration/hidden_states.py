@@ -11,6 +11,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,17 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexigpt.model import block_output, fast_half, layout_of, replaced_forwards, watched
-from flexigpt.runtime import CachedStage, InputError, Track, silent
+from flexigpt.runtime import CachedStage, InputError, Track, in_parallel, silent, workers_of
 from flexigpt.text import batch_size_for
 from flexigpt.weights import StreamedModel
 
 # Tokens that go through a block at once. Enough to fill the matrix units, few enough for the caches of a CPU.
 _BATCH_TOKENS = 2048
+
+# Up to so many parameters a block runs on several batches at a time, a thread for each: threads that share the small
+# products of one wait for each other, five times as long as that takes where other programs run beside them. A larger
+# one would be widened to float32 by each of many threads.
+_SMALL_BLOCK = 2**24
 
 # Hidden states are saved so often, and never for more than a twentieth of the time.
 _SAVE_SECONDS, _SAVE_SHARE = 60.0, 20
@@ -120,10 +127,12 @@ class Stream:
 
     def outputs(self, block: nn.Module, index: int) -> Iterator[torch.Tensor]:
         """What a block makes of the hidden states, batch by batch; `index` is its place in the model."""
-        for inputs in self.hidden:
-            args, kwargs = self._arguments[inputs.shape[:2]][index]
-            with torch.no_grad(), fast_half(self._model):
-                yield block_output(block(inputs, *args, **kwargs))
+        return (self._output(block, index, inputs) for inputs in self.hidden)
+
+    def _output(self, block: nn.Module, index: int, inputs: torch.Tensor) -> torch.Tensor:
+        args, kwargs = self._arguments[inputs.shape[:2]][index]
+        with torch.no_grad(), fast_half(self._model):
+            return block_output(block(inputs, *args, **kwargs))
 
     def inputs(self, block: nn.Module, index: int, path: str) -> Iterator[torch.Tensor]:
         """What a module within a block is given, batch by batch; what the block computes after that is left out."""
@@ -164,7 +173,9 @@ class Stream:
 
     def advance(self, block: nn.Module, index: int) -> None:
         """The hidden states become what a block makes of them."""
-        for number, outputs in enumerate(self.outputs(block, index)):
+        small = sum(parameter.numel() for parameter in block.parameters()) <= _SMALL_BLOCK
+        tasks = (partial(self._output, block, index, inputs) for inputs in self.hidden)
+        for number, outputs in enumerate(in_parallel(tasks, workers_of(self._model.device) if small else 1)):
             self.hidden[number] = outputs
 
 
@@ -271,6 +282,8 @@ def run_through(
 ) -> Iterator[None]:
     """Within it the model, called with these batches in this order, finds what its blocks make of them already done.
 
+    They go through the blocks as many at a time as suits these, whatever the batches.
+
     Args:
         model: a source or compact model.
         batches: (windows, tokens) ids each, as it will be called with.
@@ -278,12 +291,14 @@ def run_through(
         spill: folder for files that hold the hidden states; None: memory does.
         track: reports each block.
     """
-    stream = Stream(model.model, batches, spill)
+    alike = (torch.stack(list(group)) for _, group in groupby(chain.from_iterable(batches), key=len))
+    stream = Stream(model.model, [part for windows in alike for part in calibration_batches(windows)], spill)
     for index in track(range(len(model)), stage, len(model)):
         model.expect(index + 1)
         with model.block(index) as block:
             stream.advance(block, index)
-    with finished_blocks(model, stream.hidden):
+    windows = chain.from_iterable(stream.hidden)
+    with finished_blocks(model, (torch.stack(list(islice(windows, len(batch)))) for batch in batches)):
         yield
 
 

@@ -55,7 +55,8 @@ def logits_over(
 
 
 def _windows(model: PreTrainedModel, text: TokenizedText, window_length: int, stride: int, models: int = 1) -> _Windows:
-    starts = range(0, max(1, len(text.ids) - 1 - (window_length - stride)), stride)
+    step = text.piece or stride
+    starts = range(0, max(1, len(text.ids) - 1 - (window_length - step)), step)
     size = batch_size_for(window_length, model.config.get_text_config().vocab_size, LOGITS_BUDGET // models)
     batches = window_batches(text.ids, starts, window_length, size)
     return [(ids[:, :-1], ids[:, 1 + first :], first) for ids, first in batches]

@@ -21,6 +21,10 @@ from flexigpt.weights import EightBits, StreamedModel
 # near it comes.
 _LEAST, _NEAR = 0.2, 0.005
 
+# Of a longer text a ladder is measured on windows of so many tokens, evenly spread. On novels the standard error of
+# what a size loses, in the logarithm of the perplexity, is 3 to 6 % of that then (docs/pruning.md).
+_TOKENS = 2**15
+
 # Every model can come down to this share of its parameters.
 _REACHED = 0.9
 
@@ -46,12 +50,14 @@ def frontier(
         The record: the source's size and perplexity, `points` from the largest to the smallest: `parameters`, `share`
         of the source's, `perplexity` of what `prune` makes, `removed`: blocks, parameters and perplexity of plain
         removal; each with `int8`, bytes and perplexity of the same as `quantize` stores it in 8 bits, where torchao is
-        installed and can quantise it; `knee`: number of the point behind which the perplexity rises faster than before.
+        installed and can quantise it; `knee`: number of the point behind which the perplexity rises faster than before;
+        `measured`: on how many `windows` of the text, evenly spread, of how many that are `there`, and the `sizes`
+        asked for.
 
     Raises:
         InputError: anything a user can put right; see the message.
     """
-    ladder = _Ladder(source, options.of_prune(), track, in_8_bits=True)
+    ladder = _Ladder(source, options.of_prune(), track, in_8_bits=True, tokens=_TOKENS)
     workspace, points = ladder.workspace, list[Point]()
     measured: Record = {"source": ladder.source(), "points": points}
     tell = note or (lambda _: None)
@@ -64,6 +70,7 @@ def frontier(
     record = workspace.record() | measured | {"text": options.perplexity}
     shape = list(workspace.windows.shape)
     record["calibration"] = {"text": shown_texts(options.calibration), "windows": shape, "asked": options.windows}
+    record["measured"] = ladder.windows | {"sizes": options.sizes}
     record["options"] = dataclasses.asdict(options)
     return record | {"knee": knee([(p["share"], p["perplexity"]) for p in points])} | workspace.took()
 
@@ -113,11 +120,18 @@ class _Ladder:
         options: of the models that are made, but for their size.
         track: reports the progress of each stage.
         in_8_bits: whether each is measured in 8 bits too, where that is possible.
+        tokens: of the text that are measured, the same for each; None: all.
     """
 
-    def __init__(self, source: str, options: PruneOptions, track: Track, in_8_bits: bool = False) -> None:
+    def __init__(
+        self, source: str, options: PruneOptions, track: Track, in_8_bits: bool = False, tokens: int | None = None
+    ) -> None:
         checked = CheckedSource.check(source, options, options)
-        self.workspace: Workspace[PruneOptions] = checked.open(checked.read(), track)
+        texts, length = checked.read(), checked.window_length
+        assert texts.text is not None
+        text = texts.text if tokens is None else texts.text.sample(max(1, tokens // length), length)
+        self.windows = {"windows": text.windows(length), "there": texts.text.windows(length)}
+        self.workspace: Workspace[PruneOptions] = checked.open(dataclasses.replace(texts, text=text), track)
         self._options, self._in_8_bits = options, in_8_bits and _quantises(self.workspace.source)
 
     def source(self) -> Point:

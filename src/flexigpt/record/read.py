@@ -83,11 +83,18 @@ class _Rung(_Made):
     removed: _Made
 
 
+class _Measured(TypedDict):
+    windows: _Count
+    there: _Count
+    sizes: _Count
+
+
 class _Ladder(TypedDict):
     source: _Made
     points: list[_Rung]
     knee: _Count
     text: str
+    measured: NotRequired[_Measured]
 
 
 class _Step(TypedDict):

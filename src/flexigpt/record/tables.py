@@ -207,7 +207,10 @@ def frontier_rows(record: Record) -> Rows:
     source, points = record["source"], record["points"]
     headings = ["size", "MB", "perplexity", "plain removal"]
     rows = [[f"{its.get('share', 1):.1%}", *_worth(its, its.get("removed", {}))] for its in (source, *points)]
-    notes = [f"perplexity on {shown_name(record['text'])}, untrained"]
+    measured, name = record.get("measured"), shown_name(record["text"])
+    if measured and measured["windows"] < measured["there"]:
+        name = f"{measured['windows']:,} of the {measured['there']:,} windows of {name}"
+    notes = [f"perplexity on {name}, untrained"]
     if source.get("int8"):
         headings += ["8-bit MB", "8-bit perplexity", "8-bit plain removal"]
         for row, its in zip(rows, (source, *points), strict=True):
@@ -222,6 +225,11 @@ def frontier_rows(record: Record) -> Rows:
     notes.append(
         f"the knee is at {points[record['knee']]['share']:.0%}: below it the perplexity rises faster than before"
     )
+    if measured and len(points) < measured["sizes"]:
+        notes.append(
+            f"{len(points)} sizes, not the {measured['sizes']} asked for: each is that of a whole number of blocks, "
+            "and no other number lies between the largest and the smallest"
+        )
     beaten = beaten_by_8_bits(record)
     if beaten:
         eight, worse = (

@@ -37,6 +37,12 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
     """
     target = _target(folders, out)
     models = [read_recorded(folder) for folder in folders]
+    for model in models:
+        if isinstance(model.record.get("bytes"), dict):
+            raise InputError(
+                f"{model.folder} is an export of {model.record['source_name']}: give the folder of that model, whose "
+                "report has what was measured"
+            )
     pictures = target.parent / FIGURES
     _check_place(target, pictures)
     prefixes = [f"{number}-{_file_name(model.name)}-" for number, model in enumerate(models, 1)]

@@ -342,10 +342,26 @@ class TokenizedText:
     Attributes:
         ids: (tokens,) int64, separators included.
         num_bytes: UTF-8 bytes of the documents, separators not counted.
+        piece: where it is a sample of a text, tokens after which another place of the text begins; 0: it is whole.
     """
 
     ids: torch.Tensor
     num_bytes: int
+    piece: int = 0
+
+    def windows(self, window_length: int) -> int:
+        """How many full windows it has, each with the token after it."""
+        return len(self.ids) // self.piece if self.piece else (len(self.ids) - 1) // window_length
+
+    def sample(self, windows: int, window_length: int) -> "TokenizedText":
+        """So many windows, evenly spread, each with the token after it; the text itself where it has no more."""
+        there = self.windows(window_length)
+        if there <= windows:
+            return self
+        chosen = torch.arange(windows) * there // windows
+        ids = self.ids.unfold(0, window_length + 1, window_length)[chosen].flatten()
+        num_bytes = round(self.num_bytes * len(ids) / len(self.ids))
+        return TokenizedText(ids=ids, num_bytes=num_bytes, piece=window_length + 1)
 
 
 def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase, *, window_length: int) -> TokenizedText:
@@ -376,7 +392,7 @@ def window_batches(
     ids: torch.Tensor, starts: range, window_length: int, batch_size: int
 ) -> list[tuple[torch.Tensor, int]]:
     """(windows, tokens + 1) ids and the first position to score: the overlap has been scored by the window before."""
-    overlap = window_length - starts.step
+    overlap = max(0, window_length - starts.step)
     windows = [(ids[start : start + window_length + 1], overlap if start else 0) for start in starts]
     batches: list[tuple[torch.Tensor, int]] = []
     for (_, first), group in groupby(windows, key=lambda window: (len(window[0]), window[1])):
