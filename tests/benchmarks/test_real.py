@@ -43,10 +43,11 @@ def test_other_methods_end_nearer_to_the_source_than_removing_two_blocks_does_in
 def test_the_table_gives_the_excess_as_a_share_of_the_rivals() -> None:
     import real  # noqa: PLC0415
 
-    known = {
-        "source": {"parameters": 100e6, "novels": 40.0, "technical": 10.0},
-        "rival 8 0": {"parameters": 80e6, "novels": 60.0, "technical": 20.0},
-        "ours 8 0": {"parameters": 80e6, "novels": 50.0, "technical": 12.0},
+    on = {"machine": "a CPU"}
+    known: dict[str, dict[str, object]] = {
+        "source": {"parameters": 100e6, "novels": 40.0, "technical": 10.0, **on},
+        "rival 8 0": {"parameters": 80e6, "novels": 60.0, "technical": 20.0, **on},
+        "ours 8 0": {"parameters": 80e6, "novels": 50.0, "technical": 12.0, **on},
     }
     assert "| **flexigpt** | 80.00 | 50.00 | 12.00 | 0.50 | 0.20 |" in real.table(known, 1)
 

@@ -55,7 +55,7 @@ def test_prune_prints_the_plan_the_cost_and_the_place(run: Run, tiny_source: Pat
 def test_a_text_that_is_too_short_for_the_windows_is_told(
     run: Run, tiny_source: Path, text: Path, tmp_path: Path
 ) -> None:
-    asked = ("--ratio", "0.4", "--rank", "4", "--calibration", text, "--window-length", "100", "--windows", "1000")
+    asked = ("--ratio", "0.4", "--calibration", text, "--window-length", "100", "--windows", "1000")
     _, printed, _ = run("prune", tiny_source, tmp_path / "out", *asked)
     windows = json.loads((tmp_path / "out" / "record.json").read_text())["calibration"]["windows"][0]
     assert f"the text is {1000 - windows} windows short of the 1000 asked for" in printed
@@ -381,7 +381,7 @@ def test_an_interrupted_run_leaves_nothing(
 ) -> None:
     """At the end of calibration, and where the first file of the checkpoint is opened."""
     (tmp_path / "made").mkdir()
-    arguments = ["prune", tiny_source, tmp_path / "made" / "out", "--ratio", "0.4", "--rank", "4"]
+    arguments = ["prune", tiny_source, tmp_path / "made" / "out", "--ratio", "0.4"]
     arguments += ["--calibration", text, "--window-length", "64", "--windows", "4"]
     environment = hooked(event, str(tmp_path / name), f"os.kill(os.getpid(), {how.value})") | {
         "FLEXIGPT_CACHE": str(tmp_path / "cache")

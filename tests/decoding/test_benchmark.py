@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import Run
+from conftest import Hooked, Run
 from families import remove_blocks, tiny_config
 from flexigpt import BenchmarkOptions, InputError, benchmark
 from flexigpt.cli.main import main
 from flexigpt.decoding import benchmark_rows
 from flexigpt.decoding.benchmark import NEW_TOKENS, time_generation, variants_of
-from flexigpt.weights import load_model, load_tokenizer
+from flexigpt.weights import load_model
 
 
 @pytest.fixture(scope="module")
@@ -118,14 +118,13 @@ def test_models_that_do_not_belong_together_are_refused(tiny_compact: Path, tiny
     assert list(variants_of(str(tiny_compact), options)) == ["source", "compact", "materialised"]
 
 
-def test_a_failure_in_the_process_that_measures_is_reported(tiny_source: Path, tmp_path: Path) -> None:
-    """Weights that are damaged: the configuration, which is read before, does not show it."""
-    model = load_model(str(tiny_source))
-    model.save_pretrained(tmp_path)
-    load_tokenizer(str(tiny_source)).save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-9])
-    with pytest.raises(InputError, match=r"^model cannot be measured, .*the weights of .* are damaged"):
-        benchmark(str(tmp_path), BenchmarkOptions(batch_sizes=(1,)))
+def test_a_failure_in_the_process_that_measures_is_reported(
+    hooked: Hooked, tiny_source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = hooked("open", str(tiny_source / "config.json"), "raise MemoryError('none left')")
+    monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
+    with pytest.raises(InputError, match=r"^model cannot be measured, .*none left"):
+        benchmark(str(tiny_source), BenchmarkOptions(batch_sizes=(1,)))
 
 
 def test_the_pages_costs_are_counted() -> None:

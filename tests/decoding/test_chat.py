@@ -136,9 +136,9 @@ def test_a_terminal_has_a_sign_and_control_d_ends(talker: Path, forks: Forks) ->
     ours, theirs = pty.openpty()
     asked = ("-m", "flexigpt", "chat", talker, "--max-new-tokens", "3")
     talking = forks.start(*asked, streams=[os.ttyname(theirs)] * 3)
-    os.close(theirs)
     try:
         assert b"Ctrl-D ends" in read_until(ours, b"> ")
+        os.close(theirs)  # the program has opened it
         os.write(ours, b"Hello\n")
         assert b"cut off after 3 tokens" in read_until(ours, b"3 tokens")
         read_until(ours, b"> ")

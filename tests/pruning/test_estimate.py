@@ -21,9 +21,9 @@ def bytes_of(folder: Path) -> int:
 
 def test_bytes_written_are_those_of_the_checkpoint(tiny_source: Path, text: Path, tmp_path: Path, run: Run) -> None:
     """But for the files' headers."""
-    options = PruneOptions(ratio=0.4, rank=3, calibration=str(text), window_length=64, windows=8)
+    options = PruneOptions(ratio=0.4, calibration=str(text), window_length=64, windows=8)
     told = announced(assemble_pruned, tiny_source, options)
-    flags = ["--ratio", 0.4, "--calibration", text, "--window-length", 64, "--windows", 8, "--rank", 3]
+    flags = ["--ratio", 0.4, "--calibration", text, "--window-length", 64, "--windows", 8]
     code, _, errors = run("prune", tiny_source, tmp_path / "out", *flags)
     assert code == 0
     assert told.line().partition(", takes")[0] in errors

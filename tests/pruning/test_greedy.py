@@ -89,7 +89,7 @@ def test_pruning_and_removal_choose_alike_and_say_in_which_order(
 
 
 def test_presets_set_what_is_not_given(run: Run, tiny_source: Path, text: Path, tmp_path: Path) -> None:
-    calibrated = {"calibration": str(text), "window_length": 32, "windows": 8, "rank": 3}
+    calibrated = {"calibration": str(text), "window_length": 32, "windows": 8}
     flags = [word for name, value in calibrated.items() for word in (f"--{name.replace('_', '-')}", value)]
 
     def commanded(name: str, *options: object) -> tuple[bytes, dict[str, Any]]:

@@ -149,7 +149,7 @@ def test_the_card_of_an_ordinary_model_asks_for_no_trust(tiny_source: Path, tmp_
     ("options", "reason"),
     [
         ({"ratio": 0.1}, "prunes nothing"),
-        ({"ratio": 1.0}, "outside"),
+        ({"ratio": 1.0}, "--ratio 1.0 is out of range"),
         ({"blocks": [2, 2]}, "each once"),
         ({"blocks": list(range(6))}, "leaves none"),
         ({"target_size": "9B"}, "meets the target"),

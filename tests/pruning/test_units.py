@@ -294,12 +294,10 @@ def test_a_plan_that_cannot_be_is_one_clear_line(
     assert reason in refused(run, tiny_source, tmp_path / "out", *asked)
 
 
-def test_sublayers_are_not_for_the_paper(
-    run: Run, tiny_source: Path, calibrated: dict[str, Any], tmp_path: Path
-) -> None:
+def test_sublayers_are_not_for_the_paper(run: Run, tiny_source: Path, tmp_path: Path) -> None:
     rows = (SublayerReplica(**ROW),)
     (tmp_path / "plan.json").write_text(json.dumps(Plan(num_blocks=NUM_BLOCKS, sublayers=rows).to_dict()))
-    asked = ("--preset", "paper", "--plan", tmp_path / "plan.json", *flags_of(calibrated))
+    asked = ("--preset", "paper", "--plan", tmp_path / "plan.json")
     assert "leave out --preset paper" in refused(run, tiny_source, tmp_path / "out", *asked)
 
 

@@ -131,11 +131,13 @@ def test_options_are_checked_when_they_are_made(given: dict[str, Any], reason: s
 def test_settings_without_effect_change_nothing(
     model: str, tiny_source: Path, tiny_compact: Path, text: Path, tmp_path: Path
 ) -> None:
-    """Without a teacher, with replicas alone trained, or in a model without any."""
+    """Without a teacher, with replicas alone trained, or in a model without any, to which --replica-lr is refused."""
     folder, train = (tiny_compact, "replicas") if model == "compact" else (tiny_source, "replicas+kept")
     asked = {"data": str(text), "tokens": "128", "window_length": 16, "batch_tokens": 64, "train": train}
-    idle = {"distill_weight": 0.9, "draft_weight": 0.5, "replica_lr": 0.3}
-    idle |= {"lora_rank": 2} if train == "replicas" else {}
+    idle = {"distill_weight": 0.9, "draft_weight": 0.5} | ({"lora_rank": 2} if train == "replicas" else {})
+    if model == "source":
+        with pytest.raises(InputError, match="--replica-lr without effect"):
+            recover(str(folder), tmp_path / "out", RecoverOptions(**asked, replica_lr=0.3))
     for name, given in (("plain", {}), ("idle", idle)):
         recover(str(folder), tmp_path / name, RecoverOptions(**asked, **given))
     plain, other = (textbook.weights(tmp_path / name) for name in ("plain", "idle"))
