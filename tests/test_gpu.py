@@ -18,8 +18,6 @@ from flexigpt.replicas.least_squares import Moments, ridge_fit
 GPU = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-# float32 products that add up in another order, through some blocks.
-CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 SHORT = ("--windows", 8, "--window-length", 128)
 
 
@@ -128,8 +126,9 @@ def test_compiled_with_a_static_cache(pruned: dict[str, Path]) -> None:
 
 
 def losses(folder: Path) -> list[float]:
-    rows = json.loads((folder / "record.json").read_text())["recovery"]["history"]
-    return [row["loss"] for row in rows if "loss" in row]
+    found = [row["loss"] for row in json.loads((folder / "record.json").read_text())["recovery"]["history"]]
+    assert len(found) == 4
+    return found
 
 
 def recover(example: Path, model: Path, out: Path, *words: object, start: tuple[str, ...] = ()) -> None:
@@ -170,6 +169,8 @@ def test_benchmark(pruned: dict[str, Path], example: Path) -> None:
 def test_frontier(example: Path, tmp_path: Path, text: Path) -> None:
     given = ("--calibration", example / "calibration.jsonl", "--perplexity", text)
     flexigpt("frontier", example, tmp_path / "sizes", *given, *SHORT, "--sizes", 2, "--device", GPU)
+    record = json.loads((tmp_path / "sizes" / "record.json").read_text())
+    assert all(point["perplexity"] < point["removed"]["perplexity"] for point in record["points"])
 
 
 def test_sample(example: Path, tmp_path: Path) -> None:
