@@ -41,5 +41,5 @@ def test_moments_are_those_of_a_backward_pass_through_the_whole_model(family: st
         for moment, rows in zip(found[block][path], (given, output.grad), strict=True):
             assert rows is not None
             rows = rows.flatten(0, -2).double()
-            expected = rows.T @ rows / ids.numel()
+            expected = (rows.T @ rows / ids.numel()).float()
             torch.testing.assert_close(moment, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())

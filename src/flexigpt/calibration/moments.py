@@ -9,15 +9,14 @@ _ROWS = 256
 
 
 class RunningSum:
-    """Adds up float32 tensors in float64."""
+    """Adds up float32 tensors."""
 
     def __init__(self) -> None:
-        self._total = torch.zeros((), dtype=torch.float64)
+        self._total = torch.zeros(())
 
     def add(self, values: torch.Tensor) -> None:
-        """One more of the same shape."""
-        total = self._total.to(values.device)
-        self._total = total.add_(values) if total.shape == values.shape else values.double()
+        """One more of the same shape; its memory may be used."""
+        self._total = self._total.add_(values) if self._total.shape == values.shape else values
 
     @property
     def total(self) -> torch.Tensor:
@@ -30,21 +29,23 @@ class RunningSum:
 
 
 class RunningMoment:
-    """Adds up X^T X of (tokens, numbers) float32 values in float64: half of each, some rows at a time.
+    """Adds up X^T X of (tokens, numbers) float32 values: half of each, some rows at a time.
 
-    Of a wide MLP the sum is a gigabyte, and nothing else as large is held beside it.
+    In float32, as the products are summed up anyway: of a wide MLP the sum is half a gigabyte, and nothing else as large
+    is held beside it.
     """
 
     def __init__(self) -> None:
-        self._total = torch.zeros(0, 0, dtype=torch.float64)
+        self._total = torch.zeros(0, 0)
 
     def add(self, values: torch.Tensor) -> None:
         """Those of some more tokens."""
         width = values.shape[1]
         if len(self._total) != width:
-            self._total = values.new_zeros(width, width, dtype=torch.float64)
+            self._total = values.new_zeros(width, width)
         for start in range(0, width, _ROWS):
-            self._total[start : start + _ROWS, start:] += values[:, start : start + _ROWS].T @ values[:, start:]
+            rows = slice(start, start + _ROWS)
+            self._total[rows, start:].addmm_(values[:, rows].T, values[:, start:])
 
     def total(self, count: int = 1) -> torch.Tensor:
         """Of what was added over so many; nothing more is added then.
@@ -52,7 +53,7 @@ class RunningMoment:
         Raises:
             InputError: it is not finite, and nothing can be fitted to it.
         """
-        found, self._total = self._total, torch.zeros(0, 0, dtype=torch.float64)
+        found, self._total = self._total, torch.zeros(0, 0)
         if count != 1:
             found.div_(count)
         for start in range(0, len(found), _ROWS):

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from flexigpt.calibration.hidden_states import HiddenStates, SavedStates, Stream, calibration_batches, finished_blocks
 from flexigpt.calibration.moments import RunningMoment
+from flexigpt.model import fast_half
 from flexigpt.runtime import CachedStage, Track, silent
 from flexigpt.text import batch_size_for
 from flexigpt.weights import StreamedModel
@@ -18,7 +19,7 @@ _LOGITS = 2**24
 
 
 class Sensitivity(NamedTuple):
-    """Of one linear, over the tokens of a text, float64.
+    """Of one linear, over the tokens of a text, float32.
 
     Attributes:
         inputs: E[x x^T] of what it is given, (inputs, inputs).
@@ -107,7 +108,7 @@ def _loss_gradients(
         for ids, states in zip(batch.split(few), hidden.split(few), strict=True):
             states = states.detach().requires_grad_()
             ids = ids.to(states.device)
-            with torch.enable_grad(), finished_blocks(source, [states]):
+            with torch.enable_grad(), fast_half(source.model), finished_blocks(source, [states]):
                 logits = source.model(input_ids=ids, use_cache=False).logits[:, :-1]
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
                 parts.append(*torch.autograd.grad(loss, states))

@@ -83,7 +83,7 @@ def _measure(workspace: Workspace[PruneOptions], stage: CachedStage) -> dict[str
 
         def make(block: int = block, of_linears: Mapping[str, Sensitivity] = of_linears) -> dict[str, torch.Tensor]:
             written, errors = of_linears[roles.output]
-            weight = source.weight_matrix(block, roles.output).double()
+            weight = source.weight_matrix(block, roles.output).to(errors.dtype)
             attention = ((errors @ weight) * (weight @ written)).sum().view(1)
             down = source.weight_matrix(block, roles.down)
             return {"attention": attention, **eliminate(down, *of_linears[roles.down])._asdict()}

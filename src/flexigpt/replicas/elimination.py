@@ -26,6 +26,9 @@ _COMPACTED = 0.8
 # Rows that are moved together then.
 _MOVED = 256
 
+# So many rows of updates to the inverse wait for each other: one product of them all is the faster.
+_WAITING = 1024
+
 
 class Elimination(NamedTuple):
     """In which order units go, and what that costs.
@@ -62,41 +65,78 @@ def eliminate(weight: torch.Tensor, inputs: torch.Tensor, errors: torch.Tensor) 
     """
     units = weight.shape[1]
     step = step_of(units)
-    weighed = damped(errors, _DAMPING)[0].T @ weight.detach().double()
+    weighed = weight.detach().to(errors.dtype).T @ damped(errors, _DAMPING)[0]  # a row for each unit
     root = damped(inputs, _DAMPING)[0]
-    inverse = torch.cholesky_inverse(root, out=root).mT
+    inverse = _Inverse(torch.cholesky_inverse(root, out=root).mT)
     here = torch.arange(units, device=weight.device)  # what the columns stand for; of some of them units are gone
     there = torch.ones(units, dtype=torch.bool, device=weight.device)
     order, left, costs, alive = [], [units], [0.0], units
     while alive:
         if alive < _COMPACTED * len(here):
-            here, weighed, inverse = here[there], weighed[:, there], _compacted(inverse, there)
+            here, weighed = here[there], weighed[there]
+            inverse.compact(there)
             there = there[there]
-        prices = (weighed.square().sum(0) / inverse.diagonal()).masked_fill(~there, torch.inf)
+        prices = (torch.linalg.vector_norm(weighed, dim=1).square() / inverse.diagonal).masked_fill(~there, torch.inf)
         # The first step leaves a multiple of the step's size.
         gone = prices.topk(min(alive % step or step, alive), largest=False).indices.sort().values
-        rows = inverse[gone]
-        root = torch.linalg.cholesky(rows[:, gone])
-        of_gone = torch.linalg.solve_triangular(root, weighed[:, gone].T, upper=False)
+        rows = inverse.rows(gone)
+        root = damped(rows[:, gone], torch.finfo(rows.dtype).eps)[0]
+        of_gone = torch.linalg.solve_triangular(root, weighed[gone], upper=False)
         across = torch.linalg.solve_triangular(root, rows, upper=False)
-        costs.append(costs[-1] + of_gone.square().sum().item())
+        costs.append(costs[-1] + of_gone.square().sum(dtype=torch.float64).item())
         order.append(here[gone])
-        weighed.addmm_(of_gone.T, across, alpha=-1)
-        inverse.addmm_(across.T, across, alpha=-1)
+        weighed.addmm_(across.T, of_gone, alpha=-1)
+        inverse.take(across)
         there[gone] = False
         alive -= len(gone)
         left.append(alive)
     return Elimination(torch.cat(order).cpu(), torch.tensor(left), torch.tensor(costs, dtype=torch.float64))
 
 
-def _compacted(matrix: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-    """These rows and columns of a symmetric matrix, moved to the front of its memory: a copy may be a gigabyte."""
-    kept, front = there.nonzero().flatten(), matrix.reshape(-1)
-    count = len(kept)
-    for start in range(0, count, _MOVED):
-        rows = matrix[kept[start : start + _MOVED]].index_select(1, kept)
-        front[start * count : start * count + rows.numel()] = rows.flatten()
-    return front[: count * count].view(count, count)
+class _Inverse:
+    """The inverse of the second moments of the units that are left: its Schur complements, one after the other.
+
+    Args:
+        matrix: of all units; its memory is used.
+
+    Attributes:
+        diagonal: of what is left; nothing where a unit is gone.
+    """
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        self._matrix = matrix
+        self._waiting: list[torch.Tensor] = []
+        self.diagonal = matrix.diagonal().clone()
+
+    def rows(self, units: torch.Tensor) -> torch.Tensor:
+        """Of these units."""
+        rows = self._matrix[units]
+        for across in self._waiting:
+            rows.addmm_(across[:, units].T, across, alpha=-1)
+        return rows
+
+    def take(self, across: torch.Tensor) -> None:
+        """Takes A^T A away, of A with a row for each unit that goes."""
+        self.diagonal.sub_(across.square().sum(0)).clamp_(min=torch.finfo(across.dtype).tiny)
+        self._waiting.append(across)
+        if sum(map(len, self._waiting)) >= _WAITING:
+            self._settle()
+
+    def compact(self, there: torch.Tensor) -> None:
+        """The rows and columns of these units move to the front of the memory: a copy may be half a gigabyte."""
+        self._settle()
+        kept, front = there.nonzero().flatten(), self._matrix.reshape(-1)
+        count = len(kept)
+        for start in range(0, count, _MOVED):
+            rows = self._matrix[kept[start : start + _MOVED]].index_select(1, kept)
+            front[start * count : start * count + rows.numel()] = rows.flatten()
+        self._matrix, self.diagonal = front[: count * count].view(count, count), self.diagonal[kept]
+
+    def _settle(self) -> None:
+        if self._waiting:
+            across = torch.cat(self._waiting)
+            self._waiting = []
+            self._matrix.addmm_(across.T, across, alpha=-1)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Least squares from second moments. All in float64."""
+"""Least squares from second moments, in their dtype."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ _MOST_DAMPINGS = 4
 
 
 class Moments(NamedTuple):
-    """Second moments of a linear's inputs x and wished-for outputs y over calibration tokens, float64.
+    """Second moments of a linear's inputs x and wished-for outputs y over calibration tokens.
 
     Attributes:
         inputs: C = E[x x^T], (inputs, inputs).
@@ -28,7 +28,7 @@ def damped(moments: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Ten
 
     d is that share of M's mean eigenvalue, or more where rounding errors have left M less than none.
     """
-    again = moments.float()  # as exact as a matrix is that fails; of a wide MLP a copy is a gigabyte
+    again = moments.clone()
     damping = share * moments.diagonal().mean().clamp(min=1e-30)
     root, failed = moments.mT, torch.zeros((), dtype=torch.int32, device=moments.device)
     for more in range(_MOST_DAMPINGS):
@@ -51,9 +51,9 @@ def ridge_fit(weight: torch.Tensor, moments: Moments, ridge: float = _RIDGE) -> 
         ridge: c, as a share of the inputs' mean variance.
 
     Returns:
-        V, (outputs, inputs), float64.
+        V, (outputs, inputs), in the moments' dtype.
     """
-    kept = weight.double()
+    kept = weight.to(moments.inputs.dtype)
     residual = (moments.targets - kept @ moments.inputs).T
     root = damped(moments.inputs, ridge)[0]
     solved = torch.linalg.solve_triangular(root, residual, upper=False)  # cholesky_solve would copy the root
