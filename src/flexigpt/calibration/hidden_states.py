@@ -10,7 +10,7 @@ import mmap
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -20,13 +20,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexigpt.model import block_output, fast_half, layout_of, replaced_forwards, watched
+from flexigpt.model import Widened, block_output, fast_half, held_back, layout_of, replaced_forwards, watched
 from flexigpt.runtime import CachedStage, InputError, Track, in_parallel, silent, workers_of
 from flexigpt.text import batch_size_for
 from flexigpt.weights import StreamedModel
 
 # Tokens that go through a block at once. Enough to fill the matrix units, few enough for the caches of a CPU.
 _BATCH_TOKENS = 2048
+
+# Through a block of more parameters half as many, for the sake of memory: gradients need a gigabyte of activations.
+_LARGE_BLOCK = 2**26
 
 # Up to so many parameters a block runs on several batches at a time, a thread for each: threads that share the small
 # products of one wait for each other, five times as long as that takes where other programs run beside them. A larger
@@ -41,9 +44,19 @@ BlockStatistic = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def calibration_batches(windows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def calibration_batches(windows: torch.Tensor, blocks: Iterable[nn.Module]) -> tuple[torch.Tensor, ...]:
     """Calibration windows as they go through a block together: (windows, tokens) ids each."""
-    return windows.split(batch_size_for(windows.shape[1], 1, _BATCH_TOKENS))
+    return windows.split(batch_tokens(windows.shape[1], max(map(_size, blocks))) // windows.shape[1])
+
+
+def batch_tokens(window_length: int, block_parameters: int) -> int:
+    """How many tokens go together through a block of that size, in whole windows."""
+    most = _BATCH_TOKENS if block_parameters <= _LARGE_BLOCK else _BATCH_TOKENS // 2
+    return window_length * batch_size_for(window_length, 1, most)
+
+
+def _size(block: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in block.parameters())
 
 
 class HiddenStates:
@@ -127,11 +140,12 @@ class Stream:
 
     def outputs(self, block: nn.Module, index: int) -> Iterator[torch.Tensor]:
         """What a block makes of the hidden states, batch by batch; `index` is its place in the model."""
-        return (self._output(block, index, inputs) for inputs in self.hidden)
+        widened = Widened()
+        return (self._output(block, index, inputs, widened) for inputs in self.hidden)
 
-    def _output(self, block: nn.Module, index: int, inputs: torch.Tensor) -> torch.Tensor:
+    def _output(self, block: nn.Module, index: int, inputs: torch.Tensor, widened: Widened) -> torch.Tensor:
         args, kwargs = self._arguments[inputs.shape[:2]][index]
-        with torch.no_grad(), fast_half(self._model):
+        with torch.no_grad(), fast_half(self._model, widened):
             return block_output(block(inputs, *args, **kwargs))
 
     def inputs(self, block: nn.Module, index: int, path: str) -> Iterator[torch.Tensor]:
@@ -140,12 +154,12 @@ class Stream:
         def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             raise _Reached(args[0])
 
-        handle = block.get_submodule(path).register_forward_pre_hook(stop)
+        handle, widened = block.get_submodule(path).register_forward_pre_hook(stop), Widened()
         try:
             for inputs in self.hidden:
                 args, kwargs = self._arguments[inputs.shape[:2]][index]
                 try:
-                    with torch.no_grad(), fast_half(self._model):
+                    with torch.no_grad(), fast_half(self._model, widened):
                         block(inputs, *args, **kwargs)
                 except _Reached as reached:
                     yield reached.given
@@ -153,28 +167,44 @@ class Stream:
             handle.remove()
 
     def backward(
-        self, block: nn.Module, index: int, gradients: "HiddenStates", paths: Sequence[str]
+        self,
+        block: nn.Module,
+        index: int,
+        gradients: "HiddenStates",
+        paths: Sequence[str],
+        last: nn.Linear | None = None,
     ) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
         """Takes gradients by what a block puts out to those by the hidden states, in place, batch by batch.
+
+        Args:
+            block: the block.
+            index: its place in the model.
+            gradients: by what it puts out.
+            paths: of modules within it.
+            last: a linear within it whose output it only adds, and need not compute.
 
         Yields:
             By path of each of these modules within the block: what it was given, and the gradient by what it returned.
         """
         block.requires_grad_(False)  # its weights get no gradient, and need nothing kept for one
+        widened = Widened()
         for number, inputs in enumerate(self.hidden):
             args, kwargs = self._arguments[inputs.shape[:2]][index]
-            with watched(block, paths) as seen, torch.enable_grad(), fast_half(self._model):
+            spared = nullcontext() if last is None else held_back(last, self._model, widened)
+            with spared, watched(block, paths) as seen, torch.enable_grad(), fast_half(self._model, widened):
                 entering = inputs.detach().requires_grad_()
                 output = block_output(block(entering, *args, **kwargs))
                 returned = [seen[path][1] for path in paths]
                 first, *others = torch.autograd.grad(output, [entering, *returned], gradients[number])
             gradients[number] = first
-            yield {path: (seen[path][0].detach(), other) for path, other in zip(paths, others, strict=True)}
+            found = {path: (seen[path][0].detach(), other) for path, other in zip(paths, others, strict=True)}
+            del seen, entering, output, returned, first, others  # the graph is as large as the moments it is added to
+            yield found
 
     def advance(self, block: nn.Module, index: int) -> None:
         """The hidden states become what a block makes of them."""
-        small = sum(parameter.numel() for parameter in block.parameters()) <= _SMALL_BLOCK
-        tasks = (partial(self._output, block, index, inputs) for inputs in self.hidden)
+        small, widened = _size(block) <= _SMALL_BLOCK, Widened()
+        tasks = (partial(self._output, block, index, inputs, widened) for inputs in self.hidden)
         for number, outputs in enumerate(in_parallel(tasks, workers_of(self._model.device) if small else 1)):
             self.hidden[number] = outputs
 
@@ -210,7 +240,7 @@ def block_means(
     Returns:
         For each statistic a value for each block; not finite where the model overflows.
     """
-    stream = Stream(source.model, calibration_batches(windows), spill)
+    stream = Stream(source.model, calibration_batches(windows, source.blocks), spill)
     saved = SavedStates(stage, stream.hidden)
     done, means = saved.found() or (0, {name: [] for name in statistics})
     for index in track(range(len(source)), "calibrating", len(source)):
@@ -292,7 +322,9 @@ def run_through(
         track: reports each block.
     """
     alike = (torch.stack(list(group)) for _, group in groupby(chain.from_iterable(batches), key=len))
-    stream = Stream(model.model, [part for windows in alike for part in calibration_batches(windows)], spill)
+    stream = Stream(
+        model.model, [part for windows in alike for part in calibration_batches(windows, model.blocks)], spill
+    )
     for index in track(range(len(model)), stage, len(model)):
         model.expect(index + 1)
         with model.block(index) as block:

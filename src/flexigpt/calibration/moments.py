@@ -31,8 +31,8 @@ class RunningSum:
 class RunningMoment:
     """Adds up X^T X of (tokens, numbers) float32 values: half of each, some rows at a time.
 
-    In float32, as the products are summed up anyway: of a wide MLP the sum is half a gigabyte, and nothing else as large
-    is held beside it.
+    In float32, in which the products are summed up anyway: of a wide MLP the sum is half a gigabyte, and nothing else
+    as large is held beside it.
     """
 
     def __init__(self) -> None:

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from flexigpt.calibration.hidden_states import HiddenStates, SavedStates, Stream, calibration_batches, finished_blocks
 from flexigpt.calibration.moments import RunningMoment
-from flexigpt.model import fast_half
+from flexigpt.calibration.probe import Probe
+from flexigpt.model import Widened, fast_half, find_architecture
 from flexigpt.runtime import CachedStage, Track, silent
 from flexigpt.text import batch_size_for
 from flexigpt.weights import StreamedModel
@@ -52,9 +54,10 @@ def sensitivities(
         stage: where the run leaves what it needs to go on after it was killed; blocks that were done are left out.
         track: reports each block, forward and back.
     """
-    batches, depth = calibration_batches(windows), len(source)
+    batches, depth = calibration_batches(windows, source.blocks), len(source)
     stream = Stream(source.model, batches, spill)
     entering: list[HiddenStates] = []
+    probe = Probe(source.model, windows)
 
     def steps() -> Iterator[tuple[int, dict[str, Sensitivity]] | None]:
         nonlocal stream
@@ -78,7 +81,8 @@ def sensitivities(
                 sums = {path: (RunningMoment(), RunningMoment()) for path in linears}
                 before = stream.at(())
                 before.hidden = entering[index]
-                for seen in before.backward(block, index, stream.hidden, linears):
+                last = _added(block, index, before, probe)
+                for seen in before.backward(block, index, stream.hidden, linears, last):
                     for path, (given, gradient) in seen.items():
                         for running, values in zip(sums[path], (given, gradient), strict=True):
                             running.add(values.flatten(0, -2).float())
@@ -93,6 +97,16 @@ def sensitivities(
             yield step
 
 
+def _added(block: nn.Module, index: int, before: Stream, probe: Probe) -> nn.Linear | None:
+    """The MLP's last linear, where all that a block does with what it writes is to add it."""
+    architecture = find_architecture(before.config)
+    last = block.get_submodule(architecture.roles.down)
+    if architecture.output_norms[1] != architecture.roles.down or type(last) is not nn.Linear:
+        return None
+    factor = probe.residual_factor(block, index, before.hidden[0], architecture.output_norms)
+    return None if factor is None else last
+
+
 def _loss_gradients(
     source: StreamedModel, batches: Sequence[torch.Tensor], leaving: HiddenStates
 ) -> Iterator[torch.Tensor]:
@@ -101,6 +115,8 @@ def _loss_gradients(
     A few windows at a time, since logits are large. Each token's share of the gradient is its own: second moments over
     tokens are those of an empirical Fisher matrix.
     """
+    widened = Widened()
+    source.model.requires_grad_(False)  # its weights get no gradient, and need nothing kept for one
     vocabulary = source.model.config.get_text_config().vocab_size
     for batch, hidden in zip(batches, leaving, strict=True):
         few = batch_size_for(batch.shape[1], vocabulary, _LOGITS)
@@ -108,7 +124,7 @@ def _loss_gradients(
         for ids, states in zip(batch.split(few), hidden.split(few), strict=True):
             states = states.detach().requires_grad_()
             ids = ids.to(states.device)
-            with torch.enable_grad(), fast_half(source.model), finished_blocks(source, [states]):
+            with torch.enable_grad(), fast_half(source.model, widened), finished_blocks(source, [states]):
                 logits = source.model(input_ids=ids, use_cache=False).logits[:, :-1]
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
                 parts.append(*torch.autograd.grad(loss, states))

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,18 +15,44 @@ from flexigpt.runtime import widened_rows
 
 _HALF = (torch.bfloat16, torch.float16)
 
+# Weights that are used again are held in float32 up to so many bytes.
+_HELD_BYTES = 2**30
+
 # A quantised weight is of another type, and decodes itself.
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 
-def fast_half(model: PreTrainedModel) -> AbstractContextManager[Any]:
+class Widened:
+    """Weights in float32, kept for as long as this is, up to a gigabyte of them."""
+
+    def __init__(self) -> None:
+        self._left = _HELD_BYTES
+        self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        """It in float32."""
+        if id(weight) in self._held:
+            return self._held[id(weight)][1]
+        wide: torch.Tensor = _widened(weight)
+        if wide is not weight and wide.nbytes <= self._left:
+            self._left -= wide.nbytes
+            self._held[id(weight)] = (weight, wide)  # no other has its number while it is here
+        return wide
+
+
+def fast_half(model: PreTrainedModel, widened: Widened | None = None) -> AbstractContextManager[Any]:
     """Within it a half-precision model on such a CPU multiplies in float32 and rounds each product once.
 
     So do the units of CPUs and GPUs that multiply bfloat16: they add up in float32. On any other machine, or for a
-    float32 model, it does nothing. A weight is held in float32 for the length of one product.
+    float32 model, it does nothing.
+
+    Args:
+        model: the model.
+        widened: where weights are kept in float32 that are used again, and do not change; None: each is held for the
+            length of one product.
     """
     rows = widened_rows(model.dtype) if model.device.type == "cpu" else None
-    return nullcontext() if rows is None else _InFloat32(rows)
+    return nullcontext() if rows is None else _InFloat32(rows, _widened if widened is None else widened)
 
 
 class _InFloat32(TorchFunctionMode):
@@ -43,9 +69,9 @@ class _InFloat32(TorchFunctionMode):
         )
     )
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, widened: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
-        self._rows = rows
+        self._rows, self._weight = rows, widened
 
     def __torch_function__(
         self,
@@ -58,23 +84,72 @@ class _InFloat32(TorchFunctionMode):
         if function not in self._PRODUCTS or args[0].dtype not in _HALF or _rows(function, args) < self._rows:
             return function(*args, **kwargs)
         if function is F.linear and torch.is_grad_enabled() and len(args) == 3 and _is_fixed(args[1:]):
-            return _Linear.apply(*args)
+            return _Linear.apply(*args, self._weight)
         widened = {name: _widened(value) for name, value in kwargs.items()}
-        return function(*map(_widened, args), **widened).to(args[0].dtype)
+        given, *others = args
+        if function is F.linear and others:
+            others[0] = self._weight(others[0])
+        return function(_widened(given), *map(_widened, others), **widened).to(given.dtype)
 
 
 class _Linear(torch.autograd.Function):
     """A fixed weight's product, for whose gradient the weight is kept as it is: in float32 it is twice as large."""
 
     @staticmethod
-    def forward(context: Any, given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        context: Any,
+        given: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        widened: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
         context.save_for_backward(weight)
-        return F.linear(given.float(), weight.float(), None if bias is None else bias.float()).to(given.dtype)
+        context.widened = widened
+        return F.linear(given.float(), widened(weight), None if bias is None else bias.float()).to(given.dtype)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (weight,) = context.saved_tensors
+        return (gradients[0].float() @ context.widened(weight)).to(gradients[0].dtype), None, None, None
+
+
+class _GradientAlone(torch.autograd.Function):
+    """A product that is not computed: zeros, and back through it the gradient."""
+
+    @staticmethod
+    def forward(
+        context: Any, given: torch.Tensor, weight: torch.Tensor, widened: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        context.save_for_backward(weight)
+        context.widened = widened
+        return given.new_zeros(*given.shape[:-1], len(weight))
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (weight,) = context.saved_tensors
-        return (gradients[0].float() @ weight.float()).to(gradients[0].dtype), None, None
+        wide = context.widened(weight)
+        return (gradients[0].to(wide.dtype) @ wide).to(gradients[0].dtype), None, None
+
+
+@contextmanager
+def held_back(linear: nn.Linear, model: PreTrainedModel, widened: Widened) -> Iterator[None]:
+    """Within it a linear with a fixed weight returns zeros without a product, but passes gradients back as ever.
+
+    Args:
+        linear: the linear.
+        model: which it is part of.
+        widened: as `fast_half` takes it.
+    """
+    rows = widened_rows(model.dtype) if model.device.type == "cpu" else None
+
+    def forward(given: torch.Tensor) -> torch.Tensor:
+        fast = rows is not None and _rows(F.linear, (given,)) >= rows
+        return cast(
+            torch.Tensor, _GradientAlone.apply(given, linear.weight, widened if fast else lambda weight: weight)
+        )
+
+    with replaced_forwards([linear], lambda *_: forward):
+        yield
 
 
 def _is_fixed(parameters: tuple[Any, ...]) -> bool:

@@ -89,6 +89,7 @@ def _measure(workspace: Workspace[PruneOptions], stage: CachedStage) -> dict[str
             return {"attention": attention, **eliminate(down, *of_linears[roles.down])._asdict()}
 
         stage.tensors(f"block-{block}", make)
+        of_linears.clear()  # they would be there until the next block's are
     found: dict[str, list[Any]] = {"mlps": [], "attentions": []}
     for block in range(len(source)):
         kept = stage.tensors(f"block-{block}", partial(_missing, stage))

@@ -187,7 +187,7 @@ class ByRemoval:
         if stage.result is not None:
             yield from (None for _ in others)
             return
-        batches = calibration_batches(workspace.windows)
+        batches = calibration_batches(workspace.windows, source.blocks)
         whole = Stream(source.model, batches, workspace.hidden_in(len(source)))
         without: dict[int, Stream] = {}
         for index in others:

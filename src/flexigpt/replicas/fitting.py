@@ -7,7 +7,7 @@ before it left.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from flexigpt.calibration import HiddenStates, RunningMoment, RunningSum, Stream, calibration_batches
+from flexigpt.calibration import HiddenStates, Probe, RunningMoment, RunningSum, Stream, calibration_batches
 from flexigpt.model import ModelShape, find_architecture, replaced_forwards, watched, weight_matrix
 from flexigpt.replicas.least_squares import Moments, ridge_fit
 from flexigpt.runtime import CachedStage, Track, silent
@@ -26,9 +26,6 @@ from flexigpt.weights import StreamedModel, exchange_parameters
 # Hidden states that a fit holds: both streams before and behind a block, the source's behind the removed ones after it,
 # what the source's attention writes, what ours gathers, and what our block puts out before the MLP is fitted.
 _COPIES = 8
-
-# How far a block may be from adding its sublayers' outputs to its input, and still count as doing so.
-_ADDITIVE_TOLERANCE = 0.02
 
 # Of the mean variance of an MLP's units, the weight of leaving its last linear as it was, where fewer units are left.
 _UNITS_RIDGE = 1e-3
@@ -74,8 +71,8 @@ def refit_kept(
         stage: keeps what is fitted, which a run that was killed finds again.
         track: reports each block.
     """
-    theirs = Stream(source.model, calibration_batches(windows), spill)
-    ours, probe = theirs.at(theirs.hidden), Stream(source.model, windows[:1].split(1))
+    theirs = Stream(source.model, calibration_batches(windows, source.blocks), spill)
+    ours, probe = theirs.at(theirs.hidden), Probe(source.model, windows)
     bases, units = pruned.layout.bases, units or {}
     left_alone, own_change = {*bases, *bases.values()}, {*units, *changed}
     different = [i for i, block in enumerate(standing) if block is None or block in bases or block in own_change]
@@ -89,7 +86,7 @@ def refit_kept(
             if not fits or number is None:
                 behind = theirs.at(theirs.outputs(own, index))
             else:
-                noted = _Noted(own, index, theirs, probe.at([theirs.hidden[0][:1]]), units.get(number))
+                noted = _Noted(own, index, theirs, probe, units.get(number))
                 behind = theirs.at(noted.outputs())
             if number is not None:
                 with pruned.block(number) as block:
@@ -123,7 +120,7 @@ class _Noted:
         own: the block.
         index: its number.
         theirs: the source's stream before it.
-        probe: a single window of it.
+        probe: of the text.
         units: which of its MLP's hidden units are left; None: all.
 
     Attributes:
@@ -133,12 +130,12 @@ class _Noted:
         writes: by path, what was written, batch by batch, as far as it is needed.
     """
 
-    def __init__(self, own: nn.Module, index: int, theirs: Stream, probe: Stream, units: torch.Tensor | None) -> None:
+    def __init__(self, own: nn.Module, index: int, theirs: Stream, probe: Probe, units: torch.Tensor | None) -> None:
         architecture = find_architecture(theirs.config)
         self.own, self.index, self.theirs, self._units = own, index, theirs, units
         self.writers = architecture.output_norms
         self.linears = (architecture.roles.output, architecture.roles.down)
-        self.factor = self._residual_factor(probe)
+        self.factor = probe.residual_factor(own, index, theirs.hidden[0], self.writers)
         paths = dict.fromkeys(self.writers + self.linears)
         if self.factor is not None and self.writers == self.linears:
             del paths[self.linears[1]]  # what it should write follows from where the block should put its stream
@@ -170,31 +167,6 @@ class _Noted:
         inputs, targets = self._of_units
         return ridge_fit(weight, Moments(inputs.total(), targets.total), _UNITS_RIDGE)
 
-    def _residual_factor(self, probe: Stream) -> float | None:
-        """A block that normalises the sum (OPT 350M) or scales it (Granite) tells by what it does with zeros."""
-        entering = probe.hidden[0].double()
-        with watched(self.own, self.writers) as seen:
-            leaving = next(probe.outputs(self.own, self.index)).double()
-            writes = [seen[path][1].reshape(leaving.shape).double() for path in self.writers]
-        written = torch.stack(writes).sum(0)
-        passed = self._output_of(torch.zeros_like(entering), probe)
-        if torch.equal(leaving, entering):  # what it writes is zero, or lost in rounding: it is made to write something
-            one = entering.abs() + 1
-            written, leaving = one * len(self.writers), self._output_of(one, probe)
-        added = leaving - entering
-        factor = ((added * written).sum() / written.square().sum()).item()
-        off = max((passed - entering).norm().item(), (added - factor * written).norm().item())
-        return factor if off <= _ADDITIVE_TOLERANCE * added.norm().item() else None
-
-    def _output_of(self, written: torch.Tensor, probe: Stream) -> torch.Tensor:
-        """What the block makes of a window where each of its writers writes this; float64."""
-        with ExitStack() as hooks:
-            for path in self.writers:
-                writer = self.own.get_submodule(path)
-                handle = writer.register_forward_hook(lambda _, __, out: written.to(out).view(out.shape))
-                hooks.callback(handle.remove)
-            return next(probe.outputs(self.own, self.index)).double()
-
 
 def with_one(block: nn.Module, path: str, given: torch.Tensor) -> torch.Tensor:
     """What a linear is given, and where it has a bias a one beside it: the bias is fitted as its last column."""
@@ -216,8 +188,7 @@ class _BlockFit:
         self._block, self._noted, self._ours, self._leaving = block, noted, ours, leaving
         self._modules = dict(block.named_modules())
         self._fitted: dict[str, torch.Tensor] = {}
-        # What the attention's last linear was given; where the MLP's was as it had been, the same, and what the block
-        # put out.
+        # What the attention's last linear was given; the same of the MLP's, and what the block puts out without it.
         self._gathered, self._given, self._output = (HiddenStates((), ours.hidden.folder) for _ in range(3))
 
     def run(self) -> dict[str, torch.Tensor]:
@@ -253,10 +224,9 @@ class _BlockFit:
             exchange_parameters(self._block, {path: fitted[path] for path in fitted if path not in behind})
             for _ in self._through_mlp(down):
                 pass
-        before = {path: self._block.get_parameter(path) for path in behind}
-        change = {path: (values.double() - before[path].double()).float() for path, values in behind.items()}
         exchange_parameters(self._block, fitted)
-        weight, bias = change[f"{down}.weight"], change.get(f"{down}.bias")
+        values = {path: values.float() for path, values in behind.items()}
+        weight, bias = values[f"{down}.weight"], values.get(f"{down}.bias")
         weight = weight if isinstance(self._linear(down), Conv1D) else weight.T
 
         def mended(given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -267,7 +237,7 @@ class _BlockFit:
 
     @property
     def _is_mended_behind(self) -> bool:
-        """Whether what a change of the MLP's last linear does can be added to what the block put out."""
+        """Whether what the MLP's last linear writes can be added to what the block puts out without it."""
         noted = self._noted
         return noted.factor is not None and noted.writers[1] == noted.linears[1]
 
@@ -300,7 +270,7 @@ class _BlockFit:
             given = with_one(self._block, path, seen[0].flatten(0, -2).float())
             inputs.add(given)
             if writer == path and noted.factor is not None:
-                wished = seen[1].reshape(output.shape) + (self._leaving[number] - output) / noted.factor
+                wished = (self._leaving[number].float() - output.float()) / noted.factor
             else:
                 wished = noted.writes[path][number]
             targets.add(wished.flatten(0, -2).float().T @ given)
@@ -311,8 +281,11 @@ class _BlockFit:
         return (self._noted.theirs.hidden[number] - self._ours.hidden[number]) / factor
 
     def _through_mlp(self, path: str) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor], torch.Tensor]]:
-        """Runs the block: number of the batch, what its MLP's last linear was given and returned, the output."""
-        with self._attention_done():
+        """Runs the block: number of the batch, what its MLP's last linear was given and returned, the output.
+
+        Where that can be added afterwards, the linear returns zeros.
+        """
+        with self._attention_done(), self._mlp_held_back(path):
             for number, seen, output in self._passes(path):
                 if self._is_mended_behind:
                     self._given.append(seen[0].reshape(*output.shape[:-1], -1))
@@ -326,6 +299,18 @@ class _BlockFit:
         gathered = iter(self._gathered)
         attention = [self._block.get_submodule(last.rpartition(".")[0])] if len(self._gathered) else []
         with replaced_forwards(attention, lambda *_: lambda *_, **__: (self._modules[last](next(gathered)), None)):
+            yield
+
+    @contextmanager
+    def _mlp_held_back(self, path: str) -> Iterator[None]:
+        """Within it the MLP's last linear, if it is mended behind the block, returns zeros without a product."""
+        hidden_size = self._ours.hidden[0].shape[-1]
+        last = [self._modules[path]] if self._is_mended_behind else []
+
+        def zeros(given: torch.Tensor) -> torch.Tensor:
+            return given.new_zeros(()).expand(*given.shape[:-1], hidden_size)
+
+        with replaced_forwards(last, lambda *_: zeros):
             yield
 
     def _passes(self, path: str) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor], torch.Tensor]]:

@@ -53,8 +53,7 @@ def ridge_fit(weight: torch.Tensor, moments: Moments, ridge: float = _RIDGE) -> 
     Returns:
         V, (outputs, inputs), in the moments' dtype.
     """
-    kept = weight.to(moments.inputs.dtype)
-    residual = (moments.targets - kept @ moments.inputs).T
-    root = damped(moments.inputs, ridge)[0]
-    solved = torch.linalg.solve_triangular(root, residual, upper=False)  # cholesky_solve would copy the root
-    return kept + torch.linalg.solve_triangular(root.mT, solved, upper=True).T
+    root, damping = damped(moments.inputs, ridge)
+    wished = torch.add(moments.targets, weight.to(moments.targets.dtype) * damping).T
+    solved = torch.linalg.solve_triangular(root, wished, upper=False)  # cholesky_solve would copy the root
+    return torch.linalg.solve_triangular(root.mT, solved, upper=True).T
