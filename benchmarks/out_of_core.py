@@ -215,12 +215,12 @@ def floor_seconds(
 
 def floor_of_units(folder: Path, config: LlamaConfig, tokens: int, ratio: float, device: str) -> dict[str, float]:
     """The same of the default preset, by docs/speed.md."""
-    rate, double = matmul_rate(device), matmul_rate(device, torch.float64)
+    rate = matmul_rate(device)
     blocks = [t for name, t in empty_model(config).named_parameters() if ".layers." in name and t.ndim == 2]
     hidden, units, depth = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     attention = 4 * tokens * hidden * depth * 512 / 2
     forward = (2 * tokens * sum(t.numel() for t in blocks) + attention) / rate
-    # Of a symmetric product half is computed.
+    # Of a symmetric product half is computed; on the way back, no product of an MLP's last linear.
     moments = tokens * depth * (units**2 + 3 * hidden**2) / rate
     kept = 1 - ratio * sum(t.numel() for t in blocks) / (3 * hidden * units * depth)
     left = kept * units
@@ -228,9 +228,9 @@ def floor_of_units(folder: Path, config: LlamaConfig, tokens: int, ratio: float,
     num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return {
         "reading": num_bytes / read_rate(next(iter(sorted(folder.glob("*.safetensors"))))),
-        "gradients": 3 * forward + 3 * 2 * tokens * config.vocab_size * hidden / rate,
+        "gradients": 3 * forward + (4 * config.vocab_size - 2 * units * depth) * tokens * hidden / rate,
         "moments": moments,
-        "units": depth * 2 * units**3 / double,
+        "units": depth * 2 * units**3 / rate,
         "source": forward,
         "ours": (1 - ratio) * forward,
         "fits": fits,
@@ -262,9 +262,9 @@ def forward_seconds(source: Path, arguments: argparse.Namespace) -> float:
     return float(ran.stdout.split()[-1])
 
 
-def matmul_rate(device: str, dtype: torch.dtype = torch.float32) -> float:
-    """FLOPs a second of a matrix product, the best of some; on a GPU in bfloat16 where a CPU multiplies in float32."""
-    size, dtype = (1024, dtype) if device == "cpu" else (8192, torch.bfloat16 if dtype == torch.float32 else dtype)
+def matmul_rate(device: str) -> float:
+    """FLOPs a second of a matrix product, the best of some: on a CPU in float32, on a GPU in bfloat16."""
+    size, dtype = (1024, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
     side = torch.randn(size, size, device=device).to(dtype)
     best = 0.0
     for _ in range(4):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from families import FAMILIES, tiny_model, token_ids
-from flexigpt.model import fast_half
+from flexigpt.model import Widened, fast_half, held_back
 from flexigpt.model import run as half_precision
 
 HALF = (torch.bfloat16, torch.float16)
@@ -75,3 +75,39 @@ def test_the_gradient_through_a_fixed_weight_is_that_of_float32_rounded_once(wit
     assert {tensor.dtype for tensor in saved} == {torch.bfloat16}
     assert torch.equal(found, (wished.double() @ linear.weight.double()).float().bfloat16())
     assert torch.equal(output, linear.double()(given.double()).float().bfloat16())
+
+
+@torch.no_grad()
+def test_weights_that_are_kept_in_float32_change_nothing(
+    without_kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no more are kept than memory is meant for."""
+    monkeypatch.setattr(half_precision, "HELD_BYTES", 3 * 64 * 64 * 4)
+    model, ids, widened = tiny_model("llama", torch.bfloat16), token_ids(), Widened()
+    with fast_half(model):
+        expected = model(ids).logits
+    for _ in range(2):
+        with fast_half(model, widened):
+            assert torch.equal(model(ids).logits, expected)
+    kept = sum(widened(p).data_ptr() == widened(p).data_ptr() for p in model.parameters() if p.ndim == 2)
+    assert 0 < kept < sum(p.ndim == 2 for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_a_linear_that_is_held_back_returns_zeros_and_the_gradient_it_would(
+    without_kernels: None, dtype: torch.dtype
+) -> None:
+    model = tiny_model("llama", dtype)
+    linear = torch.nn.Linear(64, 32, bias=True, dtype=dtype).requires_grad_(False)
+    for rows in (2, 8):  # too few for float32, and enough
+        given = torch.randn(1, rows, 64).to(dtype).requires_grad_()
+        wished = torch.randn(1, rows, 32).to(dtype)
+        with fast_half(model):
+            (expected,) = torch.autograd.grad(linear(given), given, wished)
+            with held_back(linear, model, Widened()):
+                output = linear(given)
+            (found,) = torch.autograd.grad(output, given, wished)
+        assert output.shape == wished.shape
+        assert not output.any()
+        assert torch.equal(found, expected)
+    assert linear(given).any()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         BlockStatistic,
         HiddenStates,
         Stream,
+        batch_tokens,
         block_means,
         calibration_batches,
         check_means,

@@ -57,6 +57,6 @@ if TYPE_CHECKING:
         plan_in_words,
         plan_summary,
     )
-    from flexigpt.model.run import Widened, block_output, fast_half, held_back, replaced_forwards, watched
+    from flexigpt.model.run import HELD_BYTES, Widened, block_output, fast_half, held_back, replaced_forwards, watched
 else:
     lazy_door(__name__)

@@ -16,7 +16,7 @@ from flexigpt.runtime import widened_rows
 _HALF = (torch.bfloat16, torch.float16)
 
 # Weights that are used again are held in float32 up to so many bytes.
-_HELD_BYTES = 2**30
+HELD_BYTES = 2**30
 
 # A quantised weight is of another type, and decodes itself.
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -26,7 +26,7 @@ class Widened:
     """Weights in float32, kept for as long as this is, up to a gigabyte of them."""
 
     def __init__(self) -> None:
-        self._left = _HELD_BYTES
+        self._left = HELD_BYTES
         self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import psutil
 
+from flexigpt.calibration import batch_tokens
 from flexigpt.evaluation import LOGITS_BUDGET
-from flexigpt.model import Replica
+from flexigpt.model import HELD_BYTES, Replica
 from flexigpt.pruning.distances import BASE_DISTANCES
 from flexigpt.pruning.options import PruneOptions
 from flexigpt.pruning.source import Asked, CheckedSource, Texts, Workspace
@@ -20,16 +21,15 @@ _LATER = 192 * 2**20
 # Copies of the largest linear that factoring it or initialising its adapter holds, in bytes a number.
 _FACTOR_BYTES = 28
 
-# What a fit holds of float64 numbers: moments of the widest inputs, and copies of the largest linear.
-_FIT_MOMENTS, _FIT_LINEARS = 2, 6
+# What is held of float32 numbers, in copies of the largest linear: while text goes through a block, beside the second
+# moments of the widest inputs; then by a fit, or by taking units away, which hold those moments twice.
+_SUM_LINEARS, _FIT_LINEARS, _UNITS_LINEARS = 3, 6, 3
 
-# What taking units away holds of them; by how much a backward pass multiplies a block's activations; and logits of a
-# few windows with their gradients, in bytes.
-_UNITS_MOMENTS, _UNITS_LINEARS, _BACKWARD, _LOSS_BYTES = 2, 3, 3, 4 * 2**26
+# By how much a backward pass multiplies a block's activations; logits of a few windows with their gradients, in bytes.
+_BACKWARD, _LOSS_BYTES = 3, 4 * 2**26
 
-# Float32 tensors of the MLP's width that a block holds while it runs, in bytes a number; tokens of a batch in
-# calibration.
-_ACTIVATIONS, _BATCH_TOKENS = 6 * 4, 2048
+# Float32 tensors of the MLP's width that a block holds while it runs, in bytes a number.
+_ACTIVATIONS = 6 * 4
 
 # Copies of logits in float32 that perplexity holds, in bytes a number.
 _LOGITS_BYTES = 4 * 4
@@ -87,25 +87,29 @@ def _estimate(checked: CheckedSource[Asked], texts: Texts, written: int, ranks: 
     shape, itemsize, options = checked.shape, checked.itemsize, checked.options
     largest = max(outputs * inputs for outputs, inputs in shape.linears.values())
     widest = max(max(size) for size in shape.linears.values())
-    inputs = [inputs for _, inputs in shape.linears.values()]
-    block = 2 * shape.block_parameters * itemsize + 4 * largest
-    running = block + _ACTIVATIONS * _BATCH_TOKENS * widest
-    scratch, factors = 0, bool(ranks)
+    vocabulary = checked.empty.config.get_text_config().vocab_size
+    block = 2 * shape.block_parameters * itemsize
+    in_float32 = _in_float32(shape.block_parameters, itemsize, 4 * largest)
+    activations = _ACTIVATIONS * batch_tokens(checked.window_length, shape.block_parameters) * widest
+    running, scratch, factors = in_float32 + activations, 0, bool(ranks)
     if isinstance(options, PruneOptions):
         chooses = options.plan is None and not options.remove and not options.by_units
+        moments, held = 4 * max(inputs for _, inputs in shape.linears.values()) ** 2, 0
         if options.calibrates:
             copies = hidden_copies(shape) if options.refit_kept else 1
             copies = max(copies, checked.depth + 1) if options.by_units else copies
             tokens = copies * texts.windows.numel()
             hidden = tokens * shape.hidden_size * itemsize
-            scratch, running = (hidden, running) if checked.needs_file(tokens) else (0, running + hidden)
-        fitting = choosing = 0
+            scratch, held = (hidden, 0) if checked.needs_file(tokens) else (0, hidden)
+        # One after the other: text goes through a block, its sums are put to use, the next.
+        steps = [running]
         if options.refit_kept:
-            fitting = 8 * (_FIT_MOMENTS * max(inputs) ** 2 + _FIT_LINEARS * largest)
+            steps += [running + moments + 4 * _SUM_LINEARS * largest, 2 * moments + 4 * _FIT_LINEARS * largest]
         if options.by_units:
-            choosing = (_BACKWARD - 1) * _ACTIVATIONS * _BATCH_TOKENS * widest + _LOSS_BYTES
-            choosing += 8 * (_UNITS_MOMENTS * max(inputs) ** 2 + _UNITS_LINEARS * largest)
-        running += max(fitting, choosing)  # one after the other
+            back = in_float32 + _BACKWARD * activations
+            steps += [back + moments + 4 * _SUM_LINEARS * largest, 2 * moments + 4 * _UNITS_LINEARS * largest]
+            steps += [_LOSS_BYTES + _in_float32(vocabulary * shape.hidden_size, itemsize, 0)]
+        running = max(steps) + held
         if chooses and BASE_DISTANCES[options.base_distance].prepare is not None:
             factors = True
             pairs = checked.depth * checked.rank * 8
@@ -116,12 +120,20 @@ def _estimate(checked: CheckedSource[Asked], texts: Texts, written: int, ranks: 
     if texts.text is not None:
         tokens, length = texts.text.ids.numel(), checked.window_length
         hidden = tokens * shape.hidden_size * itemsize
-        vocabulary = checked.empty.config.get_text_config().vocab_size
         batch = min(tokens, length * batch_size_for(length, vocabulary, LOGITS_BUDGET))
         in_file = checked.needs_file(tokens)
         scratch = max(scratch, hidden if in_file else 0)
-        measuring = block + _ACTIVATIONS * batch * widest + _LOGITS_BYTES * batch * vocabulary + (not in_file) * hidden
-    held = psutil.Process().memory_info().rss + _LATER
+        measuring = (
+            in_float32 + _ACTIVATIONS * batch * widest + _LOGITS_BYTES * batch * vocabulary + (not in_file) * hidden
+        )
+    process = psutil.Process().memory_info().rss + _LATER
     return Estimate(
-        written=written * itemsize, scratch=scratch, memory=held + outside + max(running, factoring, measuring)
+        written=written * itemsize,
+        scratch=scratch,
+        memory=process + outside + max(block + max(running, measuring), factoring),
     )
+
+
+def _in_float32(parameters: int, itemsize: int, at_least: int) -> int:
+    """Bytes of weights in half precision that are also held in float32."""
+    return max(min(HELD_BYTES, 4 * parameters), at_least) if itemsize < 4 else 0
