@@ -73,6 +73,7 @@ class HiddenStates:
     def __init__(self, batches: Iterable[torch.Tensor], folder: Path | None = None) -> None:
         self.folder = folder
         self.held: list[torch.Tensor] = []
+        self._maps: list[mmap.mmap] = []
         self._device = torch.device("cpu")
         for batch in batches:
             self.append(batch)
@@ -80,32 +81,43 @@ class HiddenStates:
     def append(self, batch: torch.Tensor) -> None:
         """One more."""
         self._device = batch.device
-        self.held.append(batch if self.folder is None else _in_file(batch.cpu(), self.folder))
+        if self.folder is not None:
+            self._maps.append(_in_file(batch.cpu(), self.folder))
+            batch = torch.frombuffer(self._maps[-1], dtype=batch.dtype).view(batch.shape)
+        self.held.append(batch)
 
     def __len__(self) -> int:
         return len(self.held)
 
     def __getitem__(self, number: int) -> torch.Tensor:
         # A copy of what a file holds: that may be overwritten while the batch is in use.
-        return self.held[number].to(self._device, copy=self.folder is not None)
+        batch = self.held[number].to(self._device, copy=self.folder is not None)
+        self._forget(number)
+        return batch
 
     def __setitem__(self, number: int, batch: torch.Tensor) -> None:
         if self.folder is None:
             self.held[number] = batch
         else:
             self.held[number].copy_(batch)
+            self._forget(number)
+
+    def _forget(self, number: int) -> None:
+        """What was read or written stays in its file, and in memory only where the system has no use for that."""
+        if self._maps and hasattr(mmap, "MADV_DONTNEED"):
+            self._maps[number].madvise(mmap.MADV_DONTNEED)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return (self[number] for number in range(len(self)))
 
 
-def _in_file(batch: torch.Tensor, folder: Path) -> torch.Tensor:
+def _in_file(batch: torch.Tensor, folder: Path) -> mmap.mmap:
     """The same values, mapped from a file that has no name, so that nothing is left of it."""
     values: Any = batch.contiguous().flatten().view(torch.uint8).numpy()
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(memoryview(values))  # written, not mapped first, so that a full disk is an error
         file.flush()
-        return torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=batch.dtype).view(batch.shape)
+        return mmap.mmap(file.fileno(), 0)
 
 
 class Stream:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         find_device,
         machine_lines,
         peak_bytes,
+        return_memory,
         slow_half,
         versions,
         widened_rows,

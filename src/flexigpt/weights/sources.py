@@ -13,10 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from flexigpt.model import all_tensors, empty_of_blocks, fill_model, layout_of
-from flexigpt.runtime import Cache, InputError, Track, check_dtype, find_device, silent
+from flexigpt.runtime import Cache, InputError, Track, check_dtype, find_device, return_memory, silent
 from flexigpt.weights.files import StoredTensor, WeightFiles, located, names_in_files, open_weights
 from flexigpt.weights.open import check_numbers, generation_config, open_empty
 from flexigpt.weights.shards import Piece
+
+# Text on its way through a block of more parameters leaves holes in memory that add up.
+_LARGE_BLOCK = 2**24
 
 # Names of parameters -> their values.
 Read = Callable[[Sequence[str]], dict[str, torch.Tensor]]
@@ -91,6 +94,8 @@ class StreamedModel:
                 for number in {index, self.layout.bases.get(index, index)}:
                     filled.enter_context(self._filled(number))
             yield self.blocks[index]
+        if self._read is not None and sum(p.numel() for p in self.blocks[index].parameters()) > _LARGE_BLOCK:
+            return_memory()
 
     @contextmanager
     def _filled(self, index: int) -> Iterator[None]:
