@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexigpt.model import Widened, block_output, fast_half, held_back, layout_of, replaced_forwards, watched
-from flexigpt.runtime import CachedStage, InputError, Track, in_parallel, silent, workers_of
+from flexigpt.runtime import CachedStage, InputError, Track, in_parallel, return_memory, silent, workers_of
 from flexigpt.text import batch_size_for
 from flexigpt.weights import StreamedModel
 
@@ -38,6 +38,9 @@ _SMALL_BLOCK = 2**24
 
 # Hidden states are saved so often, and never for more than a twentieth of the time.
 _SAVE_SECONDS, _SAVE_SHARE = 60.0, 20
+
+# Where memory is scarce, so many batches may leave holes in it before these are given back.
+_BETWEEN = 4
 
 BlockStatistic = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -106,6 +109,8 @@ class HiddenStates:
         """What was read or written stays in its file, and in memory only where the system has no use for that."""
         if self._maps and hasattr(mmap, "MADV_DONTNEED"):
             self._maps[number].madvise(mmap.MADV_DONTNEED)
+        if self._maps and not number % _BETWEEN:
+            return_memory()
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return (self[number] for number in range(len(self)))
