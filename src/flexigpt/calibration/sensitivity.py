@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from flexigpt.calibration.hidden_states import HiddenStates, SavedStates, Stream, calibration_batches, finished_blocks
 from flexigpt.calibration.moments import RunningMoment
 from flexigpt.calibration.probe import Probe
+from flexigpt.calibration.states import SourceStates
 from flexigpt.model import Widened, fast_half, find_architecture
 from flexigpt.runtime import CachedStage, Track, silent
 from flexigpt.text import batch_size_for
@@ -38,6 +39,7 @@ def sensitivities(
     linears: Sequence[str],
     *,
     spill: Path | None = None,
+    states: SourceStates | None = None,
     stage: CachedStage | None = None,
     track: Track = silent,
 ) -> Iterator[tuple[int, dict[str, Sensitivity]]]:
@@ -51,13 +53,14 @@ def sensitivities(
         windows: (windows, tokens) ids.
         linears: paths within a block.
         spill: folder for files that hold the hidden states; None: memory does, as many copies as there are blocks.
+        states: keeps what the text is on its way through the source; None: nothing is kept.
         stage: where the run leaves what it needs to go on after it was killed; blocks that were done are left out.
         track: reports each block, forward and back.
     """
     batches, depth = calibration_batches(windows, source.blocks), len(source)
     stream = Stream(source.model, batches, spill)
     entering: list[HiddenStates] = []
-    probe = Probe(source.model, windows)
+    probe, attention = Probe(source.model, windows), find_architecture(source.model.config).roles.output
 
     def steps() -> Iterator[tuple[int, dict[str, Sensitivity]] | None]:
         nonlocal stream
@@ -65,8 +68,12 @@ def sensitivities(
             source.expect(index + 1)
             entering.append(stream.hidden)
             with source.block(index) as block:
-                stream = stream.at(stream.outputs(block, index))
+                passed = stream.outputs(block, index)
+                stream = stream.at(passed if states is None else states.outputs(stream, block, index, attention))
             yield None
+        if states is not None:
+            states.entering = [*entering, stream.hidden]
+            stream = stream.at(stream.hidden)
         saved = SavedStates(stage, stream.hidden)
         found = saved.found()
         done = 0 if found is None else found[0]
@@ -79,8 +86,7 @@ def sensitivities(
                 continue
             with source.block(index) as block:
                 sums = {path: (RunningMoment(), RunningMoment()) for path in linears}
-                before = stream.at(())
-                before.hidden = entering[index]
+                before = stream.over(entering[index])
                 last = _added(block, index, before, probe)
                 for seen in before.backward(block, index, stream.hidden, linears, last):
                     for path, (given, gradient) in seen.items():

@@ -7,7 +7,7 @@ before it left.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,15 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from flexigpt.calibration import HiddenStates, Probe, RunningMoment, RunningSum, Stream, calibration_batches
+from flexigpt.calibration import (
+    HiddenStates,
+    Probe,
+    RunningMoment,
+    RunningSum,
+    SourceStates,
+    Stream,
+    calibration_batches,
+)
 from flexigpt.model import ModelShape, find_architecture, replaced_forwards, watched, weight_matrix
 from flexigpt.replicas.least_squares import Moments, ridge_fit
 from flexigpt.runtime import CachedStage, Track, silent
@@ -50,6 +58,7 @@ def refit_kept(
     units: Mapping[int, torch.Tensor] | None = None,
     changed: Sequence[int] = (),
     spill: Path | None = None,
+    states: SourceStates | None = None,
     stage: CachedStage | None = None,
     track: Track = silent,
 ) -> None:
@@ -68,6 +77,7 @@ def refit_kept(
         units: by block of the pruned model, which of the source's hidden units its MLP has, where not all.
         changed: further blocks that differ from the source's, as those whose attention is gone.
         spill: folder for files that hold the hidden states; None: memory does, `hidden_copies` times.
+        states: what the text is on its way through the source, where that is known, and the source need not run again.
         stage: keeps what is fitted, which a run that was killed finds again.
         track: reports each block.
     """
@@ -83,29 +93,36 @@ def refit_kept(
         fits = number is not None and (mends or number in own_change) and number not in left_alone
         source.expect(index + 1)
         with source.block(index) as own:
-            if not fits or number is None:
-                behind = theirs.at(theirs.outputs(own, index))
+            noted = _Noted(own, index, theirs, probe, units.get(number)) if fits and number is not None else None
+            if states is not None:
+                behind = theirs.over(states.entering[index + 1])
             else:
-                noted = _Noted(own, index, theirs, probe, units.get(number))
-                behind = theirs.at(noted.outputs())
+                behind = theirs.at(theirs.outputs(own, index) if noted is None else noted.outputs())
+            if noted is not None and states is not None:
+                noted.recall(states.written[index])
             if number is not None:
                 with pruned.block(number) as block:
-                    if fits:
-                        leaving = _past_removed(source, standing, index + 1, behind).hidden
+                    if noted is not None:
+                        leaving = _past_removed(source, standing, index + 1, behind, states).hidden
                         fit = _BlockFit(block, noted, ours, leaving)
                         fitted = fit.run() if stage is None else stage.tensors(f"fitted-{number}", fit.run)
                         fitted = {path: values.to(source.device) for path, values in fitted.items()}
                         ours.hidden = fit.advanced(fitted)
                         pruned.own(number, fitted)
-                        del fit, noted  # what they hold of the text is as large as the streams
+                        del fit  # what it holds of the text is as large as the streams
                     else:
                         ours.advance(block, index)
+            del noted
         theirs = behind
 
 
-def _past_removed(source: StreamedModel, standing: Sequence[int | None], index: int, theirs: Stream) -> Stream:
+def _past_removed(
+    source: StreamedModel, standing: Sequence[int | None], index: int, theirs: Stream, states: SourceStates | None
+) -> Stream:
     """The source's stream before a block, or behind the removed ones that begin there."""
     removed = list(takewhile(lambda i: standing[i] is None, range(index, len(standing))))
+    if states is not None:
+        return theirs.over(states.entering[index + len(removed)])
     stream = theirs.at(theirs.hidden) if removed else theirs
     for number in removed:
         with source.block(number) as block:
@@ -124,6 +141,8 @@ class _Noted:
         units: which of its MLP's hidden units are left; None: all.
 
     Attributes:
+        inner: paths of the linears that compute the MLP's hidden units.
+        left, gone: which of these units are left, and which are not; None: all are left.
         writers: paths of the last modules of attention and MLP, which write to the residual stream.
         linears: paths of their last linears: the same ones, or the norms follow.
         factor: by what the block scales what these write when it adds it to its input; None if it does not just add.
@@ -132,7 +151,12 @@ class _Noted:
 
     def __init__(self, own: nn.Module, index: int, theirs: Stream, probe: Probe, units: torch.Tensor | None) -> None:
         architecture = find_architecture(theirs.config)
-        self.own, self.index, self.theirs, self._units = own, index, theirs, units
+        self.own, self.index, self.theirs = own, index, theirs
+        self.left: torch.Tensor | None = None
+        self.gone: torch.Tensor | None = None
+        if units is not None:
+            self.left, self.gone = _left_and_gone(own, architecture.roles.down, units)
+        self.inner = tuple(path for path in (architecture.roles.gate, architecture.roles.up) if path is not None)
         self.writers = architecture.output_norms
         self.linears = (architecture.roles.output, architecture.roles.down)
         self.factor = probe.residual_factor(own, index, theirs.hidden[0], self.writers)
@@ -140,38 +164,46 @@ class _Noted:
         if self.factor is not None and self.writers == self.linears:
             del paths[self.linears[1]]  # what it should write follows from where the block should put its stream
         self.writes = {path: HiddenStates((), theirs.hidden.folder) for path in paths}
-        # Of the MLP's last linear: what the units that are left give, and what is written with all of them.
-        self._of_units = (RunningMoment(), RunningSum())
 
     def outputs(self) -> Iterator[torch.Tensor]:
         """What the block makes of the stream, batch by batch."""
-        down = self.linears[1]
-        with watched(self.own, {*self.writes, down}) as seen:
+        with watched(self.own, self.writes) as seen:
             for output in self.theirs.outputs(self.own, self.index):
                 for path, writes in self.writes.items():
                     writes.append(seen[path][1].reshape(output.shape))
-                if self._units is not None:
-                    given, written = (values.flatten(0, -2).float() for values in seen[down])
-                    given = with_one(self.own, down, given[:, self._units.to(given.device)])
-                    self._of_units[0].add(given)
-                    self._of_units[1].add(written.T @ given)
                 yield output
 
-    def start(self, path: str, linear: nn.Module) -> torch.Tensor:
-        """Where a linear's fit begins: as it is, or, with fewer units, refitted to these alone; its bias behind it."""
-        weight = weight_matrix(linear)
-        if linear.bias is not None:
-            weight = torch.cat([weight, cast(torch.Tensor, linear.bias)[:, None]], 1)
-        if self._units is None or path != self.linears[1]:
-            return weight
-        inputs, targets = self._of_units
-        return ridge_fit(weight, Moments(inputs.total(), targets.total), _UNITS_RIDGE)
+    def left_of(self, units: torch.Tensor) -> torch.Tensor:
+        """Those that are left of the MLP's hidden units, (..., units)."""
+        return units if self.left is None else units.index_select(-1, self.left)
+
+    def recall(self, written: HiddenStates) -> None:
+        """The same, where it is known what the attention's last linear returns; the block runs if more is needed."""
+        if list(self.writes) == [self.linears[0]]:
+            self.writes[self.linears[0]] = written
+        else:
+            for _ in self.outputs():
+                pass
 
 
 def with_one(block: nn.Module, path: str, given: torch.Tensor) -> torch.Tensor:
     """What a linear is given, and where it has a bias a one beside it: the bias is fitted as its last column."""
     has_bias = block.get_submodule(path).bias is not None
     return torch.cat([given, torch.ones_like(given[:, :1])], 1) if has_bias else given
+
+
+def _left_and_gone(own: nn.Module, down: str, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Units of an MLP that are left, and those that are not, on its device."""
+    weight = weight_matrix(own.get_submodule(down))
+    gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    left = units.to(weight.device)
+    gone[left] = False
+    return left, gone.nonzero().flatten()
+
+
+def _in_their_place(gone: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """What is added to the weight of the units that are left to write what the others would; the inputs stay."""
+    return ridge_fit(torch.zeros_like(gone), Moments(inputs.clone(), gone), _UNITS_RIDGE)
 
 
 class _BlockFit:
@@ -198,8 +230,14 @@ class _BlockFit:
             linear = self._linear(path)
             if linear is not None:
                 is_mlp = path == noted.linears[1]
-                start = noted.start(path, linear)  # before there are other moments: each may be a gigabyte
-                moments = self._of_mlp(writer, path) if is_mlp else self._of_attention(writer, path)
+                start = weight_matrix(linear)
+                if linear.bias is not None:
+                    start = torch.cat([start, cast(torch.Tensor, linear.bias)[:, None]], 1)
+                if is_mlp:
+                    moments, gone = self._of_mlp(writer, path)
+                    start = start if gone is None else start + _in_their_place(gone, moments.inputs)
+                else:
+                    moments = self._of_attention(writer, path)
                 found = ridge_fit(start, moments)
                 if linear.bias is not None:
                     self._fitted[f"{path}.bias"] = self._like(f"{path}.bias", found[:, -1])
@@ -262,19 +300,26 @@ class _BlockFit:
             targets.add(wished.flatten(0, -2).float().T @ given)
         return Moments(inputs.total(), targets.total)
 
-    def _of_mlp(self, writer: str, path: str) -> Moments:
-        """The same of the MLP's: what it takes to leave the block where the source's stream does."""
-        inputs, targets = RunningMoment(), RunningSum()
+    def _of_mlp(self, writer: str, path: str) -> tuple[Moments, torch.Tensor | None]:
+        """The same of the MLP's: what it takes to leave the block where the source's stream does.
+
+        And E[y x^T] of what units that are gone would write; None: there are all.
+        """
+        inputs, targets, of_gone = RunningMoment(), RunningSum(), RunningSum()
         noted = self._noted
+        weight = None if noted.gone is None else weight_matrix(noted.own.get_submodule(path))[:, noted.gone].float().T
         for number, seen, output in self._through_mlp(path):
-            given = with_one(self._block, path, seen[0].flatten(0, -2).float())
+            given = with_one(self._block, path, noted.left_of(seen[0]).flatten(0, -2).float())
             inputs.add(given)
             if writer == path and noted.factor is not None:
                 wished = (self._leaving[number].float() - output.float()) / noted.factor
             else:
                 wished = noted.writes[path][number]
             targets.add(wished.flatten(0, -2).float().T @ given)
-        return Moments(inputs.total(), targets.total)
+            if noted.gone is not None and weight is not None:
+                lost = seen[0].flatten(0, -2).index_select(1, noted.gone).float() @ weight
+                of_gone.add(lost.T @ given)
+        return Moments(inputs.total(), targets.total), None if noted.gone is None else of_gone.total
 
     def _short(self, number: int, factor: float) -> torch.Tensor:
         """By how much our stream before the block is short of the source's, in what is written."""
@@ -283,14 +328,24 @@ class _BlockFit:
     def _through_mlp(self, path: str) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor], torch.Tensor]]:
         """Runs the block: number of the batch, what its MLP's last linear was given and returned, the output.
 
-        Where that can be added afterwards, the linear returns zeros.
+        The MLP has all of the source's units. Where what it writes can be added afterwards, it returns zeros.
         """
-        with self._attention_done(), self._mlp_held_back(path):
+        with self._attention_done(), self._all_units(path), self._mlp_held_back(path):
             for number, seen, output in self._passes(path):
                 if self._is_mended_behind:
-                    self._given.append(seen[0].reshape(*output.shape[:-1], -1))
+                    self._given.append(self._noted.left_of(seen[0].reshape(*output.shape[:-1], -1)))
                     self._output.append(output)
                 yield number, seen, output
+
+    @contextmanager
+    def _all_units(self, path: str) -> Iterator[None]:
+        """Within it the linears of the MLP are the source's, where units are gone."""
+        names = () if self._noted.left is None else (*self._noted.inner, path)
+        with ExitStack() as undo:
+            for name in dict.fromkeys(names):
+                undo.callback(self._block.set_submodule, name, self._block.get_submodule(name))
+                self._block.set_submodule(name, self._noted.own.get_submodule(name))
+            yield
 
     @contextmanager
     def _attention_done(self) -> Iterator[None]:
@@ -305,7 +360,7 @@ class _BlockFit:
     def _mlp_held_back(self, path: str) -> Iterator[None]:
         """Within it the MLP's last linear, if it is mended behind the block, returns zeros without a product."""
         hidden_size = self._ours.hidden[0].shape[-1]
-        last = [self._modules[path]] if self._is_mended_behind else []
+        last = [self._block.get_submodule(path)] if self._is_mended_behind else []
 
         def zeros(given: torch.Tensor) -> torch.Tensor:
             return given.new_zeros(()).expand(*given.shape[:-1], hidden_size)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexigpt.calibration import SourceStates
 from flexigpt.model import INNER, OUTPUT_NORM, NormedOutput, Plan, Replica, SharedLinear, plan_of
 from flexigpt.replicas.elimination import tensors_of_units
 from flexigpt.replicas.fitting import refit_kept
@@ -139,6 +140,7 @@ def fill(
     units: Mapping[int, torch.Tensor],
     stage: CachedStage,
     spill: Path | None = None,
+    states: SourceStates | None = None,
     track: Track = silent,
 ) -> None:
     """Fills what is the replicas' own, block by block, then refits what is left if that is asked for.
@@ -151,6 +153,7 @@ def fill(
         units: by block, the hidden units that its MLP keeps, where not all.
         stage: keeps what is done, which a run that was killed finds again.
         spill: folder for files that hold the fits' hidden states; None: memory does.
+        states: as `refit_kept` takes them.
         track: reports each replica, and each block behind the first of them.
     """
     plan, layout = plan_of(assembly.model.config), assembly.model.config.sublayer_paths
@@ -163,4 +166,4 @@ def fill(
     if options.refit_kept:
         given = (source, assembly, range(len(assembly)), windows)
         changed = [one.block for one in plan.sublayers]
-        refit_kept(*given, units=units, changed=changed, spill=spill, stage=stage, track=track)
+        refit_kept(*given, units=units, changed=changed, spill=spill, states=states, stage=stage, track=track)
