@@ -2,6 +2,7 @@
 
 import copy
 import json
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from families import (
     token_ids,
 )
 from flexigpt import FlexiGPTForCausalLM, Plan, PruneOptions, Replica, prune, remove
+from flexigpt.calibration import SourceStates, sensitivities
 from flexigpt.model import SublayerReplica, block_output, find_architecture, sublayer_paths
 from flexigpt.replicas import refit_kept, tensors_of_units
 from flexigpt.replicas.least_squares import Moments, ridge_fit
@@ -182,3 +184,29 @@ def test_pruning_can_refit_by_a_plan_with_text_of_its_own(tiny_source: Path, tex
         for one, other in zip(refitted.block_list, plain.block_list, strict=True)
     ]
     assert differ == [False, False, False, True, True, True]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_refit_gives_the_same_whether_the_sources_states_are_known_or_found_again(family: str) -> None:
+    """To the bit, in memory and in files: a run that was killed has to find them again."""
+    source, units = tiny_model(family), {i: torch.arange(i + 1, 16, 2) for i in range(1, NUM_BLOCKS)}
+    roles = find_architecture(source.config).roles
+    rows = [SublayerReplica(block=i, sublayer="mlp", form="units", units=len(kept)) for i, kept in units.items()]
+    found = []
+    for folder in (None, Path(tempfile.gettempdir())):
+        states = SourceStates(folder)
+        list(sensitivities(StreamedModel(source), WINDOWS, (roles.output, roles.down), spill=folder, states=states))
+        for known in (None, states):
+            model = compact_of(source, Plan(num_blocks=NUM_BLOCKS, sublayers=tuple(rows))).eval()
+            for block, kept in units.items():
+                tensors = tensors_of_units(StreamedModel(source), block, sublayer_paths(source)["mlp"], kept)
+                exchange_parameters(model.block_list[block], tensors)
+            given = (StreamedModel(source), StreamedModel(model), range(NUM_BLOCKS), WINDOWS)
+            refit_kept(*given, units=units, spill=folder, states=known)
+            found.append(list(model.parameters()))
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others))
+    shorter = [remove_blocks(source, [1, 3]) for _ in range(2)]
+    for model, known in zip(shorter, (None, states), strict=True):
+        refit_kept(StreamedModel(source), StreamedModel(model), [0, None, 1, None, 2, 3], WINDOWS, states=known)
+    assert all(map(torch.equal, *(list(model.parameters()) for model in shorter)))

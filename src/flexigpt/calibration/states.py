@@ -11,20 +11,32 @@ from flexigpt.model import watched
 
 
 class SourceStates:
-    """What each block of a source is given of a text, and what its attention writes.
-
-    Args:
-        folder: where files without a name hold them; None: memory does.
+    """What each block of a source is given of a text, and what its attention writes; nothing before it is found.
 
     Attributes:
+        folder: where files without a name hold them; None: memory does.
         entering: by block what it is given; behind the last block's, what that one puts out.
         written: by block what the last linear of its attention returns.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
         self.entering: list[HiddenStates] = []
         self.written: list[HiddenStates] = []
+
+    @staticmethod
+    def copies(depth: int) -> int:
+        """How often they hold the hidden states of a source with so many blocks."""
+        return 2 * depth + 1
+
+    @property
+    def known(self) -> "SourceStates | None":
+        """They themselves once they are found."""
+        return self if self.entering else None
+
+    def forget(self) -> None:
+        """Lets go of them."""
+        self.entering, self.written = [], []
 
     def outputs(self, stream: Stream, block: nn.Module, index: int, attention: str) -> Iterator[torch.Tensor]:
         """What a block makes of the stream, batch by batch, while what its attention writes is kept.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig
 
-from flexigpt.calibration import Sensitivity, overflow, sensitivities
+from flexigpt.calibration import Sensitivity, SourceStates, overflow, sensitivities
 from flexigpt.model import Plan, SublayerReplica, find_architecture, model_shape, sublayer_paths
 from flexigpt.pruning.options import PruneOptions
 from flexigpt.pruning.source import CheckedSource, Workspace
@@ -59,11 +59,17 @@ class Measured(NamedTuple):
         return {"calibration": text, "sublayer_costs": costs, "mlp_units": len(self.mlps[0].order)}
 
 
-def measure_sublayers(workspace: Workspace[PruneOptions]) -> Measured:
-    """Measures all sublayers on the calibration windows, or finds what was measured; a killed run goes on."""
+def measure_sublayers(workspace: Workspace[PruneOptions], refits: bool = False) -> Measured:
+    """Measures all sublayers on the calibration windows, or finds what was measured; a killed run goes on.
+
+    Args:
+        workspace: what the flow works on.
+        refits: whether a refit to the same text follows, for which the workspace then keeps the source's states. On a
+            GPU it does not: memory is scarcer there than time.
+    """
     with workspace.cache.stage("sublayers", windows=digest(workspace.windows)) as stage:
         if stage.result is None:
-            stage.finish(_measure(workspace, stage))
+            stage.finish(_measure(workspace, stage, refits and workspace.source.device.type == "cpu"))
         found = stage.result
     mlps = [
         Elimination(
@@ -74,11 +80,16 @@ def measure_sublayers(workspace: Workspace[PruneOptions]) -> Measured:
     return Measured(mlps, found["attentions"])
 
 
-def _measure(workspace: Workspace[PruneOptions], stage: CachedStage) -> dict[str, list[Any]]:
+def _measure(workspace: Workspace[PruneOptions], stage: CachedStage, keeps: bool) -> dict[str, list[Any]]:
     source, windows = workspace.source, workspace.windows
     roles = find_architecture(source.model.config).roles
-    spill = workspace.hidden_in(len(source) + 1)
-    walk = sensitivities(source, windows, (roles.output, roles.down), spill=spill, stage=stage, track=workspace.track)
+    copies = SourceStates.copies(len(source)) if keeps else len(source)
+    spill = workspace.hidden_in(copies + 1)
+    states = workspace.states if keeps else None
+    if states is not None:
+        states.folder = spill
+    given = (source, windows, (roles.output, roles.down))
+    walk = sensitivities(*given, spill=spill, states=states, stage=stage, track=workspace.track)
     for block, of_linears in walk:
 
         def make(block: int = block, of_linears: Mapping[str, Sensitivity] = of_linears) -> dict[str, torch.Tensor]:

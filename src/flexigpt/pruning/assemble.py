@@ -35,7 +35,10 @@ def assembled(
     depends = {"plan": plan.to_dict(), "init": init_of(asked), "windows": digest(windows)}
     with workspace.cache.stage("replicas", **depends) as stage:
         spill = workspace.hidden_in(hidden_copies(workspace.shape))
-        fill(assembly, opened, windows, asked, units=units, stage=stage, spill=spill, track=workspace.track)
+        states, given = workspace.states.known, (assembly, opened, windows, asked)
+        fill(*given, units=units, stage=stage, spill=spill, states=states, track=workspace.track)
+        if isinstance(source, str):  # nothing else is made of it
+            workspace.states.forget()
         if plan.replicas:
             record["adapter_spectra"] = adapter_spectra(assembly, opened, plan)
             record["plain_removal"] = {"parameters": workspace.shape.removed_parameters(len(plan.replicas))}
@@ -67,7 +70,7 @@ def planned(
     if options.by_units:
         stored = stored_for(checked)
         workspace = open_announced(checked, track, announce, stored if writes else 0)
-        measured = measure_sublayers(workspace)
+        measured = measure_sublayers(workspace, writes and options.refit_kept)
         return workspace, allocated(workspace, measured, stored), workspace.record() | measured.record(workspace)
     pruned = pruned_or_count(checked)
     count = pruned if isinstance(pruned, int) else len(pruned)
@@ -96,5 +99,5 @@ def _given(
     workspace = open_announced(checked, track, announce, stored, plan.replicas if writes else ())
     found = scored(workspace, plan.pruned)[1] if plan.replicas else {}
     if writes and any(one.units for one in plan.sublayers):  # then it is measured which units stay
-        found = measure_sublayers(workspace).record(workspace) | found
+        found = measure_sublayers(workspace, checked.options.refit_kept).record(workspace) | found
     return workspace, plan, workspace.record() | found

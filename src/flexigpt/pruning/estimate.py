@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from flexigpt.calibration import batch_tokens
+from flexigpt.calibration import SourceStates, batch_tokens
 from flexigpt.evaluation import LOGITS_BUDGET
 from flexigpt.model import HELD_BYTES, Replica
 from flexigpt.pruning.distances import BASE_DISTANCES
@@ -97,7 +97,10 @@ def _estimate(checked: CheckedSource[Asked], texts: Texts, written: int, ranks: 
         moments, held = 4 * max(inputs for _, inputs in shape.linears.values()) ** 2, 0
         if options.calibrates:
             copies = hidden_copies(shape) if options.refit_kept else 1
-            copies = max(copies, checked.depth + 1) if options.by_units else copies
+            if options.by_units and options.refit_kept and written:
+                copies += SourceStates.copies(checked.depth) + 1
+            elif options.by_units:
+                copies = max(copies, checked.depth + 1)
             tokens = copies * texts.windows.numel()
             hidden = tokens * shape.hidden_size * itemsize
             scratch, held = (hidden, 0) if checked.needs_file(tokens) else (0, hidden)

@@ -61,7 +61,8 @@ def assemble_removed(
         left = iter(range(len(assembly)))
         standing = [None if block in blocks else next(left) for block in range(workspace.depth)]
         given = (workspace.source, assembly, standing, workspace.windows)
-        refit_kept(*given, spill=workspace.hidden_in(hidden_copies(workspace.shape)), track=workspace.track)
+        spill = workspace.hidden_in(hidden_copies(workspace.shape))
+        refit_kept(*given, spill=spill, states=workspace.states.known, track=workspace.track)
     record = workspace.record() | found
     record["removed"] = {"blocks": list(blocks), "num_blocks": workspace.depth, "source": checked.name}
     return assembly, blocks, record | workspace.compared("shorter", assembly)

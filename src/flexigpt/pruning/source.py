@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
@@ -10,6 +10,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flexigpt.calibration import SourceStates
 from flexigpt.model import ModelShape, default_rank, find_architecture, model_shape, num_blocks
 from flexigpt.pruning.options import ExtendOptions, PruneOptions
 from flexigpt.record import Record, measure_both, new_record
@@ -177,11 +178,13 @@ class Workspace(CheckedSource[Asked], Texts):
         source: the source, of which only the blocks in use are in memory.
         cache: keeps what is measured of this source.
         track: reports the progress of each stage, and times them.
+        states: what the calibration text is on its way through the source, once a stage has kept it.
     """
 
     source: Source
     cache: Cache
     track: Timed
+    states: SourceStates = field(default_factory=SourceStates)
 
     def hidden_in(self, copies: int, ids: torch.Tensor | None = None) -> Path | None:
         """Where hidden states go: a folder, or None, where memory holds so many copies of them beside a block.
@@ -191,6 +194,8 @@ class Workspace(CheckedSource[Asked], Texts):
             ids: tokens of the text; None: those of the calibration windows.
         """
         tokens = self.windows.numel() if ids is None else ids.numel()
+        if ids is None and self.states.known is not None and self.states.folder is None:
+            copies += SourceStates.copies(self.depth)
         return self.cache.folder if self.needs_file(copies * tokens) else None
 
     def read(self) -> Texts:
