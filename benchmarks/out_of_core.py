@@ -224,15 +224,14 @@ def floor_of_units(folder: Path, config: LlamaConfig, tokens: int, ratio: float,
     moments = tokens * depth * (units**2 + 3 * hidden**2) / rate
     kept = 1 - ratio * sum(t.numel() for t in blocks) / (3 * hidden * units * depth)
     left = kept * units
-    fits = tokens * depth * (2 * left**2 + hidden**2 + 6 * hidden * left + 2 * hidden**2) / rate
+    fits = tokens * depth * (left**2 + hidden**2 + 4 * hidden * left + 2 * hidden**2) / rate
     num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return {
         "reading": num_bytes / read_rate(next(iter(sorted(folder.glob("*.safetensors"))))),
         "gradients": 3 * forward + (4 * config.vocab_size - 2 * units * depth) * tokens * hidden / rate,
         "moments": moments,
         "units": depth * 2 * units**3 / rate,
-        "source": forward,
-        "ours": (1 - ratio) * forward,
+        "ours": forward,
         "fits": fits,
     }
 

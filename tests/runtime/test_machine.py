@@ -1,9 +1,12 @@
 """What a CPU is good at, told from what it says of itself."""
 
+import ctypes
+
+import psutil
 import pytest
 import torch
 
-from flexigpt.runtime import widened_rows
+from flexigpt.runtime import return_memory, widened_rows
 
 INTEL, AMD = {"cpu_name": "Intel Xeon"}, {"cpu_name": "AMD EPYC"}
 
@@ -30,3 +33,16 @@ def test_products_are_widened_where_float32_is_faster(
     assert widened_rows(torch.float32) is None
     monkeypatch.setattr("platform.machine", lambda: "arm64")
     assert widened_rows(torch.bfloat16) is None
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc keeps what others give back")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    """Though something small lies behind each piece of it."""
+    torch.ones(2**22)  # as large a piece, freed, makes glibc hold smaller ones itself
+    pieces = [(torch.ones(2**17), torch.ones(64)) for _ in range(400)]
+    small = [one for _, one in pieces]
+    del pieces
+    before = psutil.Process().memory_info().rss
+    return_memory()
+    assert before - psutil.Process().memory_info().rss > 100 * 2**20
+    assert all(one.sum() == 64 for one in small)
