@@ -18,9 +18,6 @@ from flexigpt.weights.files import StoredTensor, WeightFiles, located, names_in_
 from flexigpt.weights.open import check_numbers, generation_config, open_empty
 from flexigpt.weights.shards import Piece
 
-# Text on its way through a block of more parameters leaves holes in memory that add up.
-_LARGE_BLOCK = 2**24
-
 # Names of parameters -> their values.
 Read = Callable[[Sequence[str]], dict[str, torch.Tensor]]
 
@@ -94,7 +91,7 @@ class StreamedModel:
                 for number in {index, self.layout.bases.get(index, index)}:
                     filled.enter_context(self._filled(number))
             yield self.blocks[index]
-        if self._read is not None and sum(p.numel() for p in self.blocks[index].parameters()) > _LARGE_BLOCK:
+        if self._read is not None:
             return_memory()
 
     @contextmanager
