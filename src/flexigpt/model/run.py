@@ -51,8 +51,13 @@ def fast_half(model: PreTrainedModel, widened: Widened | None = None) -> Abstrac
         widened: where weights are kept in float32 that are used again, and do not change; None: each is held for the
             length of one product.
     """
-    rows = widened_rows(model.dtype) if model.device.type == "cpu" else None
+    rows = _fast_from(model)
     return nullcontext() if rows is None else _InFloat32(rows, _widened if widened is None else widened)
+
+
+def _fast_from(model: PreTrainedModel) -> int | None:
+    """From so many rows on its products are faster in float32; None: never."""
+    return widened_rows(model.dtype) if model.device.type == "cpu" else None
 
 
 class _InFloat32(TorchFunctionMode):
@@ -140,7 +145,7 @@ def held_back(linear: nn.Linear, model: PreTrainedModel, widened: Widened) -> It
         model: which it is part of.
         widened: as `fast_half` takes it.
     """
-    rows = widened_rows(model.dtype) if model.device.type == "cpu" else None
+    rows = _fast_from(model)
 
     def forward(given: torch.Tensor) -> torch.Tensor:
         fast = rows is not None and _rows(F.linear, (given,)) >= rows

@@ -22,7 +22,7 @@ _LATER = 192 * 2**20
 _FACTOR_BYTES = 28
 
 # What is held of float32 numbers, in copies of the largest linear: while text goes through a block, beside the second
-# moments of the widest inputs; then by a fit, or by taking units away, which hold those moments twice.
+# moments of the widest inputs; then by a fit, which holds those moments three times, or by taking units away, twice.
 _SUM_LINEARS, _FIT_LINEARS, _UNITS_LINEARS = 3, 6, 3
 
 # By how much a backward pass multiplies a block's activations; logits of a few windows with their gradients, in bytes.
@@ -97,7 +97,8 @@ def _estimate(checked: CheckedSource[Asked], texts: Texts, written: int, ranks: 
         moments, held = 4 * max(inputs for _, inputs in shape.linears.values()) ** 2, 0
         if options.calibrates:
             copies = hidden_copies(shape) if options.refit_kept else 1
-            if options.by_units and options.refit_kept and written:
+            keeps = options.refit_kept and written and find_device(options.device).type == "cpu"
+            if options.by_units and keeps:
                 copies += SourceStates.copies(checked.depth) + 1
             elif options.by_units:
                 copies = max(copies, checked.depth + 1)
@@ -107,7 +108,7 @@ def _estimate(checked: CheckedSource[Asked], texts: Texts, written: int, ranks: 
         # One after the other: text goes through a block, its sums are put to use, the next.
         steps = [running]
         if options.refit_kept:
-            steps += [running + moments + 4 * _SUM_LINEARS * largest, 2 * moments + 4 * _FIT_LINEARS * largest]
+            steps += [running + moments + 4 * _SUM_LINEARS * largest, 3 * moments + 4 * _FIT_LINEARS * largest]
         if options.by_units:
             back = in_float32 + _BACKWARD * activations
             steps += [back + moments + 4 * _SUM_LINEARS * largest, 2 * moments + 4 * _UNITS_LINEARS * largest]

@@ -60,8 +60,8 @@ def eliminate(weight: torch.Tensor, inputs: torch.Tensor, errors: torch.Tensor) 
 
     Args:
         weight: W, (outputs, units), any dtype.
-        inputs: E[h h^T], (units, units), float64; its memory is used: of a wide MLP each matrix is a gigabyte.
-        errors: G = E[g g^T] of the gradient g of the loss by y, (outputs, outputs), float64; likewise.
+        inputs: E[h h^T], (units, units); its memory is used: of a wide MLP each matrix is half a gigabyte.
+        errors: G = E[g g^T] of the gradient g of the loss by y, (outputs, outputs), of the same dtype; likewise.
     """
     units = weight.shape[1]
     step = step_of(units)
