@@ -164,7 +164,7 @@ def announced_to(out: Path, note: Callable[[str], None], unread: str | None = No
             check_tokenizer(unread, load_tokenizer(unread), read_config(unread))
 
         check_space(out, estimate.written)
-        check_space(default_folder(), estimate.scratch, "scratch files in the cache need")
+        check_space(default_folder() / "scratch", estimate.scratch, "scratch files in the cache need")
         note(estimate.line())
 
     return announce
