@@ -56,7 +56,7 @@ def client(talker: Path) -> Iterator[Any]:
             assert server.wait(60) == 0  # a busy machine
             assert server.stderr is not None
             (told,) = server.stderr.read().splitlines()
-            assert told.startswith(f"{talker} is served at http://localhost:{port}/v1, where it is")
+            assert told.startswith(f"once loaded, {talker} is served by this name at http://localhost:{port}/v1;")
             assert server.stdout is not None
             assert not server.stdout.read()
         finally:

@@ -36,7 +36,8 @@ def serve(model: str, options: ServeOptions, note: Callable[[str], None] = print
 
     # It looks classes up by their names in transformers, which is loaded twice: in its own.
     setattr(vars(model_manager)["transformers"], FlexiGPTForCausalLM.__name__, FlexiGPTForCausalLM)
-    note(f"{model} is served at http://{options.host}:{options.port}/v1, where it is called {model}; Ctrl-C ends it")
+    # It loads the model before it listens, and says nothing when it does.
+    note(f"once loaded, {model} is served by this name at http://{options.host}:{options.port}/v1; Ctrl-C ends it")
     if tokenizer.chat_template is None:
         note("its tokenizer has no chat template: only /v1/completions works")
     logging.disable(logging.INFO)  # uvicorn would tell every request, and can be told nothing else from here
