@@ -3,11 +3,11 @@
 import torch
 from transformers import PreTrainedModel
 
-from families import NUM_BLOCKS, block_list, compact_of, initialize_replicas
+from families import NUM_BLOCKS, compact_of, initialize_replicas
 from flexigpt import FlexiGPTForCausalLM, Plan, Replica
 from flexigpt.model import SublayerReplica, sublayer_paths
-from flexigpt.replicas import tensors_of_units
-from flexigpt.weights import StreamedModel, exchange_parameters
+from flexigpt.replicas import readers_of_units
+from flexigpt.weights import StreamedModel
 
 # Of the MLPs; none is as wide as the source's.
 KEPT = {0: [0, 3, 4, 7, 20], 1: list(range(30)), 3: list(range(5, 25)), 4: [9], 5: list(range(11))}
@@ -21,8 +21,8 @@ def narrow(source: PreTrainedModel) -> FlexiGPTForCausalLM:
     model = compact_of(source, Plan(num_blocks=NUM_BLOCKS, sublayers=tuple(rows)))
     for block, kept in KEPT.items():
         paths = sublayer_paths(source)["mlp"]
-        tensors = tensors_of_units(StreamedModel(source), block, paths, torch.tensor(kept))
-        exchange_parameters(block_list(model)[block], tensors)
+        readers = readers_of_units(StreamedModel(source), block, paths, torch.tensor(kept))
+        StreamedModel(model).own(block, readers)
     return model.eval()
 
 

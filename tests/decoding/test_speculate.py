@@ -20,8 +20,8 @@ from families import CACHE, FAMILIES, NUM_BLOCKS, compact_of, initialize_replica
 from flexigpt import InputError, Plan, Replica, SpeculateOptions, SpeculateStatistics, speculative_generate
 from flexigpt.decoding.split import SplitDecoder
 from flexigpt.model import SublayerReplica, sublayer_paths
-from flexigpt.replicas import tensors_of_units
-from flexigpt.weights import StreamedModel, exchange_parameters, load_model, load_tokenizer
+from flexigpt.replicas import readers_of_units
+from flexigpt.weights import StreamedModel, load_model, load_tokenizer
 
 # replica -> base: in the middle, at the first block, at the last, apart and adjacent, all after the first or all before
 # the last.
@@ -284,8 +284,8 @@ def narrow(family: str, *blocks: int, replicas: tuple[Replica, ...] = ()) -> Any
     plan = Plan(num_blocks=NUM_BLOCKS, replicas=replicas, sublayers=tuple(rows))
     model = compact_of(source, plan)
     for block in blocks:
-        units = tensors_of_units(StreamedModel(source), block, sublayer_paths(source)["mlp"], torch.arange(24))
-        exchange_parameters(model.block_list[block], units)
+        readers = readers_of_units(StreamedModel(source), block, sublayer_paths(source)["mlp"], torch.arange(24))
+        StreamedModel(model).own(block, readers)
     initialize_replicas(model, source, plan, adapter_init="svd", norm_init=0.0, seed=0)
     return model.eval()
 

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from families import CACHE, FAMILIES, NUM_BLOCKS, block_list, compact_of, tiny_model, token_ids
 from flexigpt import FlexiGPTForCausalLM, Plan
 from flexigpt.model import SublayerReplica, find_architecture, sublayer_paths
-from flexigpt.replicas import tensors_of_units
-from flexigpt.weights import StreamedModel, exchange_parameters
+from flexigpt.replicas import readers_of_units
+from flexigpt.weights import StreamedModel
 
 KEPT = torch.tensor([0, 3, 4, 7, 20, 21, 40])
 
@@ -20,8 +20,8 @@ def shrunk(source: PreTrainedModel, *rows: SublayerReplica, kept: torch.Tensor =
     model = compact_of(source, Plan(num_blocks=NUM_BLOCKS, sublayers=rows))
     for row in rows:
         if row.form == "units":
-            tensors = tensors_of_units(StreamedModel(source), row.block, sublayer_paths(source)["mlp"], kept)
-            exchange_parameters(block_list(model)[row.block], tensors)
+            readers = readers_of_units(StreamedModel(source), row.block, sublayer_paths(source)["mlp"], kept)
+            StreamedModel(model).own(row.block, readers)
     return model.eval()
 
 

@@ -15,8 +15,8 @@ from families import FAMILIES, compact_of, tiny_model
 from flexigpt import FlexiGPTForCausalLM, InputError, Plan, PruneOptions, prune, recover, write_checkpoint
 from flexigpt.model import SublayerReplica, materialize, sublayer_paths
 from flexigpt.recovery.trainable import lora_rank_for, merge_lora, prepare_training, trained_parameters
-from flexigpt.replicas import tensors_of_units
-from flexigpt.weights import StreamedModel, exchange_parameters, load_model, open_empty
+from flexigpt.replicas import readers_of_units
+from flexigpt.weights import StreamedModel, load_model, open_empty
 
 NARROW = (
     SublayerReplica(block=0, sublayer="mlp", form="units", units=7),
@@ -122,6 +122,6 @@ def shrunk(source: PreTrainedModel) -> FlexiGPTForCausalLM:
     model, paths = compact_of(source, Plan(num_blocks=6, sublayers=NARROW)), sublayer_paths(source)["mlp"]
     for row in NARROW:
         if row.units is not None:
-            tensors = tensors_of_units(StreamedModel(source), row.block, paths, torch.arange(row.units))
-            exchange_parameters(model.block_list[row.block], tensors)
+            readers = readers_of_units(StreamedModel(source), row.block, paths, torch.arange(row.units))
+            StreamedModel(model).own(row.block, readers)
     return model.eval()

@@ -25,7 +25,7 @@ from families import (
 from flexigpt import FlexiGPTForCausalLM, Plan, PruneOptions, Replica, prune, remove
 from flexigpt.calibration import SourceStates, sensitivities
 from flexigpt.model import SublayerReplica, block_output, find_architecture, sublayer_paths
-from flexigpt.replicas import refit_kept, tensors_of_units
+from flexigpt.replicas import readers_of_units, refit_kept
 from flexigpt.replicas.least_squares import Moments, ridge_fit
 from flexigpt.weights import StreamedModel, exchange_parameters
 
@@ -136,8 +136,8 @@ def test_a_refit_in_few_passes_is_that_of_whole_models(family: str) -> None:
     models = [compact_of(source, Plan(num_blocks=NUM_BLOCKS, sublayers=tuple(rows))).eval() for _ in range(2)]
     for model in models:
         for block, kept in units.items():
-            tensors = tensors_of_units(StreamedModel(source), block, sublayer_paths(source)["mlp"], kept)
-            exchange_parameters(model.block_list[block], tensors)
+            readers = readers_of_units(StreamedModel(source), block, sublayer_paths(source)["mlp"], kept)
+            StreamedModel(model).own(block, readers)
     refit_kept(StreamedModel(source), StreamedModel(models[0]), range(NUM_BLOCKS), WINDOWS, units=units)
     naively_refitted(source, models[1], units)
     for (name, found), expected in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
@@ -199,8 +199,8 @@ def test_a_refit_gives_the_same_whether_the_sources_states_are_known_or_found_ag
         for known in (None, states):
             model = compact_of(source, Plan(num_blocks=NUM_BLOCKS, sublayers=tuple(rows))).eval()
             for block, kept in units.items():
-                tensors = tensors_of_units(StreamedModel(source), block, sublayer_paths(source)["mlp"], kept)
-                exchange_parameters(model.block_list[block], tensors)
+                readers = readers_of_units(StreamedModel(source), block, sublayer_paths(source)["mlp"], kept)
+                StreamedModel(model).own(block, readers)
             given = (StreamedModel(source), StreamedModel(model), range(NUM_BLOCKS), WINDOWS)
             refit_kept(*given, units=units, spill=folder, states=known)
             found.append(list(model.parameters()))

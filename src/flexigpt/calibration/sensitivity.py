@@ -61,22 +61,20 @@ def sensitivities(
     stream = Stream(source.model, batches, spill)
     entering: list[HiddenStates] = []
     probe, attention = Probe(source.model, windows), find_architecture(source.model.config).roles.output
+    for index in track(range(depth), "running the source", depth):
+        source.expect(index + 1)
+        entering.append(stream.hidden)
+        with source.block(index) as block:
+            passed = stream.outputs(block, index)
+            stream = stream.at(passed if states is None else states.outputs(stream, block, index, attention))
+    if states is not None:
+        states.entering = [*entering, stream.hidden]
+        stream = stream.at(stream.hidden)
+    saved = SavedStates(stage, stream.hidden)
+    found = saved.found()
+    done = 0 if found is None else found[0]
 
-    def steps() -> Iterator[tuple[int, dict[str, Sensitivity]] | None]:
-        nonlocal stream
-        for index in range(depth):
-            source.expect(index + 1)
-            entering.append(stream.hidden)
-            with source.block(index) as block:
-                passed = stream.outputs(block, index)
-                stream = stream.at(passed if states is None else states.outputs(stream, block, index, attention))
-            yield None
-        if states is not None:
-            states.entering = [*entering, stream.hidden]
-            stream = stream.at(stream.hidden)
-        saved = SavedStates(stage, stream.hidden)
-        found = saved.found()
-        done = 0 if found is None else found[0]
+    def back() -> Iterator[tuple[int, dict[str, Sensitivity]] | None]:
         if found is None:
             for number, gradient in enumerate(_loss_gradients(source, batches, stream.hidden)):
                 stream.hidden[number] = gradient
@@ -98,7 +96,7 @@ def sensitivities(
             entering.pop()
             saved.save(depth - index, {})
 
-    for step in track(steps(), "measuring sensitivities", 2 * depth):
+    for step in track(back(), "measuring sensitivities", depth):
         if step is not None:
             yield step
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from flexigpt.runtime.doors import lazy_door
 
 if TYPE_CHECKING:
-    from flexigpt.replicas.elimination import Elimination, eliminate, tensors_of_units
+    from flexigpt.replicas.elimination import Elimination, eliminate, readers_of_units
     from flexigpt.replicas.fitting import hidden_copies, refit_kept
     from flexigpt.replicas.initialization import adapter_spectra, fill, init_of, replica_tensors
     from flexigpt.replicas.options import MOST_GAMMA, REPLICA_GROUP, ReplicaOptions

@@ -6,13 +6,14 @@ each unit costs is known in closed form; the cheapest go, the others are refitte
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from transformers.pytorch_utils import Conv1D
 
 from flexigpt.replicas.least_squares import damped
-from flexigpt.weights import StreamedModel
+from flexigpt.weights import Reader, StreamedModel
 
 # Of the mean eigenvalue of what units give, and of what errors weigh, what is added to all.
 _DAMPING = 1e-3
@@ -139,11 +140,10 @@ class _Inverse:
             self._matrix.addmm_(across.T, across, alpha=-1)
 
 
-@torch.no_grad()
-def tensors_of_units(
+def readers_of_units(
     source: StreamedModel, block: int, paths: Mapping[str, Any], kept: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """The MLP of a source's block with these of its hidden units alone, by path within the block.
+) -> dict[str, Reader]:
+    """What reads the MLP of a source's block with these of its hidden units alone, by path within the block.
 
     Args:
         source: the source.
@@ -152,16 +152,21 @@ def tensors_of_units(
         kept: the units, ascending.
     """
     there = {path for path, _ in source.blocks[block].named_parameters()}
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, Reader] = {}
     for linear in (*paths["inner"], paths["outer"]):
         transposed = isinstance(source.blocks[block].get_submodule(linear), Conv1D)
         inner = linear != paths["outer"]
         for name in ("weight", "bias"):
             path = f"{linear}.{name}"
             if path in there and (inner or name == "weight"):
-                values = source.parameter(block, path)
                 along = int((name == "weight") and (transposed == inner))
-                # A linear that computes gates and units computes them one after the other.
-                parts = values.split(paths["units"], dim=along)
-                found[path] = torch.cat([part.index_select(along, kept.to(values.device)) for part in parts], dim=along)
+                found[path] = partial(_of_units, source, block, path, along, paths["units"], kept)
     return found
+
+
+@torch.no_grad()
+def _of_units(source: StreamedModel, block: int, path: str, along: int, units: int, kept: torch.Tensor) -> torch.Tensor:
+    values = source.parameter(block, path)
+    # A linear that computes gates and units computes them one after the other.
+    parts = values.split(units, dim=along)
+    return torch.cat([part.index_select(along, kept.to(values.device)) for part in parts], dim=along)

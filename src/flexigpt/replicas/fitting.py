@@ -105,10 +105,11 @@ def refit_kept(
                     if noted is not None:
                         leaving = _past_removed(source, standing, index + 1, behind, states).hidden
                         fit = _BlockFit(block, noted, ours, leaving)
-                        fitted = fit.run() if stage is None else stage.tensors(f"fitted-{number}", fit.run)
+                        name = f"fitted-{number}"
+                        fitted = fit.run() if stage is None else stage.tensors(name, fit.run)
                         fitted = {path: values.to(source.device) for path, values in fitted.items()}
                         ours.hidden = fit.advanced(fitted)
-                        pruned.own(number, fitted)
+                        pruned.own(number, fitted if stage is None else stage.readers(name, fitted))
                         del fit  # what it holds of the text is as large as the streams
                     else:
                         ours.advance(block, index)

@@ -10,7 +10,7 @@ from torch import nn
 
 from flexigpt.calibration import SourceStates
 from flexigpt.model import INNER, OUTPUT_NORM, NormedOutput, Plan, Replica, SharedLinear, plan_of
-from flexigpt.replicas.elimination import tensors_of_units
+from flexigpt.replicas.elimination import readers_of_units
 from flexigpt.replicas.fitting import refit_kept
 from flexigpt.replicas.options import ReplicaOptions
 from flexigpt.replicas.svd import truncated_svd
@@ -160,9 +160,10 @@ def fill(
     replicas = plan.replicas
     for replica in track(replicas, "initialising replicas", len(replicas)) if replicas else ():
         make = partial(replica_tensors, assembly.blocks[replica.block], source, replica, options)
-        assembly.own(replica.block, stage.tensors(f"replica-{replica.block}", make))
+        name = f"replica-{replica.block}"
+        assembly.own(replica.block, stage.readers(name, stage.tensors(name, make)))
     for block, kept in units.items():
-        assembly.own(block, tensors_of_units(source, block, layout["mlp"], kept))
+        assembly.own(block, readers_of_units(source, block, layout["mlp"], kept))
     if options.refit_kept:
         given = (source, assembly, range(len(assembly)), windows)
         changed = [one.block for one in plan.sublayers]

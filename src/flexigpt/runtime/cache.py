@@ -5,13 +5,15 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from flexigpt.runtime.errors import InputError
@@ -156,6 +158,11 @@ class CachedStage:
             file = self.folder / f"{name}.safetensors"
         return load_file(file)
 
+    def readers(self, name: str, keys: Iterable[str]) -> dict[str, Callable[[], torch.Tensor]]:
+        """What reads tensors that `tensors` left under that name, each anew: no memory holds them in between."""
+        file = self.folder / f"{name}.safetensors"
+        return {key: partial(_read_tensor, file, key) for key in keys}
+
     def discard(self) -> None:
         """Removes the folder: what it holds is of no more use."""
         _remove(self._folder)
@@ -165,6 +172,12 @@ class CachedStage:
         replace_sealed(self._file, result, self.folder)
         self.result = json.loads(json.dumps(result))
         return self.result
+
+
+def _read_tensor(file: Path, key: str) -> torch.Tensor:
+    with safe_open(file, "pt") as opened:
+        values: torch.Tensor = opened.get_tensor(key)
+    return values
 
 
 def _read(file: Path) -> Any:

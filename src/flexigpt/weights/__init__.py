@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         travelling,
     )
     from flexigpt.weights.quantised import quantised_parts
-    from flexigpt.weights.shards import Piece, write_shards
+    from flexigpt.weights.shards import Piece, Reader, write_shards
     from flexigpt.weights.sources import (
         Assembly,
         Source,

@@ -5,7 +5,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from flexigpt.runtime import InputError, Track, silent
 from flexigpt.weights.files import FILE_DTYPES, StoredTensor
+
+# A tensor, or what reads or makes it when it is called for, so that no memory holds it until then.
+Reader = Callable[[], torch.Tensor]
+Values = torch.Tensor | Reader
 
 _SLICE = 16 * 2**20
 
@@ -33,13 +37,13 @@ class Piece(NamedTuple):
         name: in the file to be written.
         dtype: to be written.
         shape: that of `origin`.
-        origin: where its bytes are copied from, or its values; converted where their dtype is another.
+        origin: where its bytes are copied from, its values, or what reads them; converted where their dtype is another.
     """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    origin: StoredTensor | torch.Tensor
+    origin: StoredTensor | Values
 
     @property
     def num_bytes(self) -> int:
@@ -57,7 +61,8 @@ def write_shards(folder: Path, pieces: Sequence[Piece], max_shard_size: int, tra
     """Writes model.safetensors, or shards and their index, named and split as `save_pretrained` does.
 
     The space of all files is set aside first, so that a full disk is found before the work. Some tens of MiB of
-    memory, whatever the sizes of the tensors. The same pieces give the same bytes.
+    memory, whatever the sizes of the tensors; one that has yet to be read is held meanwhile. The same pieces give the
+    same bytes.
 
     Args:
         folder: where no such file is yet.
@@ -72,7 +77,7 @@ def write_shards(folder: Path, pieces: Sequence[Piece], max_shard_size: int, tra
     by_name = {piece.name: piece for piece in pieces}
     assert pieces
     assert len(by_name) == len(pieces)
-    assert all(piece.shape == tuple(piece.origin.shape) for piece in pieces)
+    assert all(callable(piece.origin) or piece.shape == tuple(piece.origin.shape) for piece in pieces)
     split = split_state_dict_into_shards_factory(
         by_name,
         get_storage_size=lambda piece: piece.num_bytes,
@@ -128,21 +133,28 @@ def _reserve(out: io.FileIO, num_bytes: int) -> None:
 
 
 def _write_piece(out: io.FileIO, place: _Place) -> None:
-    piece, start = place.piece, place.start
-    if isinstance(piece.origin, torch.Tensor):
+    piece, start, origin = place.piece, place.start, place.piece.origin
+    if not isinstance(origin, StoredTensor):
+        found = values_of(origin)
+        assert piece.shape == tuple(found.shape)
         out.seek(start)
-        for values in _slices(piece.origin, _slice_length(piece.origin.dtype, piece.dtype)):
+        for values in _slices(found, _slice_length(found.dtype, piece.dtype)):
             _write_values(out, values, piece.dtype)
         return
     try:
-        file = piece.origin.file.open("rb", buffering=0)
+        file = origin.file.open("rb", buffering=0)
     except OSError as error:
-        raise InputError(f"the weights in {piece.origin.file} cannot be read any more: {error.strerror}") from error
+        raise InputError(f"the weights in {origin.file} cannot be read any more: {error.strerror}") from error
     with file:
-        if piece.origin.dtype == piece.dtype:
-            _copy(file, out, piece.origin, start)
+        if origin.dtype == piece.dtype:
+            _copy(file, out, origin, start)
         else:
-            _convert(file, out, place, piece.origin)
+            _convert(file, out, place, origin)
+
+
+def values_of(given: Values) -> torch.Tensor:
+    """A tensor, read now if it has yet to be."""
+    return given if isinstance(given, torch.Tensor) else given()
 
 
 def _slice_length(first: torch.dtype, second: torch.dtype) -> int:

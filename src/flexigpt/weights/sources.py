@@ -16,7 +16,7 @@ from flexigpt.model import all_tensors, empty_of_blocks, fill_model, layout_of
 from flexigpt.runtime import Cache, InputError, Track, check_dtype, find_device, return_memory, silent
 from flexigpt.weights.files import StoredTensor, WeightFiles, located, names_in_files, open_weights
 from flexigpt.weights.open import check_numbers, generation_config, open_empty
-from flexigpt.weights.shards import Piece
+from flexigpt.weights.shards import Piece, Values, values_of
 
 # Names of parameters -> their values.
 Read = Callable[[Sequence[str]], dict[str, torch.Tensor]]
@@ -59,7 +59,7 @@ class StreamedModel:
             return {name: self.model.get_parameter(name) for name in names}
         return self._read(names)
 
-    def origin(self, name: str) -> StoredTensor | torch.Tensor:
+    def origin(self, name: str) -> StoredTensor | Values:
         """Where a tensor is to be copied from."""
         return self.tensors([name])[name]
 
@@ -79,9 +79,9 @@ class StreamedModel:
     def expect(self, block: int) -> None:
         """Says which block comes next, so that its parameters may be fetched meanwhile."""
 
-    def own(self, block: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    def own(self, block: int, tensors: Mapping[str, Values]) -> None:
         """Gives a block tensors of its own, by their paths within it."""
-        exchange_parameters(self.blocks[block], tensors)
+        exchange_parameters(self.blocks[block], {path: values_of(values) for path, values in tensors.items()})
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -225,18 +225,18 @@ class Assembly(StreamedModel):
         super().__init__(empty, self._gathered)
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._source, self._taken = source, dict(taken)
-        self._own: dict[str, torch.Tensor] = {}
+        self._own: dict[str, Values] = {}
         there, block = all_tensors(source.model), f"{self.prefix}."
         buffers = {name for name, _ in empty.named_buffers()}
         outside = {n: there[o] for n, o in taken.items() if n in buffers or not n.startswith(block)}
         fill_model(empty, outside)
         empty.generation_config = source.model.generation_config
 
-    def own(self, block: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Gives a block tensors of its own, by their paths within it."""
+    def own(self, block: int, tensors: Mapping[str, Values]) -> None:
+        """Gives a block tensors of its own, by their paths within it; what reads one is asked whenever it is in use."""
         self._own.update({f"{self.prefix}.{block}.{path}": values for path, values in tensors.items()})
 
-    def origin(self, name: str) -> StoredTensor | torch.Tensor:
+    def origin(self, name: str) -> StoredTensor | Values:
         """Where a tensor is to be copied from."""
         return self._own[name] if name in self._own else self._source.origin(self._taken[name])
 
@@ -271,7 +271,7 @@ class Assembly(StreamedModel):
     def _gathered(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         taken = {name: self._taken[name] for name in names if name not in self._own}
         values = self._source.tensors(list(dict.fromkeys(taken.values())))
-        return {n: values[taken[n]] if n in taken else self._own[n].to(self.device) for n in names}
+        return {n: values[taken[n]] if n in taken else values_of(self._own[n]).to(self.device) for n in names}
 
 
 @torch.no_grad()
