@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from families import FAMILIES, NUM_BLOCKS, compact_of, tiny_model, token_ids
 from flexigpt import Plan, PruneOptions, Replica, plan_only, prune, remove
 from flexigpt.model import SublayerReplica, model_shape, sublayer_paths
 from flexigpt.pruning.allocation import allocated, measure_sublayers, units_of
+from flexigpt.pruning.assemble import assembled
 from flexigpt.replicas import readers_of_units, refit_kept
 from flexigpt.runtime.cache import CACHE_VARIABLE
 from flexigpt.weights import StreamedModel
@@ -264,6 +266,21 @@ def test_memory_stays_below_what_was_told(example: Path, tmp_path: Path, early_f
     peak = 1024 * int(ran.stderr.splitlines()[-1])
     told, unit = re.search(r"at most about ([\d.]+) (MB|GB) of memory", ran.stderr).groups()  # type: ignore[union-attr]
     assert 0.4 < peak / (float(told) * {"MB": 1e6, "GB": 1e9}[unit]) < 1
+
+
+@pytest.mark.parametrize("options", [PruneOptions, PruneOptions.paper])
+def test_no_weight_of_a_block_is_held_while_another_is_in_use(
+    tiny_source: Path, calibrated: dict[str, Any], options: Callable[..., PruneOptions]
+) -> None:
+    """Each is copied from a file, or read when it is asked for: memory does not grow with the blocks."""
+    with assembled(str(tiny_source), options(ratio=0.4, **calibrated)) as (assembly, plan, _):
+        assert plan.sublayers or plan.replicas
+        for block in range(len(assembly)):
+            for path, name in assembly.names(block).items():
+                origin = assembly.origin(name)
+                assert not isinstance(origin, torch.Tensor)
+                if callable(origin):
+                    assert torch.equal(origin(), assembly.parameter(block, path))
 
 
 ROW = {"block": 2, "sublayer": "mlp", "form": "units", "units": 5}
