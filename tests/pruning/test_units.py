@@ -276,11 +276,8 @@ def test_no_weight_of_a_block_is_held_while_another_is_in_use(
     with assembled(str(tiny_source), options(ratio=0.4, **calibrated)) as (assembly, plan, _):
         assert plan.sublayers or plan.replicas
         for block in range(len(assembly)):
-            for path, name in assembly.names(block).items():
-                origin = assembly.origin(name)
-                assert not isinstance(origin, torch.Tensor)
-                if callable(origin):
-                    assert torch.equal(origin(), assembly.parameter(block, path))
+            for name in assembly.names(block).values():
+                assert not isinstance(assembly.origin(name), torch.Tensor)
 
 
 ROW = {"block": 2, "sublayer": "mlp", "form": "units", "units": 5}
