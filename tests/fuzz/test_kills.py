@@ -71,6 +71,7 @@ def commands(places: dict[str, Path]) -> dict[str, list[str]]:
         "prune": [*paper, *calibrated],
         "units": ["prune", str(source), "out", "--ratio", "0.4", *calibrated],
         "refit": [*paper, "--refit-kept", *calibrated],
+        "remove": ["prune", str(source), "out", "--remove", "--ratio", "0.4", *calibrated],
         "extend": ["extend", str(source), "out", "--blocks", "1:4", "--rank", "2"],
         "recover": ["recover", str(compact), "out", *trained],
         "eval": ["eval", "out", "--perplexity", str(text), "--window-length", "64", "--record"],
@@ -78,7 +79,7 @@ def commands(places: dict[str, Path]) -> dict[str, list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["prune", "refit", "units", "extend", "recover", "eval"])
+@pytest.mark.parametrize("name", ["prune", "refit", "units", "remove", "extend", "recover", "eval"])
 def test_a_command_that_was_killed_ends_with_the_same_bytes(
     runner: Runner, commands: dict[str, list[str]], places: dict[str, Path], tmp_path: Path, name: str
 ) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import Hooked, Run
 from families import FAMILIES, NUM_BLOCKS, compact_of, tiny_model, token_ids
-from flexigpt import Plan, PruneOptions, Replica, plan_only, prune, remove
+from flexigpt import Plan, PruneOptions, Replica, assemble_pruned, assemble_removed, plan_only, prune, remove
 from flexigpt.model import SublayerReplica, model_shape, sublayer_paths
 from flexigpt.pruning.allocation import allocated, measure_sublayers, units_of
-from flexigpt.pruning.assemble import assembled
 from flexigpt.replicas import readers_of_units, refit_kept
 from flexigpt.runtime.cache import CACHE_VARIABLE
 from flexigpt.weights import StreamedModel
@@ -172,7 +172,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     assert same(prune(str(tiny_source), options)[0], whole)
 
 
-@pytest.mark.parametrize("name", ["block-1", "fitted-3"])
+@pytest.mark.parametrize(("name", "how"), [("block-1", []), ("fitted-3", []), ("fitted-2", ["--remove"])])
 def test_a_killed_process_goes_on_to_the_same_bytes(
     run: Run,
     hooked: Hooked,
@@ -182,9 +182,10 @@ def test_a_killed_process_goes_on_to_the_same_bytes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
+    how: list[str],
 ) -> None:
     """SIGKILL where what was measured, and what was fitted, takes its place in the cache."""
-    cache, flags = tmp_path / "cache", ["--ratio", "0.4", *flags_of(calibrated)]
+    cache, flags = tmp_path / "cache", ["--ratio", "0.4", *how, *flags_of(calibrated)]
     assert run("prune", tiny_source, tmp_path / "whole", *flags)[0] == 0
     environment = hooked("os.rename", f"{cache}/*/{name}.safetensors", "os.kill(os.getpid(), signal.SIGKILL)")
     words = ("-m", "flexigpt", "prune", tiny_source, tmp_path / "out", *flags)
@@ -194,6 +195,7 @@ def test_a_killed_process_goes_on_to_the_same_bytes(
     assert run("prune", tiny_source, tmp_path / "out", *flags)[0] == 0
     weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("whole", "out")]
     assert weights[0] == weights[1]
+    assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
 def test_without_the_refit_the_units_are_the_sources_own(tiny_source: Path, calibrated: dict[str, Any]) -> None:
@@ -268,13 +270,23 @@ def test_memory_stays_below_what_was_told(example: Path, tmp_path: Path, early_f
     assert 0.4 < peak / (float(told) * {"MB": 1e6, "GB": 1e9}[unit]) < 1
 
 
-@pytest.mark.parametrize("options", [PruneOptions, PruneOptions.paper])
+@pytest.mark.parametrize(
+    ("assemble", "options"),
+    [
+        (assemble_pruned, PruneOptions),
+        (assemble_pruned, partial(PruneOptions.paper, refit_kept=True)),
+        (assemble_removed, PruneOptions),
+    ],
+)
 def test_no_weight_of_a_block_is_held_while_another_is_in_use(
-    tiny_source: Path, calibrated: dict[str, Any], options: Callable[..., PruneOptions]
+    tiny_source: Path,
+    calibrated: dict[str, Any],
+    assemble: Callable[..., Any],
+    options: Callable[..., PruneOptions],
 ) -> None:
     """Each is copied from a file, or read when it is asked for: memory does not grow with the blocks."""
-    with assembled(str(tiny_source), options(ratio=0.4, **calibrated)) as (assembly, plan, _):
-        assert plan.sublayers or plan.replicas
+    with assemble(str(tiny_source), options(ratio=0.4, **calibrated)) as (assembly, _, record):
+        assert record["options"]["refit_kept"]
         for block in range(len(assembly)):
             for name in assembly.names(block).values():
                 assert not isinstance(assembly.origin(name), torch.Tensor)

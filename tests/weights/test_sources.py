@@ -99,8 +99,8 @@ def test_a_compact_checkpoint_is_bit_equal_to_the_whole_models(family: str, tmp_
 def test_shorter_and_extended_models_are_assembled_bit_equal(family: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     tiny_model(family).save_pretrained(source)
-    assembly, _, record = assemble_removed(str(source), PruneOptions.paper(blocks=[1, 4]))
-    write_checkpoint(tmp_path / "shorter", assembly, record)
+    with assemble_removed(str(source), PruneOptions.paper(blocks=[1, 4])) as (assembly, _, record):
+        write_checkpoint(tmp_path / "shorter", assembly, record)
     expected = remove_blocks(load_model(str(source)), [1, 4]).state_dict()
     found = load_model(str(tmp_path / "shorter")).state_dict()
     assert found.keys() == expected.keys()

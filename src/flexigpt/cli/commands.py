@@ -80,11 +80,8 @@ def prune(
             return
         reads = options.calibrates or options.perplexity is not None
         given = (source, options, track, announced_to(out, track.note, None if reads else source))
-        if options.remove:
-            made, _, record = assemble_removed(*given)
-            _write(asked, out, source, made, record, track)
-            return
-        with assemble_pruned(*given) as (made, _, record):
+        assemble = assemble_removed if options.remove else assemble_pruned
+        with assemble(*given) as (made, _, record):
             _write(asked, out, source, made, record, track)
 
 

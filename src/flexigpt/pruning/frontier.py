@@ -178,8 +178,8 @@ class _Ladder:
         )
 
         def made() -> Point:
-            assembly, _, record = assemble_removed(self.workspace, options)
-            return _point(record, "shorter") | self._eight(assembly)
+            with assemble_removed(self.workspace, options) as (assembly, _, record):
+                return _point(record, "shorter") | self._eight(assembly)
 
         return self._measured(made, removed=blocks)
 
