@@ -2,7 +2,10 @@
 
 import os
 import re
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -11,8 +14,12 @@ from conftest import Run
 from flexigpt import InputError, PruneOptions, assemble_pruned, assemble_removed, plan_only
 from flexigpt.cli.commands import announced_to
 from flexigpt.pruning import Estimate
+from flexigpt.runtime.cache import CACHE_VARIABLE
 from forks import Forks
 from workspaces import announced
+
+# Bytes of a safetensors file besides its tensors, at least.
+HEADER = 200
 
 
 def bytes_of(folder: Path) -> int:
@@ -67,6 +74,39 @@ def test_memory_stays_below_what_was_told(example: Path, tmp_path: Path, early_f
     peak = 1024 * int(ran.stderr.splitlines()[-1])
     told, unit = re.search(r"at most about ([\d.]+) (MB|GB) of memory", ran.stderr).groups()  # type: ignore[union-attr]
     assert 0.4 < peak / (float(told) * {"MB": 1e6, "GB": 1e9}[unit]) < 1
+
+
+@pytest.mark.parametrize(
+    ("assemble", "options"),
+    [
+        (assemble_pruned, PruneOptions),
+        (assemble_pruned, partial(PruneOptions.paper, refit_kept=True)),
+        (assemble_removed, PruneOptions),
+    ],
+)
+def test_the_cache_holds_no_more_than_was_told(
+    tiny_source: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    assemble: Callable[..., Any],
+    options: Callable[..., PruneOptions],
+) -> None:
+    """Hidden states are in memory; what is fitted waits in files until all is written."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    asked = options(ratio=0.4, calibration=str(text), window_length=64, windows=8)
+    told = announced(assemble, tiny_source, asked).scratch
+    held = []
+
+    def looking(items: Iterable[object], *_: object) -> Iterator[object]:
+        for item in items:
+            yield item
+            files = [*tmp_path.rglob("*.safetensors")]
+            held.append(sum(file.stat().st_size - HEADER for file in files))
+
+    with assemble(str(tiny_source), asked, looking) as made:
+        assert made
+    assert 0.3 * told < max(held) <= told
 
 
 @pytest.mark.parametrize(

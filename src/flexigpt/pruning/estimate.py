@@ -1,5 +1,6 @@
 """What a run will write and hold in memory, said before it starts."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import psutil
 
 from flexigpt.calibration import SourceStates, batch_tokens
 from flexigpt.evaluation import LOGITS_BUDGET
-from flexigpt.model import HELD_BYTES, Replica
+from flexigpt.model import HELD_BYTES, Replica, find_architecture
 from flexigpt.pruning.distances import BASE_DISTANCES
 from flexigpt.pruning.options import PruneOptions
 from flexigpt.pruning.source import Asked, CheckedSource, Texts, Workspace
@@ -91,7 +92,7 @@ def _estimate(checked: CheckedSource[Asked], texts: Texts, written: int, ranks: 
     block = 2 * shape.block_parameters * itemsize
     in_float32 = _in_float32(shape.block_parameters, itemsize, 4 * largest)
     activations = _ACTIVATIONS * batch_tokens(checked.window_length, shape.block_parameters) * widest
-    running, scratch, factors = in_float32 + activations, 0, bool(ranks)
+    running, factors, factor_files, hidden_files = in_float32 + activations, bool(ranks), 0, 0
     if isinstance(options, PruneOptions):
         chooses = options.plan is None and not options.remove and not options.by_units
         moments, held = 4 * max(inputs for _, inputs in shape.linears.values()) ** 2, 0
@@ -104,7 +105,7 @@ def _estimate(checked: CheckedSource[Asked], texts: Texts, written: int, ranks: 
                 copies = max(copies, checked.depth + 1)
             tokens = copies * texts.windows.numel()
             hidden = tokens * shape.hidden_size * itemsize
-            scratch, held = (hidden, 0) if checked.needs_file(tokens) else (0, hidden)
+            hidden_files, held = (hidden, 0) if checked.needs_file(tokens) else (0, hidden)
         # One after the other: text goes through a block, its sums are put to use, the next.
         steps = [running]
         if options.refit_kept:
@@ -117,7 +118,7 @@ def _estimate(checked: CheckedSource[Asked], texts: Texts, written: int, ranks: 
         if chooses and BASE_DISTANCES[options.base_distance].prepare is not None:
             factors = True
             pairs = checked.depth * checked.rank * 8
-            scratch = max(scratch, max(pairs * sum(size) for size in shape.linears.values()))
+            factor_files = max(pairs * sum(size) for size in shape.linears.values())
     factoring = factors * workers_of(find_device(options.device)) * _FACTOR_BYTES * largest
     outside = (shape.parameters - checked.depth * shape.block_parameters) * itemsize
     measuring = 0
@@ -126,16 +127,29 @@ def _estimate(checked: CheckedSource[Asked], texts: Texts, written: int, ranks: 
         hidden = tokens * shape.hidden_size * itemsize
         batch = min(tokens, length * batch_size_for(length, vocabulary, LOGITS_BUDGET))
         in_file = checked.needs_file(tokens)
-        scratch = max(scratch, hidden if in_file else 0)
+        hidden_files = max(hidden_files, hidden if in_file else 0)
         measuring = (
             in_float32 + _ACTIVATIONS * batch * widest + _LOGITS_BYTES * batch * vocabulary + (not in_file) * hidden
         )
     process = psutil.Process().memory_info().rss + _LATER
     return Estimate(
         written=written * itemsize,
-        scratch=scratch,
+        scratch=max(factor_files, hidden_files + _kept_of(checked, written, ranks) * itemsize),
         memory=process + outside + max(block + max(running, measuring), factoring),
     )
+
+
+def _kept_of(checked: CheckedSource[Asked], written: int, ranks: Sequence[int | Replica]) -> int:
+    """Parameters that the cache keeps until all are written: the replicas' own, and what is refitted."""
+    shape, options = checked.shape, checked.options
+    if not (written and isinstance(options, PruneOptions)):
+        return 0
+    kept = sum(shape.replica_parameters(rank) for rank in ranks)
+    if options.refit_kept:
+        roles = find_architecture(checked.empty.config).roles
+        fitted = sum(math.prod(shape.linears[path]) for path in (roles.output, roles.down))
+        kept += fitted * (checked.depth - len(ranks))
+    return kept
 
 
 def _in_float32(parameters: int, itemsize: int, at_least: int) -> int:
