@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from conftest import Run
+from conftest import EXAMPLE, Run
 from families import FAMILIES, compact_of, initialize_replicas, tiny_model
 from flexigpt import InputError, Plan
 from flexigpt.decoding import SampleOptions, sample
@@ -262,10 +262,11 @@ def test_a_compact_model_writes_too(run: Run, tiny_compact: Path, tmp_path: Path
         (("own.jsonl", "--top-p", "0"), "--top-p 0.0 is out of range"),
         (("own.jsonl", "--tokens", "few"), "--tokens few cannot be read"),
         (("own.jsonl", "--resume"), "leave out --resume"),
+        ((EXAMPLE / "own.jsonl",), f"lies in the model {EXAMPLE}, which is read: give a file outside it"),
     ],
 )
 def test_what_cannot_be_is_one_line(
-    run: Run, example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], reason: str
+    run: Run, example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str | Path, ...], reason: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, printed, errors = run("sample", example, *words)

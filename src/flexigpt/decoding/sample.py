@@ -58,7 +58,7 @@ def sample(
         InputError: a model or prompts that cannot be used; a run that was interrupted.
     """
     out = Path(out).expanduser()
-    _check_file(out, overwrite, options.prompts)
+    _check_file(out, model, overwrite, options.prompts)
     config, tokenizer = read_config(model), load_tokenizer(model)
     check_tokenizer(model, tokenizer, config)
     length = check_window_length(options.window_length, config)
@@ -97,7 +97,7 @@ def sample(
     return written | {"window_length": length, "batch_size": batch_size}
 
 
-def _check_file(out: Path, overwrite: bool, prompts: str | None) -> None:
+def _check_file(out: Path, model: str, overwrite: bool, prompts: str | None) -> None:
     """Refuses a place for the output before the work begins."""
     if out.suffix != ".jsonl":
         raise InputError(f"{out} is no name of a .jsonl file: give one, as own.jsonl")
@@ -105,6 +105,8 @@ def _check_file(out: Path, overwrite: bool, prompts: str | None) -> None:
         raise InputError(f"{out} is there: give another file, or --overwrite to replace a file")
     if prompts is not None and out.resolve() in [file.resolve() for file in local_files(prompts)]:
         raise InputError(f"{out} holds the prompts: give another file to write")
+    if Path(model, "config.json").is_file() and out.resolve().is_relative_to(Path(model).resolve()):
+        raise InputError(f"{out} lies in the model {model}, which is read: give a file outside it")
 
 
 def _rows_of_rounds(rows: int, most: int) -> list[int]:
