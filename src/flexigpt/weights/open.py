@@ -46,7 +46,7 @@ def read_config(model: str) -> PreTrainedConfig:
     if find_file(model, _ADAPTER) is not None:
         raise InputError(f"{model} holds a PEFT adapter ({_ADAPTER}), not a model alone: merge it into its base first")
     if Path(model).exists() and not Path(model, "config.json").is_file():
-        raise InputError(f"{model} holds no model: config.json is not there")
+        raise InputError(f"{model} holds no model: config.json is not there; give the folder of a checkpoint")
     with opening(model):
         settings, _ = PreTrainedConfig.get_config_dict(model)
         kind = settings.get("model_type")
