@@ -12,6 +12,7 @@ import pytest
 
 from conftest import Run
 from flexigpt import InputError, PruneOptions, assemble_pruned, assemble_removed, plan_only
+from flexigpt.calibration import hidden_states as calibration_module
 from flexigpt.cli.commands import announced_to
 from flexigpt.pruning import Estimate
 from flexigpt.runtime.cache import CACHE_VARIABLE
@@ -92,7 +93,9 @@ def test_the_cache_holds_no_more_than_was_told(
     assemble: Callable[..., Any],
     options: Callable[..., PruneOptions],
 ) -> None:
-    """Hidden states are in memory; what is fitted waits in files until all is written."""
+    """Hidden states are in memory; what is to go on from, and what is fitted until all is written, is in files."""
+    monkeypatch.setattr(calibration_module, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(calibration_module, "_SAVE_SHARE", 0)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     asked = options(ratio=0.4, calibration=str(text), window_length=64, windows=8)
     told = announced(assemble, tiny_source, asked).scratch
@@ -101,7 +104,7 @@ def test_the_cache_holds_no_more_than_was_told(
     def looking(items: Iterable[object], *_: object) -> Iterator[object]:
         for item in items:
             yield item
-            files = [*tmp_path.rglob("*.safetensors")]
+            files = [*tmp_path.rglob("*.safetensors"), *tmp_path.rglob("progress")]
             held.append(sum(file.stat().st_size - HEADER for file in files))
 
     with assemble(str(tiny_source), asked, looking) as made:

@@ -108,6 +108,16 @@ def test_the_size_is_known_before_the_work(family: str, tmp_path: Path) -> None:
     assert announced(assemble_removed, tmp_path / "source", options).written == stored_bytes(model)
 
 
+def test_what_was_fitted_is_to_be_written_before_it_is_let_go(
+    tiny_source: Path, calibrated: dict[str, object], tmp_path: Path
+) -> None:
+    with assemble_removed(str(tiny_source), PruneOptions(ratio=0.4, **calibrated)) as (assembly, _, record):
+        pass
+    with pytest.raises(InputError, match="write it before its `with` block ends"):
+        write_checkpoint(tmp_path / "out", assembly, record)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_command_tells_what_went_and_what_it_cost(tiny_source: Path, text: Path, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "out"
     flags = ["--remove", "--preset", "paper", "--ratio", 0.4, "--windows", 4, "--window-length", 64]

@@ -50,7 +50,8 @@ def error(model: PreTrainedModel, source: PreTrainedModel, ids: torch.Tensor) ->
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-def test_a_kept_weight_is_refitted_by_least_squares() -> None:
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_kept_weight_is_refitted_by_least_squares(keeps: bool) -> None:
     """The same problem with its damping, a tenth of the inputs' mean variance, written out as further rows."""
     tokens, inputs, outputs = 400, 7, 5
     generator = torch.Generator().manual_seed(2)
@@ -61,7 +62,10 @@ def test_a_kept_weight_is_refitted_by_least_squares() -> None:
     x = draw(tokens, inputs) @ draw(inputs, inputs)
     y = x @ draw(inputs, outputs) + draw(tokens, outputs)
     kept = draw(outputs, inputs)
-    found = ridge_fit(kept, Moments(x.T @ x / tokens, y.T @ x / tokens))
+    moments = x.T @ x / tokens
+    before = moments.clone()
+    found = ridge_fit(kept, Moments(moments, y.T @ x / tokens), keeps=keeps)
+    assert torch.equal(moments, before) == keeps
     damping = (0.1 * x.square().mean()).sqrt()
     rows = torch.cat((x / tokens**0.5, damping * torch.eye(inputs)))
     wished = torch.cat((y / tokens**0.5, damping * kept.T))

@@ -1,5 +1,6 @@
 """The cache: what a run left is found as it was written, or made again; nothing is left of processes that died."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from flexigpt.calibration.hidden_states import HiddenStates
-from flexigpt.runtime import Cache, CachedStage
+from flexigpt.runtime import Cache, CachedStage, InputError
+from flexigpt.runtime.cache import CACHE_VARIABLE
 
 KILLED = """
 import os, sys, torch
@@ -71,6 +73,21 @@ def test_tensors_of_a_killed_run_that_were_changed_are_made_again(tmp_path: Path
         assert torch.equal(tensors(stage), torch.arange(5.0))
         stage.finish(1)
     assert named(tmp_path) == ["stage.json"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ECONNRESET])
+def test_an_error_of_the_work_in_a_stage_stays_what_it_is(tmp_path: Path, number: int) -> None:
+    for error in (OSError(number, "given up"), OSError(number, "given up", str(tmp_path / "elsewhere"))):
+        with pytest.raises(OSError, match="given up") as raised, Cache(tmp_path / "cache").stage("stage"):
+            raise error
+        assert raised.value is error
+
+
+def test_an_error_of_the_caches_files_says_where_it_lies(tmp_path: Path) -> None:
+    of_a_file = OSError(errno.EACCES, "not allowed", str(tmp_path / "stage-1" / "values"))
+    for error in (of_a_file, OSError(errno.ENOSPC, "full")):
+        with pytest.raises(InputError, match=CACHE_VARIABLE), Cache(tmp_path).stage("stage"):
+            raise error
 
 
 def test_nothing_is_left_of_processes_that_died(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -106,13 +106,21 @@ def _run(arguments: Sequence[str] | None) -> None:
     verbosity = next((_VERBOSITY[word] for word in reversed(words) if word in _VERBOSITY), Verbosity.NORMAL)
     rest = [word for word in words if word not in _VERBOSITY] + given[len(words) :]
     call = Call(shlex.join(["flexigpt", *given]), verbosity)
+    heard: list[bool] = []
+
+    def interrupt() -> None:
+        heard.append(True)
+        raise KeyboardInterrupt
+
+    # Where Ctrl-C is to be ignored, as behind nohup, it is.
+    numbers = [signal.SIGTERM, *([signal.SIGINT] if callable(signal.getsignal(signal.SIGINT)) else [])]
     # typer brings its own copy of click or depends on it, by version; either way this is its base of usage errors.
     usage_error: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     try:
         # Surrogates are how Python hands on bytes that are not UTF-8; neither records nor hubs can hold them.
         if strange := [word for word in given if re.search("[\ud800-\udfff]", word)]:
             raise InputError(f"{strange[0]!a} is not valid UTF-8: rename the file, or type it again")
-        with on_signals(_interrupt, signal.SIGTERM), _libraries_speak(verbosity):
+        with on_signals(interrupt, *numbers), _libraries_speak(verbosity):
             code = app(rest, standalone_mode=False, obj=call, prog_name="flexigpt")
         if sys.stdout is not None:  # it may be closed
             sys.stdout.flush()
@@ -128,29 +136,30 @@ def _run(arguments: Sequence[str] | None) -> None:
     except KeyboardInterrupt:
         _fail("interrupted: nothing was written")
     except Exception as error:
-        # Of stdout: files have messages of their own.
-        if isinstance(error, OSError) and error.filename is None and error.errno in _LOST_OUTPUT:
-            _forget(sys.stdout)
-            _fail(f"the output cannot be printed: {error.strerror}")
-        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
-            _fail("memory does not suffice: free some, or give a smaller model, shorter windows or fewer at a time")
-        if verbosity is Verbosity.VERBOSE:
-            traceback.print_exc()
-        what = f"{type(error).__name__}: {one_line(error)}"
-        print(
-            f"flexigpt: {what}. This is a fault of flexigpt, please report it (-v shows where it is)", file=sys.stderr
-        )
-        sys.exit(1)
+        if heard:  # torch makes an error of its own of what is raised while it converts a value
+            _fail("interrupted: nothing was written")
+        _blame(error, verbosity)
+
+
+def _blame(error: Exception, verbosity: Verbosity) -> NoReturn:
+    """Ends with what the machine lacks, or else with a fault of flexigpt's own."""
+    # Of stdout: files have messages of their own.
+    if isinstance(error, OSError) and error.filename is None and error.errno in _LOST_OUTPUT:
+        _forget(sys.stdout)
+        _fail(f"the output cannot be printed: {error.strerror}")
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+        _fail("memory does not suffice: free some, or give a smaller model, shorter windows or fewer at a time")
+    if verbosity is Verbosity.VERBOSE:
+        traceback.print_exception(error)
+    what = f"{type(error).__name__}: {one_line(error)}"
+    print(f"flexigpt: {what}. This is a fault of flexigpt, please report it (-v shows where it is)", file=sys.stderr)
+    sys.exit(1)
 
 
 def _forget(*streams: Any) -> None:
     """Lets streams lead nowhere, or Python would flush into them once more."""
     for stream in filter(None, streams):  # one may be closed
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _interrupt() -> None:
-    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ _LATER = 192 * 2**20
 _FACTOR_BYTES = 28
 
 # What is held of float32 numbers, in copies of the largest linear: while text goes through a block, beside the second
-# moments of the widest inputs; then by a fit, which holds those moments three times, or by taking units away, twice.
+# moments of the widest inputs; then by a fit, or by taking units away, either of which holds those moments twice.
 _SUM_LINEARS, _FIT_LINEARS, _UNITS_LINEARS = 3, 6, 3
 
 # By how much a backward pass multiplies a block's activations; logits of a few windows with their gradients, in bytes.
@@ -31,6 +31,9 @@ _BACKWARD, _LOSS_BYTES = 3, 4 * 2**26
 
 # Float32 tensors of the MLP's width that a block holds while it runs, in bytes a number.
 _ACTIVATIONS = 6 * 4
+
+# Copies of the hidden states that a calibration leaves in the cache to go on from, while one replaces the other.
+_SAVED = 2
 
 # Copies of logits in float32 that perplexity holds, in bytes a number.
 _LOGITS_BYTES = 4 * 4
@@ -92,7 +95,7 @@ def _estimate(checked: CheckedSource[Asked], texts: Texts, written: int, ranks: 
     block = 2 * shape.block_parameters * itemsize
     in_float32 = _in_float32(shape.block_parameters, itemsize, 4 * largest)
     activations = _ACTIVATIONS * batch_tokens(checked.window_length, shape.block_parameters) * widest
-    running, factors, factor_files, hidden_files = in_float32 + activations, bool(ranks), 0, 0
+    running, factors, factor_files, hidden_files, saved = in_float32 + activations, bool(ranks), 0, 0, 0
     if isinstance(options, PruneOptions):
         chooses = options.plan is None and not options.remove and not options.by_units
         moments, held = 4 * max(inputs for _, inputs in shape.linears.values()) ** 2, 0
@@ -105,11 +108,12 @@ def _estimate(checked: CheckedSource[Asked], texts: Texts, written: int, ranks: 
                 copies = max(copies, checked.depth + 1)
             tokens = copies * texts.windows.numel()
             hidden = tokens * shape.hidden_size * itemsize
+            saved = _SAVED * texts.windows.numel() * shape.hidden_size * itemsize
             hidden_files, held = (hidden, 0) if checked.needs_file(tokens) else (0, hidden)
         # One after the other: text goes through a block, its sums are put to use, the next.
         steps = [running]
         if options.refit_kept:
-            steps += [running + moments + 4 * _SUM_LINEARS * largest, 3 * moments + 4 * _FIT_LINEARS * largest]
+            steps += [running + moments + 4 * _SUM_LINEARS * largest, 2 * moments + 4 * _FIT_LINEARS * largest]
         if options.by_units:
             back = in_float32 + _BACKWARD * activations
             steps += [back + moments + 4 * _SUM_LINEARS * largest, 2 * moments + 4 * _UNITS_LINEARS * largest]
@@ -134,7 +138,7 @@ def _estimate(checked: CheckedSource[Asked], texts: Texts, written: int, ranks: 
     process = psutil.Process().memory_info().rss + _LATER
     return Estimate(
         written=written * itemsize,
-        scratch=max(factor_files, hidden_files + _kept_of(checked, written, ranks) * itemsize),
+        scratch=max(factor_files, hidden_files + max(saved, _kept_of(checked, written, ranks) * itemsize)),
         memory=process + outside + max(block + max(running, measuring), factoring),
     )
 

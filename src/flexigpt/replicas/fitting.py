@@ -204,7 +204,7 @@ def _left_and_gone(own: nn.Module, down: str, units: torch.Tensor) -> tuple[torc
 
 def _in_their_place(gone: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
     """What is added to the weight of the units that are left to write what the others would; the inputs stay."""
-    return ridge_fit(torch.zeros_like(gone), Moments(inputs.clone(), gone), _UNITS_RIDGE)
+    return ridge_fit(torch.zeros_like(gone), Moments(inputs, gone), _UNITS_RIDGE, keeps=True)
 
 
 class _BlockFit:

@@ -23,37 +23,45 @@ class Moments(NamedTuple):
     targets: torch.Tensor
 
 
-def damped(moments: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """L, lower triangular, and d with L L^T = M + d I, of a matrix M of second moments, whose memory L takes.
+def damped(moments: torch.Tensor, share: float, keeps: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """L, lower triangular, and d with L L^T = M + d I, of a matrix M of second moments.
 
-    d is that share of M's mean eigenvalue, or more where rounding errors have left M less than none.
+    d is that share of M's mean eigenvalue, or more where rounding errors have left M less than none. Memory holds M, or
+    L in its place, and one copy.
+
+    Args:
+        moments: M.
+        share: of its mean eigenvalue.
+        keeps: whether M stays as it is; L takes its memory otherwise.
     """
-    again = moments.clone()
+    copy = moments.clone()
+    used, again = (copy, moments) if keeps else (moments, copy)
     damping = share * moments.diagonal().mean().clamp(min=1e-30)
-    root, failed = moments.mT, torch.zeros((), dtype=torch.int32, device=moments.device)
+    root, failed = used.mT, torch.zeros((), dtype=torch.int32, device=moments.device)
     for more in range(_MOST_DAMPINGS):
         if more:
-            moments.copy_(again)
+            used.copy_(again)
             damping = 10 * damping
-        moments.diagonal().add_(damping)
+        used.diagonal().add_(damping)
         torch.linalg.cholesky_ex(root, out=(root, failed), check_errors=more + 1 == _MOST_DAMPINGS)
         if not failed.item():
             break
     return root, damping
 
 
-def ridge_fit(weight: torch.Tensor, moments: Moments, ridge: float = _RIDGE) -> torch.Tensor:
+def ridge_fit(weight: torch.Tensor, moments: Moments, ridge: float = _RIDGE, keeps: bool = False) -> torch.Tensor:
     """The V that minimises E|y - V x|^2 + c |V - W|_F^2: what a kept linear becomes.
 
     Args:
         weight: W, (outputs, inputs), any dtype.
-        moments: of the linear; the inputs' memory is used.
+        moments: of the linear.
         ridge: c, as a share of the inputs' mean variance.
+        keeps: whether the inputs' moments stay as they are; their memory is used otherwise.
 
     Returns:
         V, (outputs, inputs), in the moments' dtype.
     """
-    root, damping = damped(moments.inputs, ridge)
+    root, damping = damped(moments.inputs, ridge, keeps)
     wished = torch.add(moments.targets, weight.to(moments.targets.dtype) * damping).T
     solved = torch.linalg.solve_triangular(root, wished, upper=False)  # cholesky_solve would copy the root
     return torch.linalg.solve_triangular(root.mT, solved, upper=True).T

@@ -1,6 +1,7 @@
 """What long stages gave, kept in a folder by what they depend on: found again, and continued where they were killed."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,9 @@ from flexigpt.runtime.machine import versions
 CACHE_VARIABLE = "FLEXIGPT_CACHE"
 
 _SAVE_SECONDS = 10.0
+
+# What writing to a disk says that is full, broken or limited.
+_FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO))
 
 
 def default_folder() -> Path:
@@ -58,6 +62,7 @@ class Cache:
         Raises:
             InputError: a cache folder that cannot be written to.
         """
+        entered = False
         key = json.dumps([self._depends, depends], sort_keys=True, default=str)
         place = self.folder / f"{name}-{digest(key.encode())}"
         try:
@@ -70,14 +75,23 @@ class Cache:
                     with contextlib.ExitStack() as left:
                         if lock.stem != folder.name and _locked(lock.with_suffix(""), left):  # by a process that died
                             _remove(lock.with_suffix(""))
+                entered = True
                 yield stage
                 if stage.result is not None:
                     stage.discard()
         except OSError as error:
+            if entered and not self._concerns(error):
+                raise
             raise InputError(
                 f"{self.folder}, where flexigpt keeps what it measured, cannot be used ({error.strerror}): free space "
                 f"or give another folder by {CACHE_VARIABLE}"
             ) from error
+
+    def _concerns(self, error: OSError) -> bool:
+        """Whether an error within a stage is of the cache's files; one of a full disk has no name."""
+        if error.filename is None:
+            return error.errno in _FULL
+        return Path(str(error.filename)).is_relative_to(self.folder)
 
 
 def _locked(folder: Path, held: contextlib.ExitStack) -> bool:
@@ -175,8 +189,14 @@ class CachedStage:
 
 
 def _read_tensor(file: Path, key: str) -> torch.Tensor:
-    with safe_open(file, "pt") as opened:
-        values: torch.Tensor = opened.get_tensor(key)
+    try:
+        with safe_open(file, "pt") as opened:
+            values: torch.Tensor = opened.get_tensor(key)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{file}, from which the model was to be read, is gone: leave the cache alone while a model is made, and "
+            "write it before its `with` block ends"
+        ) from error
     return values
 
 
