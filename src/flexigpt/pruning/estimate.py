@@ -24,7 +24,7 @@ _FACTOR_BYTES = 28
 
 # What is held of float32 numbers, in copies of the largest linear: while text goes through a block, beside the second
 # moments of the widest inputs; then by a fit, or by taking units away, either of which holds those moments twice.
-_SUM_LINEARS, _FIT_LINEARS, _UNITS_LINEARS = 3, 6, 3
+_SUM_LINEARS, _FIT_LINEARS, _UNITS_LINEARS = 3, 4, 3
 
 # By how much a backward pass multiplies a block's activations; logits of a few windows with their gradients, in bytes.
 _BACKWARD, _LOSS_BYTES = 3, 4 * 2**26

@@ -204,7 +204,7 @@ def _left_and_gone(own: nn.Module, down: str, units: torch.Tensor) -> tuple[torc
 
 def _in_their_place(gone: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
     """What is added to the weight of the units that are left to write what the others would; the inputs stay."""
-    return ridge_fit(torch.zeros_like(gone), Moments(inputs, gone), _UNITS_RIDGE, keeps=True)
+    return ridge_fit(None, Moments(inputs, gone), _UNITS_RIDGE, keeps=True)
 
 
 class _BlockFit:
@@ -236,7 +236,9 @@ class _BlockFit:
                     start = torch.cat([start, cast(torch.Tensor, linear.bias)[:, None]], 1)
                 if is_mlp:
                     moments, gone = self._of_mlp(writer, path)
-                    start = start if gone is None else start + _in_their_place(gone, moments.inputs)
+                    if gone is not None:
+                        start = _in_their_place(gone, moments.inputs).add_(start)
+                    del gone
                 else:
                     moments = self._of_attention(writer, path)
                 found = ridge_fit(start, moments)

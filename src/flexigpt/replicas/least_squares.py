@@ -49,12 +49,14 @@ def damped(moments: torch.Tensor, share: float, keeps: bool = False) -> tuple[to
     return root, damping
 
 
-def ridge_fit(weight: torch.Tensor, moments: Moments, ridge: float = _RIDGE, keeps: bool = False) -> torch.Tensor:
+def ridge_fit(
+    weight: torch.Tensor | None, moments: Moments, ridge: float = _RIDGE, keeps: bool = False
+) -> torch.Tensor:
     """The V that minimises E|y - V x|^2 + c |V - W|_F^2: what a kept linear becomes.
 
     Args:
-        weight: W, (outputs, inputs), any dtype.
-        moments: of the linear.
+        weight: W, (outputs, inputs), any dtype; None: nothing, which V is to be near.
+        moments: of the linear. V takes the targets' memory.
         ridge: c, as a share of the inputs' mean variance.
         keeps: whether the inputs' moments stay as they are; their memory is used otherwise.
 
@@ -62,6 +64,9 @@ def ridge_fit(weight: torch.Tensor, moments: Moments, ridge: float = _RIDGE, kee
         V, (outputs, inputs), in the moments' dtype.
     """
     root, damping = damped(moments.inputs, ridge, keeps)
-    wished = torch.add(moments.targets, weight.to(moments.targets.dtype) * damping).T
-    solved = torch.linalg.solve_triangular(root, wished, upper=False)  # cholesky_solve would copy the root
-    return torch.linalg.solve_triangular(root.mT, solved, upper=True).T
+    found = moments.targets
+    if weight is not None:
+        found.add_(weight.to(found.dtype) * damping)
+    torch.linalg.solve_triangular(root, found.T, upper=False, out=found.T)  # cholesky_solve would copy the root
+    torch.linalg.solve_triangular(root.mT, found.T, upper=True, out=found.T)
+    return found
