@@ -39,6 +39,10 @@ def planned(*blocks: int) -> Plan:
     return Plan(num_blocks=NUM_BLOCKS, replicas=replicas)
 
 
+# Norms compute in float32, whatever the model's dtype: the last digit of theirs may fall the other way.
+NEAR = {"rtol": 1e-6, "atol": 2e-6}
+
+
 def full_rank(source: PreTrainedModel, *blocks: int) -> FlexiGPTForCausalLM:
     """The source with these blocks as such replicas."""
     plan = planned(*blocks)
@@ -59,11 +63,11 @@ def in_pieces(model: PreTrainedModel, ids: torch.Tensor, lengths: list[int]) -> 
 def test_it_is_the_source_with_and_without_a_cache(family: str) -> None:
     source = tiny_model(family, torch.float64)
     model, ids = full_rank(source, 1, 3, 4), token_ids(tokens=48)
-    torch.testing.assert_close(model(input_ids=ids).logits, source(input_ids=ids).logits, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(model(input_ids=ids).logits, source(input_ids=ids).logits, **NEAR)
     pieces = [20, 1, 15, 1, 1, 10]  # past windows of 16, and past 32 positions
     expected = in_pieces(source, ids, pieces)
-    torch.testing.assert_close(in_pieces(model, ids, pieces), expected, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(in_pieces(materialize(model), ids, pieces), expected, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(in_pieces(model, ids, pieces), expected, **NEAR)
+    torch.testing.assert_close(in_pieces(materialize(model), ids, pieces), expected, **NEAR)
 
 
 @pytest.mark.parametrize("family", ALL)
