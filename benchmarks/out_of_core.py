@@ -395,6 +395,7 @@ def write_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         stages = ", ".join(f"{stage} {seconds:,.1f}" for stage, seconds in row["stages"].items())
         floors = ", ".join(f"{part} {seconds:,.1f}" for part, seconds in row["floor"].items())
+        floors = floors or "not measured"
         lines.append(
             f"- {row['shape']} {row['memory']} ({row['threads']} threads, {row['machine']}): {stages}; floor: {floors}"
         )
