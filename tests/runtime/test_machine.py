@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from flexigpt.runtime import return_memory, widened_rows
+from flexigpt.runtime import widened_rows
 
 INTEL, AMD = {"cpu_name": "Intel Xeon"}, {"cpu_name": "AMD EPYC"}
 
